@@ -1,0 +1,42 @@
+"""What differs between the supported jax versions (0.10.2 to 0.12), and the few idioms that lean on new API."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, ManualAxisType, Mesh
+
+
+def varying_axes(*arrays: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which any of `arrays` varies; empty outside a `shard_map` that checks them."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def out_struct(shape: Sequence[int], dtype, *like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result: it varies over the mesh axes over which any of its operands `like` does."""
+    varying = ManualAxisType(varying=varying_axes(*like))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=varying)
+
+
+def vary_like(x: jax.Array, *like: jax.Array) -> jax.Array:
+    """`x`, typed as varying over the mesh axes of `like` too: what a loop's first carry needs under `check_vma`."""
+    missing = varying_axes(*like) - varying_axes(x)
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def has_explicit_axes(mesh: Mesh) -> bool:
+    """Whether any axis of `mesh` is Explicit, so that `shard_map` refuses arguments in another sharding."""
+    return any(t == AxisType.Explicit for t in mesh.axis_types)
+
+
+def lowering_for(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """The context in which to lower a program for `mesh`, whose devices may be absent.
+
+    jax 0.12 takes the lowering platform of an absent chip from the abstract mesh in scope; 0.10 takes it from
+    the arguments' shardings, and its abstract mesh would turn a plain jit into one with a mesh context.
+    """
+    if getattr(mesh.abstract_mesh, "abstract_device", None) is not None:
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return contextlib.nullcontext()

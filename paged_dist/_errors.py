@@ -1,0 +1,23 @@
+"""The one place that words the errors of bad input: the argument, its value, the rule, what would work."""
+
+from __future__ import annotations
+
+
+def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> ValueError:
+    """A ValueError that reads `argument=value: rule; what would work`.
+
+    `argument` is the public name as the caller wrote it (`"query.shape"` for an attribute of one), `rule` what
+    must hold, `works` what to pass instead, left out where the rule says it already.
+    """
+    return ValueError(f"{argument}={value!r}: {rule}" + (f"; {works}" if works else ""))
+
+
+def require(holds: bool, argument: str, value: object, rule: str, works: str | None = None) -> None:
+    """Raises `bad_value(...)` unless `holds`."""
+    if not holds:
+        raise bad_value(argument, value, rule, works)
+
+
+def not_yet(what: str, instead: str | None = None) -> NotImplementedError:
+    """The error of a documented argument or value that this release does not serve."""
+    return NotImplementedError(f"{what} is not in this release" + (f"; {instead}" if instead else ""))

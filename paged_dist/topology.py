@@ -1,0 +1,61 @@
+"""Devices of a TPU pod that is not here, by topology name, for ahead-of-time compilation on any CPU host."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import importlib.util
+import os
+
+import jax
+
+from paged_dist._errors import bad_value
+
+_EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4"
+
+
+def has_libtpu() -> bool:
+    """Whether libtpu, the TPU compiler, is installed (`pip install "jax[tpu]"`)."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _keep_libtpu_offline() -> None:
+    """Keeps libtpu from looking for a TPU or the cloud's metadata server on a host that has neither."""
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process of this host may be compiling too
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@functools.cache
+def topology_devices(topology: str) -> tuple[jax.Device, ...]:
+    """The devices of an absent pod, in the order of its topology description.
+
+    Args:
+      topology: `platform:shape` as libtpu names it, e.g. `v5p:8x8x8`: the chips along each physical axis.
+        One device is one chip, but on `tpu7x` one core (two a chip). v4 chips are taken as megacore.
+
+    Returns:
+      A tuple of compile-only devices: programs can be lowered and compiled for them, not run.
+
+    Raises:
+      ValueError: libtpu does not know the topology.
+      RuntimeError: libtpu is not installed.
+    """
+    if not has_libtpu():
+        raise RuntimeError(f"topology={topology!r} needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    _keep_libtpu_offline()
+    megacore = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
+    except Exception as e:
+        raise bad_value("topology", topology, f"libtpu refused it: {str(e).splitlines()[0][:200]}",
+                        f"name one as {_EXAMPLES}") from e
+    return tuple(found.devices)

@@ -1,0 +1,30 @@
+"""Which form of an op runs: the Pallas kernel, its simulation, or the XLA form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+Interpret = bool | pltpu.InterpretParams | None
+
+
+def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: Interpret):
+    """Calls `kernel(*operands, interpret=...)` or `xla(*operands)`; both return the same shapes and dtypes.
+
+    Args:
+      interpret: None follows the platform that the program is lowered for (not the host's default back end):
+        the kernel on TPU, the XLA form elsewhere. False is the kernel, True or an InterpretParams its
+        simulation in TPU interpret mode, which cannot be a branch of `platform_dependent`.
+    """
+    if interpret is None:
+        return jax.lax.platform_dependent(*operands, tpu=lambda *x: kernel(*x, interpret=False), default=xla)
+    return kernel(*operands, interpret=pltpu.InterpretParams() if interpret is True else interpret)
+
+
+def in_hbm(*pools: jax.Array, interpret: Interpret) -> tuple[jax.Array, ...]:
+    """`pools`, pinned to HBM: a block spec alone does not keep XLA from moving a small pool into VMEM."""
+    if interpret:
+        return pools
+    return tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)

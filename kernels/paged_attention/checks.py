@@ -1,0 +1,138 @@
+"""What a paged-attention call may look like: shapes, dtypes, options, and the bytes a launch needs on chip.
+
+Pure functions of shapes and dtypes, shared by the op, the launchers and the tests: nothing here compiles or
+allocates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_dist._errors import require
+
+DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
+
+LANES = 128  # minor axis of a register
+SUBLANES = 8  # its rows, at 4 bytes an element
+
+_FLOATS = ("bfloat16", "float32")
+_CACHE_NAMES = ("query", "key_cache", "value_cache", "context_lens", "block_tables")
+_POOL_NAMES = ("query", "key_pages", "value_pages", "lengths", "block_tables")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static half of a call, letters as in the arrays' shapes."""
+
+    batch: int  # B
+    num_q_heads: int  # Hq
+    num_kv_heads: int  # Hkv
+    head_dim: int  # D
+    num_layers: int  # L
+    num_pages: int  # N
+    rows: int  # R, stored rows a page
+    width: int  # W, stored lanes a row
+    pages_per_sequence: int  # S
+    query_dtype: str
+    cache_dtype: str
+
+    @property
+    def group(self) -> int:
+        """G, query heads that share a kv head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens side by side in one stored row."""
+        return self.width // self.head_dim
+
+    @property
+    def page_size(self) -> int:
+        """P, tokens a page."""
+        return self.rows * self.tokens_per_row
+
+
+def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Problem:
+    """The problem of the op's arrays: query [B, Hq, D], caches [Hkv, N, P, D], lens [B], tables [B, S].
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, naming the argument, its value and the rule.
+    """
+    for name, cache in zip(_CACHE_NAMES[1:3], (key_cache, value_cache), strict=True):
+        require(cache.ndim == 4, f"{name}.shape", cache.shape, "must be [Hkv, N, page_size, head_dim]")
+    head_dim, width = query.shape[-1] if query.ndim else 0, key_cache.shape[-1]
+    require(query.ndim != 3 or head_dim == width, "query.shape", query.shape,
+            f"its head_dim {head_dim} must be that of key_cache, {width}")
+    page_size = key_cache.shape[2]
+    require(page_size >= SUBLANES and page_size % SUBLANES == 0, "key_cache.shape", key_cache.shape,
+            f"page_size {page_size} must be a multiple of {SUBLANES}")
+    return _check(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
+
+
+def check_pools(query, key_pages, value_pages, lengths, block_tables) -> Problem:
+    """The problem of stored, stacked pools [L, Hkv, N, R, W]; the rest as in `check_cache`."""
+    for name, pool in zip(_POOL_NAMES[1:3], (key_pages, value_pages), strict=True):
+        require(pool.ndim == 5, f"{name}.shape", pool.shape, "must be [L, Hkv, N, rows, lanes]",
+                "add a leading axis of 1 to a single layer's pool")
+    return _check(_POOL_NAMES, query, key_pages, value_pages, lengths, block_tables,
+                  layers=key_pages.shape[0])
+
+
+def _check(names, query, keys, values, lengths, tables, *, layers: int) -> Problem:
+    q_name, k_name, v_name, n_name, t_name = names
+    require(query.ndim == 3, f"{q_name}.shape", query.shape, "must be [B, Hq, head_dim]")
+    batch, num_q_heads, head_dim = query.shape
+    require(min(query.shape) >= 1, f"{q_name}.shape", query.shape, "every axis must be at least 1")
+    require(min(keys.shape) >= 1, f"{k_name}.shape", keys.shape, "every axis must be at least 1")
+    num_kv_heads, num_pages, rows, width = keys.shape[-4:]
+    require(values.shape == keys.shape, f"{v_name}.shape", values.shape,
+            f"must equal {k_name}.shape {keys.shape}")
+    require(num_q_heads % num_kv_heads == 0, f"{q_name}.shape", query.shape,
+            f"its {num_q_heads} heads must be a multiple of the {num_kv_heads} heads of {k_name}")
+    require(head_dim == 64 or head_dim % LANES == 0, f"{q_name}.shape", query.shape,
+            f"head_dim {head_dim} must be 64 or a multiple of {LANES}", "pad heads with zeros")
+    require(width % head_dim == 0 and width in (head_dim, LANES), f"{k_name}.shape", keys.shape,
+            f"a row must hold head_dim {head_dim} or, packed, {LANES} elements")
+    require(lengths.shape == (batch,), f"{n_name}.shape", lengths.shape,
+            f"must be ({batch},), the batch of {q_name}")
+    require(tables.ndim == 2 and tables.shape[0] == batch and tables.shape[1] >= 1, f"{t_name}.shape",
+            tables.shape,
+            f"must be ({batch}, pages_per_sequence), at least one page, the batch of {q_name}")
+    q_dtype, dtype = jnp.dtype(query.dtype).name, jnp.dtype(keys.dtype).name
+    require(q_dtype in _FLOATS, f"{q_name}.dtype", q_dtype, f"must be one of {_FLOATS}")
+    require(dtype in _FLOATS, f"{k_name}.dtype", dtype, f"must be one of {_FLOATS}",
+            "int8 and fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)")
+    require(values.dtype == keys.dtype, f"{v_name}.dtype", jnp.dtype(values.dtype).name,
+            f"must be that of {k_name}, {dtype}")
+    for name, array in ((n_name, lengths), (t_name, tables)):
+        require(array.dtype == jnp.int32, f"{name}.dtype", jnp.dtype(array.dtype).name, "must be int32")
+    return Problem(batch, num_q_heads, num_kv_heads, head_dim, layers, num_pages, rows, width,
+                   tables.shape[1], q_dtype, dtype)
+
+
+def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_name: str = "soft_cap") -> None:
+    """Raises ValueError for an option outside its rule; all four are Python numbers, known before tracing."""
+    for name, value in (("sm_scale", sm_scale), (soft_cap_name, soft_cap), ("sliding_window", sliding_window),
+                        ("mask_value", mask_value)):
+        require(not isinstance(value, jax.core.Tracer), name, value,
+                "must be a Python number, not a traced value", "name it in static_argnames")
+    require(_finite(sm_scale), "sm_scale", sm_scale, "must be a finite number")
+    require(soft_cap is None or (_finite(soft_cap) and soft_cap > 0), soft_cap_name, soft_cap,
+            "must be None or a positive number")
+    require(sliding_window is None or (isinstance(sliding_window, int | np.integer) and sliding_window >= 1
+                                       and not isinstance(sliding_window, bool)),
+            "sliding_window", sliding_window, "must be None or a whole number of tokens, at least 1")
+    require(_finite(mask_value) and mask_value < 0, "mask_value", mask_value,
+            "must be a finite negative number", f"DEFAULT_MASK_VALUE is {DEFAULT_MASK_VALUE:.4g}")
+
+
+def _finite(value) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,48 @@
+"""Paged attention in float64 NumPy: what the other forms are held against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def attention_oracle(query, key_pages, value_pages, lengths, block_tables, *, starts=None, sm_scale=1.0,
+                     soft_cap=None, sliding_window=None, sinks=None):
+    """Attention of one query token a sequence, straight from the formula, touching live tokens only.
+
+    Args:
+      query: [B, Hq, D]; key_pages, value_pages: [Hkv, N, P, D]; lengths: [B]; block_tables: [B, S].
+      starts: [B] first token attended to, default 0.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap).
+      sliding_window: only the last so many tokens are attended to.
+      sinks: [Hq] logits that join the softmax's denominator with no value.
+
+    Returns:
+      (output [B, Hq, D] float64, lse [B, Hq] float64, natural log). An empty sequence has output 0 and lse
+      -inf, with sinks lse = sink.
+    """
+    query = np.asarray(query).astype(np.float64)
+    key_pages, value_pages = np.asarray(key_pages), np.asarray(value_pages)
+    batch, num_q_heads, _ = query.shape
+    num_kv_heads, _, page_size, _ = key_pages.shape
+    group = num_q_heads // num_kv_heads
+    output, lse = np.zeros(query.shape), np.full((batch, num_q_heads), -np.inf)
+    for b in range(batch):
+        end = int(lengths[b])
+        start = 0 if starts is None else int(starts[b])
+        if sliding_window is not None:
+            start = max(start, end - int(sliding_window))
+        tokens = np.arange(max(start, 0), end)
+        pages = np.asarray(block_tables[b])[tokens // page_size]
+        for h in range(num_q_heads):
+            k = key_pages[h // group, pages, tokens % page_size].astype(np.float64)  # [T, D]
+            v = value_pages[h // group, pages, tokens % page_size].astype(np.float64)
+            logits = sm_scale * (k @ query[b, h])
+            if soft_cap is not None:
+                logits = soft_cap * np.tanh(logits / soft_cap)
+            every = logits if sinks is None else np.append(logits, float(sinks[h]))
+            if every.size == 0:
+                continue
+            top = every.max()
+            lse[b, h] = top + np.log(np.exp(every - top).sum())
+            output[b, h] = np.exp(logits - lse[b, h]) @ v
+    return output, lse

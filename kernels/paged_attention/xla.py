@@ -1,0 +1,115 @@
+"""Paged attention in plain XLA: what a shard on a CPU or GPU runs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from paged_dist._compat import vary_like
+from paged_dist.kernels.paged_attention.checks import (
+    DEFAULT_MASK_VALUE,
+    Problem,
+    check_options,
+    check_pools,
+)
+
+_CHUNK_TOKENS = 256  # gathered for a sequence at a time: bounds the f32 copy of K and V, keeps it cached
+_ROWS = 2  # sequences computed side by side; those of similar length go together
+
+
+def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer=None, *, sm_scale=1.0,
+                     soft_cap=None, sliding_window=None, mask_value=DEFAULT_MASK_VALUE):
+    """Attention of one query token a sequence over its live pages.
+
+    Sequences are sorted by the pages they must read and taken a few at a time; each group loops over chunks
+    of pages, as many as its longest member has inside its window, with the online softmax of Milakov and
+    Gimelshein (arXiv:1805.02867). Neither a layer nor a sequence is ever gathered whole, and a sequence's
+    result does not depend on its neighbours.
+
+    Args:
+      query: [B, Hq, D] bf16 or f32.
+      key_pages, value_pages: [L, Hkv, N, R, W] bf16 or f32; a page's P x D elements of a head as R rows of W
+        lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
+      lengths: [B] int32 live tokens, 0 allowed; more than the table holds counts as a full table.
+      block_tables: [B, S] int32; entries past a sequence's last page are never used.
+      layer: int32 scalar, may be traced; None is 0.
+      sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
+
+    Returns:
+      (output [B, Hq, D] in the query's dtype, lse [B, Hq] f32, natural log); 0 and -inf where empty.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit.
+    """
+    query, key_pages, value_pages, lengths, block_tables = map(
+        jnp.asarray, (query, key_pages, value_pages, lengths, block_tables))
+    problem = check_pools(query, key_pages, value_pages, lengths, block_tables)
+    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
+    p, batch = problem, problem.batch
+    layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+
+    # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
+    pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
+    lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
+    starts = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read
+
+    rows = min(_ROWS, batch)
+    groups = -(-batch // rows)
+    order = jnp.argsort(pages) if groups > 1 else jnp.arange(batch)
+    padded = jnp.pad(order, (0, groups * rows - batch), constant_values=-1).reshape(groups, rows)
+
+    def attend(members):  # [rows], -1 where the group is short of a sequence
+        member = jnp.maximum(members, 0)
+        length = jnp.where(members < 0, 0, lengths[member])
+        q = query[member].reshape(rows, p.num_kv_heads, p.group, p.head_dim)
+        return _attend_rows(p, q, pools, layer, length, jnp.minimum(starts[member], length),
+                            block_tables[member], sm_scale=sm_scale, soft_cap=soft_cap, mask_value=mask_value)
+
+    output, lse = lax.map(attend, padded)
+    place = jnp.argsort(order)  # where each sequence was computed
+    output = output.reshape(-1, p.num_q_heads, p.head_dim)[place].astype(query.dtype)
+    return output, lse.reshape(-1, p.num_q_heads)[place]
+
+
+def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_scale, soft_cap, mask_value):
+    """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of queries q [M, Hkv, G, D] over [starts, lengths)."""
+    m_rows = q.shape[0]
+    chunk = max(1, min(p.pages_per_sequence, _CHUNK_TOKENS // p.page_size))  # C pages
+    first = starts // p.page_size  # [M]
+    chunks = (lengths + p.page_size - 1) // p.page_size - first
+    heads = (layer * p.num_kv_heads + jnp.arange(p.num_kv_heads, dtype=jnp.int32)) * p.num_pages  # [Hkv]
+    q = q.astype(jnp.float32)
+    exact = lax.Precision.HIGHEST if p.cache_dtype == "float32" else None
+
+    def step(i, carry):
+        m, l, acc = carry  # [M, Hkv, G, 1] twice, [M, Hkv, G, D]
+        page = first[:, None] + i * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, C]
+        ids = jnp.take_along_axis(tables, jnp.minimum(page, p.pages_per_sequence - 1), axis=1)
+        ids = heads[None, :, None] + jnp.clip(ids, 0, p.num_pages - 1)[:, None, :]  # [M, Hkv, C]
+        k, v = (pool.at[ids].get(mode="promise_in_bounds")
+                .reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim).astype(jnp.float32)
+                for pool in pools)
+        token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
+        token = token.reshape(m_rows, -1)  # [M, T]
+        live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]
+
+        s = sm_scale * jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact)
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        s = jnp.where(live[:, :, None], s, mask_value)
+        m_next = jnp.maximum(m, s.max(axis=-1, keepdims=True))
+        weight = jnp.where(live[:, :, None], jnp.exp(s - m_next), 0.0)
+        keep = jnp.exp(m - m_next)
+        l = keep * l + weight.sum(axis=-1, keepdims=True)
+        # A dead row of V may hold NaN, and 0 x NaN is NaN.
+        v = jnp.where(live[..., None], v, 0.0)
+        return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)
+
+    stat = (*q.shape[:-1], 1)
+    start = jnp.full(stat, mask_value), jnp.zeros(stat), jnp.zeros(q.shape)
+    start = tuple(vary_like(x.astype(jnp.float32), q, *pools, lengths, starts, tables, layer) for x in start)
+    m, l, acc = lax.fori_loop(0, (jnp.max(chunks) + chunk - 1) // chunk, step, start)
+    empty = l == 0.0
+    output = acc / jnp.where(empty, 1.0, l)
+    return output, jnp.where(empty, -jnp.inf, m + jnp.log(l))[..., 0]

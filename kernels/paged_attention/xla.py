@@ -87,8 +87,7 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
         page = first[:, None] + i * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, C]
         ids = jnp.take_along_axis(tables, jnp.minimum(page, p.pages_per_sequence - 1), axis=1)
         ids = heads[None, :, None] + jnp.clip(ids, 0, p.num_pages - 1)[:, None, :]  # [M, Hkv, C]
-        k, v = (pool.at[ids].get(mode="promise_in_bounds")
-                .reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim).astype(jnp.float32)
+        k, v = (_gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim)
                 for pool in pools)
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
@@ -113,3 +112,17 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
     empty = l == 0.0
     output = acc / jnp.where(empty, 1.0, l)
     return output, jnp.where(empty, -jnp.inf, m + jnp.log(l))[..., 0]
+
+
+def _gather(pool, ids, step):
+    """Pages `ids` [...] of `pool` [pages, R, W] as f32 [..., R, W], in step `step` of a loop.
+
+    A bf16 is the upper half of the f32 it stands for, and its bits are gathered as integers: XLA's CPU back end
+    gathers bf16 by widening the pool to f32, the whole of it once that is lifted out of the loop. The barrier
+    ties the integers to the step, so that they are not lifted out (and copied) either.
+    """
+    if pool.dtype == jnp.float32:
+        return pool.at[ids].get(mode="promise_in_bounds")
+    pool, _ = lax.optimization_barrier((pool, step))
+    bits = lax.bitcast_convert_type(pool, jnp.uint16).at[ids].get(mode="promise_in_bounds")
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-Interpret = bool | pltpu.InterpretParams | None
+Interpret = bool | pltpu.InterpretParams | Literal["xla"] | None
 
 
 def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: Interpret):
@@ -16,10 +17,13 @@ def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: I
     Args:
       interpret: None follows the platform that the program is lowered for (not the host's default back end):
         the kernel on TPU, the XLA form elsewhere. False is the kernel, True or an InterpretParams its
-        simulation in TPU interpret mode, which cannot be a branch of `platform_dependent`.
+        simulation in TPU interpret mode, which cannot be a branch of `platform_dependent`. 'xla' is the XLA form
+        on every platform.
     """
     if interpret is None:
         return jax.lax.platform_dependent(*operands, tpu=lambda *x: kernel(*x, interpret=False), default=xla)
+    if interpret == "xla":
+        return xla(*operands)
     return kernel(*operands, interpret=pltpu.InterpretParams() if interpret is True else interpret)
 
 

@@ -40,3 +40,10 @@ def lowering_for(mesh: Mesh) -> contextlib.AbstractContextManager:
     if getattr(mesh.abstract_mesh, "abstract_device", None) is not None:
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     return contextlib.nullcontext()
+
+
+def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`x.reshape(shape)` of the two minor, unsharded axes; an Explicit mesh wants to be told that the rest stays."""
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
+    return jax.lax.reshape(x, tuple(shape), out_sharding=sharding if explicit else None)

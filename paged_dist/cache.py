@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from paged_dist._compat import reshape_minor
 from paged_dist._errors import not_yet, require
 from paged_dist.mesh import MeshAxes
 
@@ -54,12 +58,23 @@ class CacheSpec:
         object.__setattr__(self, "dtype", name)
         for field in ("num_kv_heads", "num_pages", "page_size", "head_dim"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
-        require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "must be None or at least 1")
-        require(self.head_dim == 64 or self.head_dim % LANES == 0, "head_dim", self.head_dim,
-                "must be 64 or a multiple of 128")
+        require(
+            self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "must be None or at least 1"
+        )
+        require(
+            self.head_dim == 64 or self.head_dim % LANES == 0,
+            "head_dim",
+            self.head_dim,
+            "must be 64 or a multiple of 128",
+        )
         rule = SUBLANES * self.tokens_per_row
-        require(self.page_size % rule == 0, "page_size", self.page_size,
-                f"must be a multiple of {rule} at head_dim {self.head_dim}", "128 is the default")
+        require(
+            self.page_size % rule == 0,
+            "page_size",
+            self.page_size,
+            f"must be a multiple of {rule} at head_dim {self.head_dim}",
+            "128 is the default",
+        )
 
     @property
     def tokens_per_row(self) -> int:
@@ -87,17 +102,165 @@ class CacheSpec:
         """Bytes of both pools over the whole pod."""
         return self.bytes_per_token * self.page_size * self.num_pages
 
-    def bytes_per_chip(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> int:  # noqa: B008
+    def bytes_per_chip(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> int:
         """Bytes of both pools on each device of `mesh`."""
         self.check_mesh(mesh, axes)
         return self.bytes_total // math.prod(axes.size(mesh, part) for part in ("data", "context", "model"))
 
-    def check_mesh(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> None:  # noqa: B008
+    def check_mesh(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> None:
         """Raises ValueError where heads or pages do not divide over `mesh`."""
         axes.check(mesh)
         model, data, context = (axes.size(mesh, part) for part in ("model", "data", "context"))
-        require(self.num_kv_heads % model == 0, "num_kv_heads", self.num_kv_heads,
-                f"must be a multiple of the mesh's model size {model}, for heads are never repeated",
-                "make_pod_mesh(num_kv_heads=..., model_parallelism=...) gives the surplus to context")
-        require(self.num_pages % (data * context) == 0, "num_pages", self.num_pages,
-                f"must be a multiple of the mesh's data x context size {data} x {context}")
+        require(
+            self.num_kv_heads % model == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"must be a multiple of the mesh's model size {model}, for heads are never repeated",
+            "make_pod_mesh(num_kv_heads=..., model_parallelism=...) gives the surplus to context",
+        )
+        require(
+            self.num_pages % (data * context) == 0,
+            "num_pages",
+            self.num_pages,
+            f"must be a multiple of the mesh's data x context size {data} x {context}",
+        )
+
+    def partition_spec(self, axes: MeshAxes = MeshAxes()) -> PartitionSpec:
+        """How a stored pool is split: heads over model, pages over (data, context), layers not at all."""
+        layers = () if self.num_layers is None else (None,)
+        return PartitionSpec(*layers, axes.names("model") or None, axes.pages or None, None, None)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["key_pages", "value_pages"], meta_fields=["spec", "mesh"]
+)
+@dataclasses.dataclass(frozen=True)
+class PagedKVCache:
+    """The key and value pools of a model, sharded over a mesh: a pytree of two arrays.
+
+    A page of one head is stored as rows of 128 lanes or more: [P, D] from head_dim 128 on, two tokens a row
+    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies.
+
+    Attributes:
+      key_pages, value_pages: [Hkv, N, rows, lanes] or [L, Hkv, N, rows, lanes], `spec.dtype`; inside a
+        `shard_map`, this shard's part of them.
+      spec: the CacheSpec of the whole cache.
+      mesh: where the cache was made; the ops run on it unless told otherwise. May be None.
+    """
+
+    key_pages: jax.Array
+    value_pages: jax.Array
+    spec: CacheSpec
+    mesh: Mesh | AbstractMesh | None = None
+
+    @classmethod
+    def create(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
+        """An empty cache (zeros), allocated shard by shard on the devices of `mesh`; no host copy is made.
+
+        Raises:
+          ValueError: heads or pages that do not divide over `mesh`.
+        """
+        if spec.page_size < 64:
+            warnings.warn(
+                f"CacheSpec(page_size={spec.page_size}): below 64 tokens a page the DMA engine, not HBM, sets "
+                "the pace on TPU; 128 is the default",
+                stacklevel=2,
+            )
+        shardings = cls.shardings(spec, mesh, axes=axes)
+        zeros = lambda: cls(*(jnp.zeros(spec.pool_shape, spec.dtype) for _ in range(2)), spec, mesh)
+        return jax.jit(zeros, out_shardings=shardings)()
+
+    @classmethod
+    def shardings(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
+        """The same pytree with a NamedSharding for each array, e.g. for `jax.jit(..., out_shardings=...)`."""
+        spec.check_mesh(mesh, axes)
+        sharding = NamedSharding(mesh, spec.partition_spec(axes))
+        return cls(sharding, sharding, spec, mesh)
+
+    @classmethod
+    def abstract(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
+        """The same pytree with a ShapeDtypeStruct for each array: for compiling ahead of time, also for absent chips."""
+        leaf = lambda sharding: jax.ShapeDtypeStruct(spec.pool_shape, spec.dtype, sharding=sharding)
+        return jax.tree.map(leaf, cls.shardings(spec, mesh, axes=axes))
+
+    def partition_specs(self, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
+        """The same pytree with a PartitionSpec for each array: the in_specs and out_specs of a caller's `shard_map`."""
+        p = self.spec.partition_spec(axes)
+        return dataclasses.replace(self, key_pages=p, value_pages=p)
+
+    @classmethod
+    def from_pages(
+        cls, key_pages: jax.Array, value_pages: jax.Array, *, mesh: Mesh | None = None, axes: MeshAxes = MeshAxes()
+    ) -> PagedKVCache:
+        """A cache from pages in the kernels' layout.
+
+        Args:
+          key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16 or f32.
+          mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
+            NamedSharding if they have one.
+
+        Raises:
+          ValueError: the two disagree, or a shape that CacheSpec refuses.
+        """
+        require(
+            key_pages.ndim in (4, 5), "key_pages.shape", key_pages.shape, "must be [Hkv, N, P, D] or [L, Hkv, N, P, D]"
+        )
+        require(
+            value_pages.shape == key_pages.shape,
+            "value_pages.shape",
+            value_pages.shape,
+            f"must equal key_pages.shape {key_pages.shape}",
+        )
+        require(
+            value_pages.dtype == key_pages.dtype,
+            "value_pages.dtype",
+            value_pages.dtype,
+            f"must equal key_pages.dtype {key_pages.dtype}",
+        )
+        *layers, heads, pages, page_size, head_dim = key_pages.shape
+        spec = CacheSpec(heads, head_dim, pages, page_size, str(key_pages.dtype), *layers)
+        key_pages, value_pages = (reshape_minor(x, spec.pool_shape) for x in (key_pages, value_pages))
+        if mesh is not None:
+            put = cls.shardings(spec, mesh, axes=axes)
+            key_pages, value_pages = jax.device_put((key_pages, value_pages), (put.key_pages, put.value_pages))
+        else:
+            sharding = getattr(key_pages, "sharding", None) if not isinstance(key_pages, jax.core.Tracer) else None
+            mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        return cls(key_pages, value_pages, spec, mesh)
+
+    def to_pages(self) -> tuple[jax.Array, jax.Array]:
+        """(key_pages, value_pages) in the kernels' layout [Hkv, N, P, D] or [L, Hkv, N, P, D].
+
+        No copy from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
+        """
+        pages = lambda x: reshape_minor(x, (*x.shape[:-2], self.spec.page_size, self.spec.head_dim))
+        return pages(self.key_pages), pages(self.value_pages)
+
+    def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer.
+
+        Raises:
+          ValueError: `layer` missing for a stacked cache, given for a lone one, or out of range.
+        """
+        layers = self.spec.num_layers
+        if layers is None:
+            require(
+                layer is None, "layer", layer, "must be None: the cache has no layer axis", "CacheSpec(num_layers=...)"
+            )
+            return self.key_pages[None], self.value_pages[None], jnp.int32(0)
+        require(
+            layer is not None,
+            "layer",
+            layer,
+            f"must be an int32 scalar in [0, {layers}): the cache stacks {layers} layers",
+        )
+        if isinstance(layer, int | np.integer):
+            require(0 <= layer < layers, "layer", int(layer), f"must be in [0, {layers})")
+        require(jnp.ndim(layer) == 0, "layer.shape", jnp.shape(layer), "must be a scalar")
+        return self.key_pages, self.value_pages, jnp.asarray(layer, jnp.int32)
+
+    def with_pools(self, key_pages: jax.Array, value_pages: jax.Array) -> PagedKVCache:
+        """The cache with new contents, given as `stacked` gave them."""
+        if self.spec.num_layers is None:
+            key_pages, value_pages = key_pages[0], value_pages[0]
+        return dataclasses.replace(self, key_pages=key_pages, value_pages=value_pages)

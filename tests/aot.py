@@ -15,7 +15,9 @@ from paged_dist.topology import has_libtpu, topology_devices
 # One single-chip topology for each generation.
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
-needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
+needs_libtpu = pytest.mark.skipif(
+    not has_libtpu(), reason="libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'"
+)
 
 
 def one_chip_mesh(chip: str) -> Mesh:
@@ -26,8 +28,14 @@ def one_chip_mesh(chip: str) -> Mesh:
 def compile_on(mesh: Mesh, fn, *args, **jit_options):
     """The compiled `jit(fn)` for `mesh`; a ShapeDtypeStruct without a sharding is taken as replicated on it."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda a: a if getattr(a, "sharding", None) is not None
-                        else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), args)
+    args = jax.tree.map(
+        lambda a: (
+            a
+            if getattr(a, "sharding", None) is not None
+            else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated)
+        ),
+        args,
+    )
     with lowering_for(mesh):
         return jax.jit(fn, **jit_options).lower(*args).compile()
 

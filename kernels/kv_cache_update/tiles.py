@@ -1,0 +1,146 @@
+"""Where new tokens go: aligned tiles of stored rows, planned in XLA from starts, ends and page tables.
+
+A DMA cannot write one token's row into a page (rows are packed into (8, 128) tiles in HBM), so a write reads an
+aligned tile, blends the new tokens in and writes it back. The plan lists the tiles; tiles that nothing lands in
+have `first == last`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+SUBLANES = 8  # rows of the smallest tile that a DMA can address
+LANES = 128
+VMEM_BUDGET = 8 * 2**20  # bytes for a launch's buffers: half of the smallest chip's default scope
+ITEMS_PER_STEP = 32  # tiles whose DMAs are in flight together: enough to hide 600 ns of latency at 1.6 TB/s
+
+
+class PoolShape(NamedTuple):
+    """A stored pool [L, Hkv, N, rows, lanes] and the head_dim of its tokens."""
+
+    layers: int
+    kv_heads: int
+    pages: int
+    rows: int  # R: rows a page
+    lanes: int  # W: tokens_per_row * head_dim
+    head_dim: int
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.lanes // self.head_dim
+
+    @property
+    def page_size(self) -> int:
+        return self.rows * self.tokens_per_row
+
+
+def pool_shape(pool: jax.Array, head_dim: int) -> PoolShape:
+    """The PoolShape of a stored pool [L, Hkv, N, rows, lanes]."""
+    return PoolShape(*pool.shape, head_dim)
+
+
+class Tiles(NamedTuple):
+    """M = B * tiles_per_sequence tiles, sequence-major, and the tokens for them."""
+
+    page: jax.Array  # [M] int32, in [0, N)
+    row: jax.Array  # [M] int32, first stored row inside the page, a multiple of tile_rows
+    first: jax.Array  # [M] int32, first token written, counted from the tile's start
+    last: jax.Array  # [M] int32, one past the last token written; == first where nothing is written
+    key: jax.Array  # [M, Hkv, tile_rows, W], or [M, Hkv, 1, W]: one token for the whole tile
+    value: jax.Array
+
+    def blend_mask(self, tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
+        """[M, 1, tile_rows, W] bool: which stored elements are replaced."""
+        token = token_in_tile(tile_rows, tokens_per_row, lanes)
+        at = lambda x: x[:, None, None, None]
+        return (token >= at(self.first)) & (token < at(self.last))
+
+
+def token_in_tile(tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
+    """[tile_rows, lanes] int32: which token of the tile each stored element belongs to."""
+    row = lax.broadcasted_iota(jnp.int32, (tile_rows, lanes), 0)
+    if tokens_per_row == 1:
+        return row
+    return row * tokens_per_row + lax.broadcasted_iota(jnp.int32, (tile_rows, lanes), 1) // (lanes // tokens_per_row)
+
+
+def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
+    """Rows of a tile: the smallest that a DMA takes for a few tokens, up to a page for a prompt.
+
+    A prompt's tile is the largest 8 * 2^k rows that divide a page and leave the launch within VMEM_BUDGET, so
+    that most tiles are written whole and never read.
+    """
+    rows = math.gcd(pool.rows, SUBLANES)
+    if new_tokens <= 2 * rows * pool.tokens_per_row:
+        return rows
+    while rows * 2 <= pool.rows and pool.rows % (rows * 2) == 0 and tile_bytes(pool, rows * 2, itemsize) <= VMEM_BUDGET:
+        rows *= 2
+    return rows
+
+
+def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:
+    """VMEM that one tile in flight takes: K and V, each a buffer and the new rows, those double-buffered."""
+    return 2 * 3 * pool.kv_heads * tile_rows * pool.lanes * itemsize
+
+
+def plan_tiles(
+    key: jax.Array,
+    value: jax.Array,
+    starts: jax.Array,
+    ends: jax.Array,
+    block_tables: jax.Array,
+    pool: PoolShape,
+    tile_rows: int,
+) -> Tiles:
+    """The tiles that tokens [starts, ends) of each sequence fall in, and their contents aligned to them.
+
+    Args:
+      key, value: [B, T, Hkv, D], in the pool's dtype; row t becomes token starts[b] + t where that is < ends[b].
+      starts, ends: [B] int32; a negative start writes nothing.
+      block_tables: [B, S] int32; tokens past S pages and pages with ids outside [0, N) are not written.
+      pool: the stored pool.
+      tile_rows: rows of a tile, a divisor of `pool.rows`.
+    """
+    batch, new_tokens, kv_heads, _ = key.shape
+    tile = tile_rows * pool.tokens_per_row
+    count = 1 if new_tokens == 1 else (new_tokens + tile - 2) // tile + 1  # the start may lie anywhere in a tile
+    live = starts >= 0
+    origin = jnp.where(live, starts, 0) // tile * tile  # [B] first token of the first tile
+    tile_start = origin[:, None] + tile * jnp.arange(count, dtype=jnp.int32)  # [B, count]
+    end = jnp.where(live, jnp.minimum(ends, starts + new_tokens), 0)
+
+    slot = tile_start // pool.page_size
+    width = block_tables.shape[1]
+    if count <= 3:  # a fused compare and sum; XLA's gather on TPU is a launch of its own
+        hit = slot[:, :, None] == jnp.arange(width, dtype=jnp.int32)
+        page = jnp.sum(jnp.where(hit, block_tables[:, None], 0), axis=-1)
+    else:
+        page = jnp.take_along_axis(block_tables, jnp.clip(slot, 0, width - 1), axis=1)
+    owned = (slot < width) & (page >= 0) & (page < pool.pages)
+    first = jnp.clip(starts[:, None] - tile_start, 0, tile)
+    last = jnp.where(owned, jnp.clip(end[:, None] - tile_start, first, tile), first)
+
+    def align(new: jax.Array) -> jax.Array:
+        new = jnp.swapaxes(new, 1, 2)  # [B, Hkv, T, D]
+        if new_tokens == 1:
+            return jnp.tile(new, (1, 1, 1, pool.tokens_per_row))  # [B, Hkv, 1, W]: the mask picks its row and lanes
+        # Token j of the aligned rows is new token j - (starts - origin); what that leaves undefined is masked.
+        source = jnp.arange(count * tile, dtype=jnp.int32)[None] - (starts - origin)[:, None]
+        rows = jnp.take_along_axis(new, jnp.clip(source, 0, new_tokens - 1)[:, None, :, None], axis=2)
+        rows = rows.reshape(batch, kv_heads, count, tile_rows, pool.lanes)
+        return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile_rows, pool.lanes)
+
+    flat = lambda x: x.reshape(-1).astype(jnp.int32)
+    return Tiles(
+        page=flat(jnp.clip(page, 0, pool.pages - 1)),
+        row=flat(tile_start % pool.page_size // pool.tokens_per_row),
+        first=flat(first),
+        last=flat(last),
+        key=align(key),
+        value=align(value),
+    )

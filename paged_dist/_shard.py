@@ -1,0 +1,98 @@
+"""What the sharded ops share: the mesh they run on, the shardings of their arguments, this shard's page ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paged_dist._compat import has_explicit_axes
+from paged_dist._errors import bad_value, not_yet, require
+from paged_dist.cache import PagedKVCache
+from paged_dist.kernels._dispatch import Interpret
+from paged_dist.mesh import MeshAxes
+
+Implementation = str | pltpu.InterpretParams | None
+_INTERPRET = {None: None, "pallas": False, "pallas_interpret": True, "xla": "xla"}
+
+
+def interpret_of(implementation: Implementation) -> Interpret:
+    """The kernels' `interpret` for a sharded op's `implementation`; InterpretParams pass through (race detection).
+
+    Raises:
+      ValueError: no such implementation.
+    """
+    if isinstance(implementation, pltpu.InterpretParams):
+        return implementation
+    require(implementation in _INTERPRET, "implementation", implementation, f"must be one of {tuple(_INTERPRET)}")
+    return _INTERPRET[implementation]
+
+
+def is_simulated(implementation: Implementation) -> bool:
+    """Whether the kernel runs in TPU interpret mode, whose callbacks `check_vma` cannot type."""
+    return implementation == "pallas_interpret" or isinstance(implementation, pltpu.InterpretParams)
+
+
+def op_mesh(cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Mesh | AbstractMesh:
+    """The mesh of a sharded op: the argument, else the cache's, else the one in scope; checked against the cache."""
+    mesh = mesh if mesh is not None else cache.mesh
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise bad_value(
+                "mesh", None, "the cache knows no mesh and none is in scope", "pass mesh=, or enter jax.set_mesh(mesh)"
+            )
+    cache.spec.check_mesh(mesh, axes)
+    if axes.size(mesh, "context") > 1:
+        raise not_yet(f"a context axis of size {axes.size(mesh, 'context')}", "use a mesh with context=1")
+    return mesh
+
+
+def check_batch(batch: int, mesh: Mesh | AbstractMesh, axes: MeshAxes, argument: str) -> None:
+    """Raises ValueError where `batch` rows do not divide over the data axis."""
+    data = axes.size(mesh, "data")
+    require(
+        batch % data == 0,
+        argument,
+        batch,
+        f"rows must be a multiple of the mesh's data size {data}",
+        "pad the batch with empty rows (length 0): they cost nothing",
+    )
+
+
+def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs, *args, check_vma: bool = True):
+    """`shard_map(local)(*args)` on `mesh`. Arguments in another sharding are resharded, under Explicit axes too."""
+    if has_explicit_axes(mesh):
+        args = tuple(_reshard(mesh, specs, x) for specs, x in zip(in_specs, args, strict=True))
+    return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=check_vma)(*args)
+
+
+def _reshard(mesh: Mesh | AbstractMesh, specs, tree):
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+
+    def keep(names):  # an Auto axis of the same mesh cannot be named here; shard_map itself sees to it
+        names = (names,) if isinstance(names, str) else names or ()
+        return tuple(n for n in names if n in explicit) or None
+
+    put = lambda spec, x: jax.sharding.reshard(x, NamedSharding(mesh, P(*map(keep, spec))))
+    return jax.tree.map(put, specs, tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def check_context_is_one(axes: MeshAxes) -> None:
+    """Inside a `shard_map`: raises NotImplementedError where the pages of one sequence are split."""
+    size = jax.lax.axis_size(axes.names("context")) if axes.names("context") else 1
+    if size > 1:
+        raise not_yet(f"a context axis of size {size}", "use a mesh with context=1")
+
+
+def local_page_ids(block_tables: jax.Array, pages: int, axes: MeshAxes) -> jax.Array:
+    """Inside a `shard_map`: global page ids made local to this shard, which owns ids [r * pages, (r + 1) * pages).
+
+    Ids of other shards come out negative or past the pool; so do unused entries.
+    """
+    if not axes.pages:
+        return block_tables
+    return block_tables - jax.lax.axis_index(axes.pages).astype(block_tables.dtype) * pages

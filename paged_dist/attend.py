@@ -1,0 +1,249 @@
+"""Attend: each shard runs paged attention over its own heads and pages."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from paged_dist._errors import require
+from paged_dist._shard import (
+    Implementation,
+    check_batch,
+    check_context_is_one,
+    interpret_of,
+    is_simulated,
+    local_page_ids,
+    op_mesh,
+    run_sharded,
+)
+from paged_dist.cache import PagedKVCache
+from paged_dist.kernels._dispatch import dispatch
+from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
+from paged_dist.kernels.paged_attention.xla import attend_pages_xla
+from paged_dist.mesh import MeshAxes
+
+
+def sharded_paged_attention(
+    query: jax.Array,
+    cache: PagedKVCache,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    sm_scale: float = 1.0,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    axes: MeshAxes = MeshAxes(),
+    implementation: Implementation = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Decode attention of one new token a sequence over a sharded paged KV cache.
+
+    out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over the live tokens t of sequence
+    b. Each shard computes its own sequences and heads from its own pages, so the compiled program has no
+    collective; the pools are only read. The method is paged attention (Kwon et al., SOSP 2023) with the online
+    softmax of FlashAttention (Dao et al., 2022).
+
+    Args:
+      query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None).
+      cache: a PagedKVCache of Hkv heads.
+      lengths: [B] int32, live tokens of each sequence, the new one included; 0 for an idle row. P(data).
+      block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
+        anything. Row b's pages are those of its data shard b // (B / data). P(data, None).
+      layer: int32 scalar, traced or not, for a cache with stacked layers; the kernel's DMA takes it.
+      sm_scale: factor on q . k (1.0, as in JAX's paged attention: scale the query or pass 1 / sqrt(D)).
+      soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
+      sliding_window: attend to the last `sliding_window` tokens only; pages wholly before them are not read.
+      sinks: [Hq] f32 logits, each added to its head's softmax denominator. P(model).
+      return_lse: also return the natural log of the softmax denominator, sinks included.
+      mesh: None: the cache's mesh, else the one in scope.
+      axes: which mesh axes split sequences, one sequence's pages, and heads.
+      implementation: None: the Pallas kernel where the program is lowered for TPU, XLA operations elsewhere;
+        'pallas', 'pallas_interpret' (TPU interpret mode, slow) or 'xla'.
+
+    Returns:
+      The output [B, Hq, D] in query's dtype, P(data, model, None); with `return_lse`, also lse [B, Hq] f32,
+      P(data, model). An empty sequence gives output 0 and lse -inf (with sinks: the sink).
+
+    Raises:
+      ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
+      NotImplementedError: a context axis larger than 1.
+    """
+    mesh = op_mesh(cache, mesh, axes)
+    _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation)
+    check_batch(query.shape[0], mesh, axes, "query.shape[0]")
+    run = functools.partial(
+        _sharded,
+        sm_scale=sm_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        return_lse=return_lse,
+        mesh=mesh,
+        axes=axes,
+        implementation=implementation,
+    )
+    return run(query, cache, lengths, block_tables, layer, sinks)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("sm_scale", "soft_cap", "sliding_window", "return_lse", "mesh", "axes", "implementation")
+)
+def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, **options):
+    data, model = axes.names("data") or None, axes.names("model") or None
+    local = functools.partial(_local, axes=axes, **options)
+    in_specs = (
+        P(data, model, None),
+        cache.partition_specs(axes),
+        P(data),
+        P(data, None),
+        None if layer is None else P(),
+        None if sinks is None else P(model),
+    )
+    out_specs = P(data, model, None)
+    if options["return_lse"]:
+        out_specs = (out_specs, P(data, model))
+    return run_sharded(
+        local,
+        mesh,
+        in_specs,
+        out_specs,
+        query,
+        cache,
+        lengths,
+        block_tables,
+        layer,
+        sinks,
+        check_vma=not is_simulated(options["implementation"]),
+    )
+
+
+def paged_attention_local(
+    query: jax.Array,
+    cache: PagedKVCache,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    sm_scale: float = 1.0,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    axes: MeshAxes = MeshAxes(),
+    implementation: Implementation = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`sharded_paged_attention` inside a caller's `shard_map` (with `check_vma=True` too): this shard's part.
+
+    Args:
+      query: [B / data, Hq / model, D], this shard's sequences and heads.
+      cache: this shard's pools; pass the cache through the `shard_map` with `cache.partition_specs(axes)`.
+      lengths: [B / data] int32.
+      block_tables: [B / data, pages_per_sequence] int32 page ids, global as outside: this shard's offset is
+        subtracted here.
+      sinks: [Hq / model] f32.
+      Everything else as in `sharded_paged_attention`.
+
+    Returns:
+      [B / data, Hq / model, D], and lse [B / data, Hq / model] with `return_lse`.
+
+    Raises:
+      ValueError, NotImplementedError: as `sharded_paged_attention`.
+    """
+    _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation)
+    return _local(
+        query,
+        cache,
+        lengths,
+        block_tables,
+        layer,
+        sinks,
+        sm_scale=sm_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        return_lse=return_lse,
+        axes=axes,
+        implementation=implementation,
+    )
+
+
+def _local(
+    query,
+    cache,
+    lengths,
+    block_tables,
+    layer,
+    sinks,
+    *,
+    sm_scale,
+    soft_cap,
+    sliding_window,
+    return_lse,
+    axes,
+    implementation,
+):
+    check_context_is_one(axes)
+    key_pages, value_pages, layer = cache.stacked(layer)
+    tables = local_page_ids(block_tables, key_pages.shape[2], axes)
+    operands = (query, key_pages, value_pages, lengths, tables, layer)
+    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    with jax.named_scope("attend"):
+        output, lse = dispatch(
+            functools.partial(attend_pages_pallas, **options),
+            functools.partial(attend_pages_xla, **options),
+            *operands,
+            interpret=interpret_of(implementation),
+        )
+        if sinks is not None:
+            output, lse = add_sinks(output, lse, sinks)
+    return (output, lse) if return_lse else output
+
+
+def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds the logits `sinks` [Hq] to the softmax denominators of output [B, Hq, D] and lse [B, Hq].
+
+    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink); an empty sequence (lse -inf) stays 0.
+    """
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
+    share = jax.nn.sigmoid(lse - sinks)
+    return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, sinks)
+
+
+def _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation) -> None:
+    """The checks that hold for whole arrays and for one shard's alike."""
+    spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
+    interpret_of(implementation)
+    require(query.ndim == 3, "query.shape", query.shape, "must be [B, Hq, D]")
+    batch, heads, head_dim = query.shape
+    require(query.dtype in (jnp.bfloat16, jnp.float32), "query.dtype", str(query.dtype), "must be bfloat16 or float32")
+    require(head_dim == spec.head_dim, "query.shape", query.shape, f"head_dim must be the cache's {spec.head_dim}")
+    require(
+        heads % kv_heads == 0,
+        "query.shape",
+        query.shape,
+        f"query heads must be a multiple of the cache's {kv_heads} kv heads",
+    )
+    require(lengths.shape == (batch,), "lengths.shape", lengths.shape, f"must be ({batch},), one for each row of query")
+    require(
+        block_tables.ndim == 2 and block_tables.shape[0] == batch,
+        "block_tables.shape",
+        block_tables.shape,
+        f"must be [{batch}, pages_per_sequence], one row for each of query's",
+    )
+    for name, array in (("lengths", lengths), ("block_tables", block_tables)):
+        require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
+    require(
+        sinks is None or sinks.shape == (heads,),
+        "sinks.shape",
+        None if sinks is None else sinks.shape,
+        f"must be ({heads},)",
+    )
+    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "must be None or positive")
+    require(
+        sliding_window is None or sliding_window >= 1, "sliding_window", sliding_window, "must be None or at least 1"
+    )

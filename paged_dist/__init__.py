@@ -8,6 +8,7 @@ if (_tree / "kernels" / "paged_attention").is_dir() and (_tree / "pyproject.toml
     # run from the tree's root finds this folder before any installed finder that knows where they are.
     __path__.append(str(_tree))
 
+from paged_dist.attend import paged_attention_local, sharded_paged_attention  # noqa: E402
 from paged_dist.cache import CacheSpec, PagedKVCache  # noqa: E402
 from paged_dist.mesh import MeshAxes  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
@@ -18,6 +19,8 @@ __all__ = [
     "PagedKVCache",
     "append_kv",
     "append_kv_local",
+    "paged_attention_local",
+    "sharded_paged_attention",
     "write_prefill_kv",
     "write_prefill_kv_local",
 ]

@@ -1,0 +1,335 @@
+"""PageAllocator: against a naive model over many random calls, and each rule by itself."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from paged_dist.allocator import OutOfPages, PageAllocator
+from paged_dist.cache import CacheSpec
+from paged_dist.mesh import MeshAxes
+
+
+def mesh_of(data=2, context=1, model=1):
+    return AbstractMesh((data, context, model), ("data", "context", "model"))
+
+
+def allocator(data=2, rows=4, columns=4, pages=16, page_size=8):
+    return PageAllocator(CacheSpec(1, 128, pages, page_size), mesh_of(data), rows, columns)
+
+
+class Naive:
+    """The same contract in the plainest terms: each call looks at every row."""
+
+    def __init__(self, data, rows, columns, pages, page_size):
+        self.data, self.rows, self.columns, self.page_size = data, rows, columns, page_size
+        self.n = pages // data
+        self.length = {}  # held rows only
+        self.ids = {}
+
+    def free_ids(self, shard):
+        taken = {i for ids in self.ids.values() for i in ids}
+        return [i for i in range(shard * self.n, (shard + 1) * self.n) if i not in taken]
+
+    def resize(self, row, tokens):
+        """Returns 'value' or 'pages' where it refuses; a new length of None frees the row."""
+        if tokens is None:
+            del self.length[row], self.ids[row]
+            return None
+        if not 0 <= tokens <= self.columns * self.page_size:
+            return "value"
+        count = -(-tokens // self.page_size)
+        ids = self.ids.get(row, [])
+        free = self.free_ids(row // (self.rows // self.data))
+        if count - len(ids) > len(free):
+            return "pages"
+        self.ids[row] = ids[:count] + free[:max(0, count - len(ids))]
+        self.length[row] = tokens
+        return None
+
+    def place(self, tokens):
+        if not 0 <= tokens <= self.columns * self.page_size:
+            return "value"
+        per = self.rows // self.data
+        choices = [(-len(self.free_ids(r // per)), r) for r in range(self.rows) if r not in self.length]
+        if not choices or -min(choices)[0] < -(-tokens // self.page_size):
+            return "pages"
+        return min(choices)[1]
+
+    def apply(self, call, row, tokens):
+        if call == "place":
+            return self.place(tokens)
+        if not 0 <= row < self.rows or (row in self.length) == (call == "allocate"):
+            return "value"
+        if call == "free":
+            return self.resize(row, None)
+        if tokens < 0 or (call == "truncate" and tokens > self.length[row]):
+            return "value"
+        return self.resize(row, tokens + (self.length[row] if call == "grow" else 0))
+
+    def lengths(self):
+        return np.array([self.length.get(r, 0) for r in range(self.rows)], np.int32)
+
+    def tables(self):
+        out = np.full((self.rows, self.columns), -1, np.int32)
+        for r, ids in self.ids.items():
+            out[r, :len(ids)] = ids
+        return out
+
+
+GEOMETRIES = [{"data": 1, "rows": 3, "columns": 5, "pages": 11, "page_size": 8},
+              {"data": 2, "rows": 8, "columns": 4, "pages": 14, "page_size": 8},
+              {"data": 4, "rows": 8, "columns": 6, "pages": 32, "page_size": 16}]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"{g['data']}shards")
+@pytest.mark.parametrize("seed", range(2))
+def test_17000_random_calls_give_what_the_naive_model_gives(geometry, seed):
+    """6 runs of 17,000 calls. No page twice, none lost, each in its shard's range; a refused call changes
+    nothing; no snapshot ever handed out changes."""
+    rng = random.Random(seed)
+    real, naive = allocator(**geometry), Naive(**geometry)
+    rows, capacity = geometry["rows"], geometry["columns"] * geometry["page_size"]
+    n = geometry["pages"] // geometry["data"]
+    kept = []  # (snapshot, what it said)
+    refused = {"value": 0, "pages": 0}
+    for step in range(17_000):
+        call = rng.choices(["allocate", "grow", "truncate", "free", "place"], [4, 8, 3, 2, 2])[0]
+        row = rng.randrange(-1, rows + 1) if rng.random() < 0.02 else rng.randrange(rows)
+        tokens = rng.choice([-1, 0, 1, 1, geometry["page_size"], rng.randrange(capacity + 2)])
+        before = (real.lengths, real.block_tables)
+        expected = naive.apply(call, row, tokens)
+        try:
+            arguments = {"place": (tokens,), "free": (row,)}.get(call, (row, tokens))
+            got = getattr(real, call)(*arguments)
+        except ValueError:
+            got = "value"
+        except OutOfPages as e:
+            got = "pages"
+            assert e.asked > e.free or e.free == 0
+        assert got == expected, (step, call, row, tokens)
+        if got in refused:
+            refused[got] += 1
+            assert real.lengths is before[0] and real.block_tables is before[1]
+        lengths, tables = naive.lengths(), naive.tables()
+        np.testing.assert_array_equal(real.lengths, lengths)
+        np.testing.assert_array_equal(real.block_tables, tables)
+        ids = tables[tables >= 0]
+        assert len(set(ids.tolist())) == ids.size and real.used_pages == ids.size
+        assert real.used_pages + real.free_pages() == geometry["pages"]
+        owners = np.arange(rows)[:, None] // (rows // geometry["data"])
+        assert ((tables < 0) | (tables // n == owners)).all()
+        if step % 500 == 0:
+            kept.append((real.lengths, lengths, real.block_tables, tables))
+    for snapshot, said, table, table_said in kept:
+        np.testing.assert_array_equal(snapshot, said)
+        np.testing.assert_array_equal(table, table_said)
+    assert min(refused.values()) > 100
+    for row in range(rows):
+        if real.is_held(row):
+            real.free(row)
+    assert real.used_pages == 0
+    assert real.digest() == allocator(**geometry).digest()
+
+
+def test_ids_come_lowest_first_from_the_rows_own_shard():
+    a = allocator()
+    a.allocate(0, 17)
+    a.allocate(2, 8)
+    a.allocate(1, 1)
+    a.free(0)
+    a.allocate(0, 32)
+    np.testing.assert_array_equal(a.block_tables, [[0, 1, 2, 4], [3, -1, -1, -1], [8, -1, -1, -1], [-1] * 4])
+    np.testing.assert_array_equal(a.lengths, [32, 1, 8, 0])
+
+
+def test_snapshots_are_read_only_and_kept_until_a_change():
+    a = allocator()
+    a.allocate(0, 7)
+    lengths, tables = a.lengths, a.block_tables
+    assert lengths.dtype == tables.dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        lengths[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        tables[0, 0] = 1
+    a.grow(0)  # token 8 fits the page: the table is as it was
+    assert a.block_tables is tables and a.lengths is not lengths
+    assert lengths[0] == 7 and a.lengths[0] == 8
+    a.grow(0)
+    assert a.block_tables is not tables and tables[0, 1] == -1 and a.block_tables[0, 1] == 1
+
+
+def test_truncate_frees_whole_pages_only_and_keeps_an_empty_row_held():
+    a = allocator()
+    a.allocate(0, 32)
+    a.truncate(0, 9)
+    assert a.used_pages == 2
+    a.truncate(0, 8)
+    assert a.used_pages == 1
+    a.truncate(0, 0)
+    assert a.used_pages == 0 and a.is_held(0)
+    with pytest.raises(ValueError, match="is held"):
+        a.allocate(0, 1)
+    a.free(0)
+    assert not a.is_held(0)
+
+
+def test_place_prefers_the_emptiest_shard_then_the_lowest_row_and_takes_nothing():
+    a = allocator()
+    assert a.place(32) == 0 == a.place(32)
+    a.allocate(0, 1)
+    assert a.place(1) == 2
+    a.allocate(2, 24)
+    assert a.place(1) == 1
+    a.allocate(1, 32)
+    assert a.place(1) == 3
+    a.allocate(3, 8)
+    with pytest.raises(OutOfPages, match="no free row") as e:
+        a.place(0)
+    assert (e.value.asked, e.value.free, e.value.shard) == (0, 0, None)
+
+
+def test_place_says_when_no_shard_will_ever_have_the_pages():
+    a = allocator(columns=12)
+    with pytest.raises(OutOfPages, match="none ever will: a shard owns 8") as e:
+        a.place(9 * 8)
+    assert (e.value.asked, e.value.free, e.value.shard) == (9, 8, None)
+
+
+def test_out_of_pages_says_what_was_asked_and_what_is_free_where():
+    a = allocator(columns=6)
+    a.allocate(2, 48)
+    a.allocate(3, 8)
+    with pytest.raises(OutOfPages, match="row 3 on data shard 1: 2 more pages needed, 1 of its 8 are free") as e:
+        a.grow(3, 9)
+    assert (e.value.asked, e.value.free, e.value.shard) == (2, 1, 1)
+
+
+def test_out_of_pages_survives_pickling():
+    e = pickle.loads(pickle.dumps(OutOfPages("text", asked=3, free=1, shard=2)))
+    assert (str(e), e.asked, e.free, e.shard) == ("text", 3, 1, 2)
+
+
+def test_grow_all_is_all_or_nothing():
+    a = allocator(rows=4, columns=8, pages=8)  # 4 pages a shard
+    for row, tokens in enumerate([8, 16, 8, 7]):
+        a.allocate(row, tokens)
+    digest = a.digest()
+    with pytest.raises(OutOfPages, match="the rows of data shard 0: 2 more pages needed, 1 of its 4") as e:
+        a.grow_all(range(4))
+    assert e.value.shard == 0 and a.digest() == digest
+    with pytest.raises(ValueError, match="twice"):
+        a.grow_all([2, 2])
+    with pytest.raises(ValueError, match="negative"):
+        a.grow_all([2], -1)
+    assert a.digest() == digest
+    b = allocator(rows=4, columns=8, pages=8)
+    for row, tokens in enumerate([8, 16, 8, 7]):
+        b.allocate(row, tokens)
+    a.grow_all([3, 2, 1])
+    for row in (3, 2, 1):
+        b.grow(row)
+    assert a.digest() == b.digest() != digest
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+
+
+BAD_CALLS = [
+    (lambda a: a.allocate(4, 1), r"row=4: must be between 0 and 3"),
+    (lambda a: a.allocate(-1, 1), r"row=-1: must be between 0 and 3"),
+    (lambda a: a.allocate(0, 1), r"row=0: is held by a sequence of 5 tokens"),
+    (lambda a: a.allocate(1, -1), r"num_tokens=-1: must be between 0 and 32"),
+    (lambda a: a.allocate(1, 33), r"num_tokens=33: must be between 0 and 32: pages_per_sequence 4 x"),
+    (lambda a: a.grow(1), r"row=1: is free"),
+    (lambda a: a.grow(0, -1), r"num_tokens=-1: must not be negative"),
+    (lambda a: a.grow(0, 28), r"num_tokens=28: must be between 0 and 32 with the 5 there already"),
+    (lambda a: a.truncate(0, 6), r"num_tokens=6: must be between 0 and the 5 tokens of row 0"),
+    (lambda a: a.truncate(0, -1), r"num_tokens=-1: must be between 0"),
+    (lambda a: a.truncate(1, 0), r"row=1: is free"),
+    (lambda a: a.free(1), r"row=1: is free"),
+    (lambda a: a.place(33), r"num_tokens=33"),
+    (lambda a: a.free_pages(2), r"shard=2: there are 2 data shards"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS, ids=[m[:18] for _, m in BAD_CALLS])
+def test_a_bad_call_names_the_argument_and_changes_nothing(call, message):
+    a = allocator()
+    a.allocate(0, 5)
+    digest = a.digest()
+    with pytest.raises(ValueError, match=message):
+        call(a)
+    assert a.digest() == digest
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rows": 3}, "num_sequences=3: must be a multiple of the mesh's data size 2"),
+    ({"rows": 0}, "num_sequences=0: must be at least 1"),
+    ({"columns": 0}, "pages_per_sequence=0"),
+    ({"pages": 15}, "num_pages=15: must be a multiple"),
+    ({"columns": 2**28}, "must fit in int32"),
+])
+def test_a_geometry_that_does_not_divide_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        allocator(**options)
+
+
+def test_what_is_not_there_yet_says_so():
+    with pytest.raises(NotImplementedError, match="context size 2"):
+        PageAllocator(CacheSpec(1, 128, 16), mesh_of(2, 2), 4, 4)
+    with pytest.raises(NotImplementedError, match="fork"):
+        allocator().fork(0, 1)
+
+
+def test_axes_of_other_names_are_taken():
+    mesh = AbstractMesh((2, 2, 3), ("replica", "fsdp", "tp"))
+    axes = MeshAxes(data=("replica", "fsdp"), context=None, model="tp")
+    a = PageAllocator(CacheSpec(3, 128, 16), mesh, 8, 4, axes=axes)
+    assert (a.num_shards, a.rows_per_shard, a.pages_per_shard) == (4, 2, 4)
+    assert a.shard_of(5) == 2
+
+
+DIGEST_CALLS = """
+from jax.sharding import AbstractMesh
+from paged_dist.allocator import PageAllocator
+from paged_dist.cache import CacheSpec
+a = PageAllocator(CacheSpec(1, 128, 16, 8), AbstractMesh((2, 1, 1), ("data", "context", "model")), 4, 4)
+a.allocate(0, 17); a.allocate(3, 9); a.grow(0, 9); a.truncate(3, 2); a.allocate(1, 4); a.free(0)
+print(a.digest())
+"""
+
+
+def test_digest_is_the_same_in_another_process_and_differs_after_any_differing_call():
+    """PYTHONHASHSEED differs between the processes: an order that came from a set would show."""
+    seen = {subprocess.run([sys.executable, "-c", DIGEST_CALLS], capture_output=True, text=True, timeout=60,
+                           check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"}
+    assert len(seen) == 1
+    digests = set()
+    for last in (lambda a: None, lambda a: a.allocate(1, 0), lambda a: a.allocate(1, 1),
+                 lambda a: a.allocate(2, 1), lambda a: a.grow(0), lambda a: a.truncate(0, 4),
+                 lambda a: a.truncate(0, 0), lambda a: a.free(0)):
+        a = allocator()
+        a.allocate(0, 5)
+        last(a)
+        digests.add(a.digest())
+    assert len(digests) == 8
+    assert allocator().digest() != allocator(columns=5).digest() != allocator(page_size=16).digest()
+
+
+def test_growing_256_rows_takes_well_under_a_millisecond_where_no_page_is_needed():
+    a = PageAllocator(CacheSpec(8, 128, 4096), mesh_of(4), 256, 64)
+    for row in range(256):
+        a.allocate(row, 1)
+    def one_step(step):
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    singly = min(one_step(lambda: [a.grow(row) for row in range(256)]) for _ in range(20))
+    together = min(one_step(lambda: a.grow_all(range(256))) for _ in range(20))
+    assert a.lengths[0] == 41 and a.used_pages == 256
+    assert singly < 1e-3 and together < 1e-3, (singly, together)

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from paged_dist._compat import has_explicit_axes
+from paged_dist._compat import has_explicit_axes, varying_axes
 from paged_dist._errors import bad_value, not_yet, require
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels._dispatch import Interpret
@@ -86,6 +86,15 @@ def check_context_is_one(axes: MeshAxes) -> None:
     size = jax.lax.axis_size(axes.names("context")) if axes.names("context") else 1
     if size > 1:
         raise not_yet(f"a context axis of size {size}", "use a mesh with context=1")
+
+
+def invariant_over_context(x: jax.Array, axes: MeshAxes) -> jax.Array:
+    """Inside a `shard_map`: `x`, typed as the same on every context shard, of which there is one.
+
+    The pools vary over context, so the type system wants a reduction; XLA drops it, its groups being single.
+    """
+    names = tuple(name for name in axes.names("context") if name in varying_axes(x))
+    return jax.lax.psum(x, names) if names else x
 
 
 def local_page_ids(block_tables: jax.Array, pages: int, axes: MeshAxes) -> jax.Array:

@@ -15,6 +15,7 @@ from paged_dist._shard import (
     check_batch,
     check_context_is_one,
     interpret_of,
+    invariant_over_context,
     is_simulated,
     local_page_ids,
     op_mesh,
@@ -204,6 +205,7 @@ def _local(
             *operands,
             interpret=interpret_of(implementation),
         )
+        output, lse = (invariant_over_context(x, axes) for x in (output, lse))
         if sinks is not None:
             output, lse = add_sinks(output, lse, sinks)
     return (output, lse) if return_lse else output

@@ -136,3 +136,78 @@ def _finite(value) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+MEGACORE_MODES = (None, "kv_head", "batch")
+NUM_CORES = 2  # of a megacore chip
+
+SMEM_BYTES = 1 << 20  # on every chip from v4 to v7x
+_SMEM_RESERVED = 16 << 10
+VMEM_BYTES = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
+_BLOCK_TOKENS = 1024  # the default block: long enough to hide a step's latency, short beside a long sequence
+_BLOCK_BYTES = 10 << 20  # VMEM the default block may take
+
+
+def check_megacore(problem: Problem, megacore_mode: str | None) -> None:
+    """Raises ValueError for an unknown mode, or heads or sequences that two cores cannot share evenly."""
+    require(megacore_mode in MEGACORE_MODES, "megacore_mode", megacore_mode, f"must be one of {MEGACORE_MODES}")
+    for mode, name, count in (("kv_head", "kv heads", problem.num_kv_heads), ("batch", "sequences", problem.batch)):
+        require(megacore_mode != mode or count % NUM_CORES == 0, "megacore_mode", megacore_mode,
+                f"needs an even number of {name}, not {count}", "None runs on one core")
+
+
+def smem_bytes(batch: int, pages_per_sequence: int) -> int:
+    """Scalar memory of one launch: lengths, flat table, layer and the two flags, each padded."""
+    return sum(_round_up(4 * n, 512) for n in (batch, batch * pages_per_sequence, 1, 1, 1))
+
+
+def check_smem(problem: Problem) -> None:
+    """Raises ValueError where lengths and table do not fit in scalar memory in one launch."""
+    need, there = smem_bytes(problem.batch, problem.pages_per_sequence), SMEM_BYTES - _SMEM_RESERVED
+    require(need <= there, "block_tables.shape", (problem.batch, problem.pages_per_sequence),
+            f"the table and context_lens need {need} bytes of SMEM, of which there are {there}",
+            "split the batch, or use larger pages")
+
+
+def rows_per_launch(problem: Problem, multiple: int) -> int:
+    """The most sequences, a multiple of `multiple`, whose part of the table fits in one launch; 0 if none do."""
+    rows = -(-problem.batch // multiple) * multiple
+    while rows and smem_bytes(rows, problem.pages_per_sequence) > SMEM_BYTES - _SMEM_RESERVED:
+        rows -= multiple
+    return rows
+
+
+def vmem_bytes(problem: Problem, pages_per_compute_block: int) -> int:
+    """Vector memory of one launch: double buffers of K, V and the grid's blocks, and a block's f32 values."""
+    p, size = problem, jnp.dtype(problem.cache_dtype).itemsize
+    rows = p.tokens_per_row * p.group
+    lanes = _round_up(p.width, LANES)
+    buffers = 4 * pages_per_compute_block * _round_up(p.rows, SUBLANES * 4 // size) * lanes * size
+    tokens = pages_per_compute_block * p.rows
+    values = 2 * tokens * lanes * 4 + 3 * _round_up(rows, SUBLANES) * _round_up(tokens, LANES) * 4
+    blocks = 2 * _round_up(rows, 2 * SUBLANES) * (2 * lanes + 2 * LANES) * 4
+    return buffers + values + blocks
+
+
+def choose_pages_per_compute_block(problem: Problem) -> int:
+    """Pages a block where the caller names none: about a thousand tokens, less where VMEM is short."""
+    most = max(1, min(problem.pages_per_sequence, _BLOCK_TOKENS // problem.page_size))
+    while most > 1 and vmem_bytes(problem, most) > _BLOCK_BYTES:
+        most -= 1
+    return most
+
+
+def check_pages_per_compute_block(problem: Problem, pages: int) -> int:
+    """`pages`, cut to the table's width. Raises ValueError for none, or more than VMEM holds."""
+    whole = isinstance(pages, int | np.integer) and not isinstance(pages, bool)
+    require(whole and pages >= 1, "pages_per_compute_block", pages, "must be None or a whole number, at least 1")
+    pages = min(int(pages), problem.pages_per_sequence)
+    need = vmem_bytes(problem, pages)
+    require(need <= VMEM_BYTES, "pages_per_compute_block", pages,
+            f"needs {need} bytes of VMEM, of which there are {VMEM_BYTES}",
+            f"{choose_pages_per_compute_block(problem)} is the default here")
+    return pages
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

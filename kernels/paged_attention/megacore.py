@@ -1,0 +1,62 @@
+"""Which chips run one program on two cores, and what is known of the chip that a call is lowered for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from paged_dist._errors import require
+from paged_dist.kernels._dispatch import Interpret
+from paged_dist.kernels.paged_attention.checks import NUM_CORES
+
+_KINDS = ("TPU v4", "TPU v5", "TPU v5p")  # "TPU v5" is what a v5p calls itself
+
+
+def target_device(*arrays: jax.Array):
+    """The device (or jax's description of it) that a program over `arrays` is lowered for; None if not known.
+
+    Known are: the mesh in scope (inside `shard_map`, under `jax.set_mesh` or `jax.sharding.use_abstract_mesh`),
+    a mesh with Explicit axes that an argument carries, the devices of concrete arguments, and, with none of
+    these, the host's own TPU. Not known: a plain `jit` lowered on a host without a TPU for an absent one.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    for array in arrays:
+        if not isinstance(array, jax.core.Tracer) and isinstance(array, jax.Array):
+            return next(iter(array.sharding.device_set))
+        meshes.append(getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None))
+    for mesh in meshes:
+        device = getattr(mesh, "abstract_device", None)
+        if device is not None:
+            return device
+    return jax.devices()[0] if jax.default_backend() == "tpu" else None
+
+
+def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.Array) -> None:
+    """Raises ValueError where the program would meet a TPU, real or simulated, that has not two cores."""
+    if megacore_mode is None:
+        return
+    if isinstance(interpret, pltpu.InterpretParams):
+        require(interpret.num_cores_or_threads == NUM_CORES, "interpret", interpret,
+                f"megacore_mode={megacore_mode!r} simulates {NUM_CORES} cores",
+                f"pass InterpretParams(num_cores_or_threads={NUM_CORES})")
+        return
+    device = target_device(*arrays)
+    kind = getattr(device, "device_kind", "")
+    if not kind.startswith("TPU"):
+        return
+    # A v4 may also be set up as two devices of one core each.
+    cores = getattr(device, "num_cores", None) or NUM_CORES
+    require(kind in _KINDS and cores == NUM_CORES, "megacore_mode", megacore_mode,
+            f"the program is for a {kind!r} with {cores if kind in _KINDS else 1} core a device, and megacore "
+            "exists on v4 and v5p only", "pass None")
+
+
+def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:
+    """`interpret` with True spelt out: as many simulated cores as the mode uses."""
+    if interpret is True:
+        interpret = pltpu.InterpretParams()
+        if megacore_mode is not None:
+            interpret = dataclasses.replace(interpret, num_cores_or_threads=NUM_CORES)
+    return interpret

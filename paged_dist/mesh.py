@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import itertools
 import math
+import numbers
+from collections.abc import Sequence
 
-from jax.sharding import AbstractMesh, Mesh
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from paged_dist._errors import bad_value
+from paged_dist._errors import bad_value, require
+from paged_dist.topology import topology_devices
+
+AXIS_NAMES = ("data", "context", "model")  # of `make_pod_mesh`, outermost first
 
 AxisNames = str | tuple[str, ...] | None
 
@@ -49,3 +61,215 @@ class MeshAxes:
                     raise bad_value(f"axes.{part}", getattr(self, part), f"axis {name!r} is axes.{seen[name]} already",
                                     "one mesh axis plays one part")
                 seen[name] = part
+
+
+def make_pod_mesh(*, data: int | None = None, context: int | None = None, model: int | None = None,
+                  num_kv_heads: int | None = None, model_parallelism: int | None = None,
+                  devices: Sequence[jax.Device] | None = None, topology: str | None = None,
+                  axis_types: AxisType | tuple[AxisType, ...] | None = None) -> Mesh:
+    """A mesh with axes ('data', 'context', 'model'), outermost first, laid over the pod's physical axes.
+
+    Sizes left None are inferred: `model` and `context` from `model_parallelism` where it is given, else 1; `data`
+    takes what is left of the devices. Of `model_parallelism` chips to a sequence, `model` gets the greatest
+    common divisor with `num_kv_heads`, so that no head is ever repeated, and `context` the rest: 8 heads over 32
+    chips are model 8 x context 4.
+
+    On a TPU model, then context, run over physical neighbours (`place_devices` has the rule), and data also over
+    slices. Devices without coordinates keep their order: processes in turn for `jax.devices()`, the list's own for
+    `devices`. It depends on nothing but the arguments and the pod, so all processes build the same mesh.
+    `describe_mesh` says what came out.
+
+    Args:
+      data: shards of the batch.
+      context: shards of each sequence's pages.
+      model: shards of the heads.
+      num_kv_heads: KV heads of the model that will run; `model` must divide it.
+      model_parallelism: model x context.
+      devices: the devices to use, all of them; default `jax.devices()`.
+      topology: instead of `devices`, an absent pod by name (`v5p:8x8x8`), for ahead-of-time compiles. Needs
+        libtpu.
+      axis_types: `jax.sharding.AxisType`, one for all axes or a tuple of three; default Auto.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices, or contradict each other; an empty list of
+        devices, or one with duplicates or of several platforms; an unknown topology.
+      RuntimeError: `topology` without libtpu.
+    """
+    if devices is not None and topology is not None:
+        raise bad_value("topology", topology, "devices are given too", "pass one of the two")
+    sizes = {"data": data, "context": context, "model": model, "num_kv_heads": num_kv_heads,
+             "model_parallelism": model_parallelism}
+    for argument, size in sizes.items():
+        if size is not None:
+            whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+            require(whole and size >= 1, argument, size, "must be a positive integer or None")
+    if axis_types is None or isinstance(axis_types, AxisType):
+        axis_types = (axis_types or AxisType.Auto,) * 3
+    require(len(axis_types) == 3, "axis_types", axis_types,
+            "must be one AxisType, or one each of data, context, model")
+
+    if topology is not None:
+        found = list(topology_devices(topology))
+    elif devices is None:
+        found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    else:
+        found = list(devices)
+        require(bool(found), "devices", found, "is empty")
+        twice = [d for d, times in collections.Counter(found).items() if times > 1]
+        require(not twice, "devices", twice[:4], f"{len(twice)} devices are listed more than once")
+        platforms = sorted({d.platform for d in found})
+        require(len(platforms) == 1, "devices", platforms, "are of several platforms", "pass those of one")
+    shape = infer_sizes(len(found), **sizes)
+    return Mesh(place_devices(found, shape), AXIS_NAMES, axis_types=tuple(axis_types))
+
+
+def infer_sizes(num_devices: int, *, data: int | None = None, context: int | None = None, model: int | None = None,
+                num_kv_heads: int | None = None, model_parallelism: int | None = None) -> tuple[int, int, int]:
+    """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments."""
+    if model_parallelism is not None:
+        if model is None:
+            to_split = model_parallelism
+            if context is not None:
+                require(model_parallelism % context == 0, "context", context,
+                        f"must divide model_parallelism {model_parallelism}",
+                        _divisors_near(model_parallelism, context))
+                to_split = model_parallelism // context
+            model = to_split if num_kv_heads is None else math.gcd(to_split, num_kv_heads)
+        require(model_parallelism % model == 0, "model", model, f"must divide model_parallelism {model_parallelism}",
+                _divisors_near(model_parallelism, model))
+        rest = model_parallelism // model
+        require(context in (None, rest), "context", context,
+                f"model {model} x context must be model_parallelism {model_parallelism}",
+                f"leave it out, or pass {rest}")
+        context = rest
+    model, context = model or 1, context or 1
+    if num_kv_heads is not None:
+        require(num_kv_heads % model == 0, "model", model, f"must divide num_kv_heads {num_kv_heads}, for heads are "
+                "never repeated", f"model={math.gcd(model, num_kv_heads)}, "
+                f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices")
+    group = context * model
+    if num_devices % group:
+        raise bad_value("context x model" if context > 1 else "model", group,
+                        f"must divide the number of devices, {num_devices}", _divisors_near(num_devices, group))
+    if data is None:
+        data = num_devices // group
+    if data * group != num_devices:
+        raise bad_value("data", data, f"data x context x model = {data} x {context} x {model} = {data * group} must be "
+                        f"the number of devices, {num_devices}",
+                        f"data={num_devices // group} (or None) works with context {context} and model {model}"
+                        + (f", and so does a list of {data * group} devices" if data * group < num_devices else ""))
+    return data, context, model
+
+
+def _divisors_near(total: int, wanted: int) -> str:
+    """What would work in place of `wanted`, which does not divide `total`: the nearest divisors."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below = [d for d in divisors if d < wanted][-2:]
+    above = [d for d in divisors if d > wanted][:2]
+    return f"the nearest divisors of {total} are {', '.join(map(str, below + above))}"
+
+
+def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """The array [data, context, model] of `devices` that `make_pod_mesh` makes into a mesh.
+
+    The rule, for TPUs:
+    1. Slices are split over data alone, so that context and model never cross the data-centre network.
+    2. Where one mesh axis takes the whole slice, JAX's `mesh_utils.create_device_mesh` orders it: it knows the
+       rings through the small boards.
+    3. Else `split_physical_axes` decides. JAX could do that too (`allow_split_physical_axes=True`), but under
+       model 8 of a 16x16 torus it lays context 4 as 2x2 with one step of eight chips, on a 2x2 board it lays data
+       diagonally, jax 0.10 stops at sizes such as 14, and 0.10 and 0.12 differ on tpu7x.
+    4. Devices that do not fill a box, with holes or of unequal slices, are taken in the order of their
+       coordinates, with a warning.
+    Devices of other platforms are taken as they come.
+    """
+    if devices[0].platform != "tpu" or any(getattr(d, "coords", None) is None for d in devices):
+        return _object_array(devices).reshape(shape)
+    in_order = sorted(devices, key=lambda d: (_slice_of(d), *reversed(d.coords), d.core_on_chip))
+    slices = [list(group) for _, group in itertools.groupby(in_order, key=_slice_of)]
+    if len(slices) > 1:
+        require(shape[0] % len(slices) == 0, "data", shape[0],
+                f"must be a multiple of the {len(slices)} slices, over which only data is split")
+    boxes = [_as_box(group) for group in slices]
+    if any(box is None or box.shape != boxes[0].shape for box in boxes):
+        logging.warning("make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "
+                        "coordinates, neighbours in the mesh may lie apart", len(devices),
+                        " on each slice alike" if len(slices) > 1 else "")
+        return _object_array(in_order).reshape(shape)
+    in_slice = (shape[0] // len(slices), *shape[1:])
+    return np.concatenate([_place_box(box, group, in_slice) for box, group in zip(boxes, slices, strict=True)])
+
+
+def _slice_of(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0) or 0
+
+
+def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
+    out = np.empty(len(devices), dtype=object)
+    out[:] = devices
+    return out
+
+
+def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
+    """One slice's devices as [x, y, z, core], or None where they leave holes in the box around them."""
+    where = np.array([(*d.coords, d.core_on_chip) for d in devices])
+    where -= where.min(axis=0)
+    dims = where.max(axis=0) + 1
+    if math.prod(dims.tolist()) != len(devices):
+        return None
+    box = np.empty(dims, dtype=object)
+    box[tuple(where.T)] = _object_array(devices)
+    return None if any(d is None for d in box.flat) else box  # two devices in one place leave a hole elsewhere
+
+
+def _place_box(box: np.ndarray, devices: list[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
+    """`place_devices` for one slice: `devices` in the order of their coordinates, and as `box` [x, y, z, core]."""
+    if max(shape) == len(devices):
+        with contextlib.suppress(AssertionError):  # two devices a chip on a generation where jax expects one
+            return mesh_utils.create_device_mesh(shape, devices)
+    parts = split_physical_axes(box.shape, shape)  # [mesh axis][physical axis]
+    # Each physical axis becomes (data, context, model) with model innermost, so that its steps are of one chip.
+    axes = len(box.shape)
+    fine = box.reshape([parts[m][p] for p in range(axes) for m in range(3)])
+    return fine.transpose([3 * p + m for m in range(3) for p in range(axes)]).reshape(shape)
+
+
+def split_physical_axes(physical: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """How many positions of each physical axis each mesh axis takes, splitting physical axes where needed.
+
+    Args:
+      physical: sizes of the physical axes (x, y, z, core).
+      shape: sizes of the mesh axes, the one that communicates most last; same product.
+
+    Returns:
+      For each mesh axis, its share of each physical axis. Products over physical axes give `shape`, products over
+      mesh axes `physical`.
+
+    The last mesh axis chooses first, by these preferences in turn: the cores of a chip, which share its links and
+    have faster ones to each other; physical axes that no one has a part of (a step on a shared one passes over the
+    other's chips); the largest product of physical axes taken whole (only those can have a wraparound link); the
+    fewest physical axes split; the most taken whole (more links at once); the shortest axis to split; x before y
+    before z.
+    """
+    left = list(physical)
+    shares: list[tuple[int, ...]] = []
+    for size in reversed(shape):
+        def cost(share: tuple[int, ...], left=tuple(left)):
+            taken = [p for p, n in enumerate(share) if n > 1]
+            whole = math.prod(share[p] for p in taken if share[p] == physical[p])
+            split = [physical[p] for p in taken if share[p] < physical[p]]
+            return (3 not in taken, sum(left[p] < physical[p] for p in taken), -whole, len(split),
+                    len(split) - len(taken), sum(split), tuple(-n for n in share))
+        # There always is a choice: the mesh axes still to be laid multiply to exactly what is left.
+        best = min(_shares(tuple(left), size), key=cost)
+        shares.insert(0, best)
+        left = [have // n for have, n in zip(left, best, strict=True)]
+    return shares
+
+
+def _shares(left: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """All ways to write `size` as a product of one divisor of each of `left`."""
+    if not left:
+        return [()] if size == 1 else []
+    first = math.gcd(left[0], size)
+    return [(d, *rest) for d in range(1, first + 1) if first % d == 0 for rest in _shares(left[1:], size // d)]

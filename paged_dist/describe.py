@@ -1,0 +1,192 @@
+"""What a mesh is, read off its devices: which physical axes each of its axes runs over, and the words for it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import numpy as np
+from jax.sharding import Mesh
+
+_TORUS = ("x", "y", "z")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhysicalRun:
+    """The part of one physical axis that one mesh axis runs over, with the other mesh axes held still.
+
+    Attributes:
+      physical: 'slice', 'x', 'y', 'z' or 'core' on a TPU; 'process' or 'device' (of a process) where devices have
+        no coordinates.
+      count: positions it takes.
+      size: positions the physical axis has in this mesh.
+      stride: distance from one position to the next, the smallest where they differ; 1 means neighbours.
+      regular: whether count and stride are the same everywhere in the mesh.
+    """
+
+    physical: str
+    count: int
+    size: int
+    stride: int
+    regular: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether it takes every position of the physical axis."""
+        return self.count == self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisFacts:
+    """One mesh axis: its name, size, type ('Auto', 'Explicit', 'Manual') and where it runs; no runs at size 1."""
+
+    name: str
+    size: int
+    type: str
+    runs: tuple[PhysicalRun, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshFacts:
+    """What `describe_mesh` words.
+
+    Attributes:
+      axes: the mesh's axes, outermost first.
+      device_kinds: (kind, how many devices), by name.
+      num_devices, num_processes, num_slices: over the whole mesh.
+      physical: (name, size) of each physical axis longer than 1; its size is the number of positions in use.
+      has_coordinates: whether the devices know where they are on a torus.
+      fills_box: whether there is a device at each position of the physical axes.
+    """
+
+    axes: tuple[AxisFacts, ...]
+    platform: str
+    device_kinds: tuple[tuple[str, int], ...]
+    num_devices: int
+    num_processes: int
+    num_slices: int
+    physical: tuple[tuple[str, int], ...]
+    has_coordinates: bool
+    fills_box: bool
+
+    def sharers(self, physical: str) -> tuple[str, ...]:
+        """The mesh axes that run over physical axis `physical`."""
+        return tuple(axis.name for axis in self.axes if any(run.physical == physical for run in axis.runs))
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """The physical axes that several mesh axes run over; none where devices have no coordinates."""
+        return tuple(p for p, _ in self.physical if self.has_coordinates and len(self.sharers(p)) > 1)
+
+
+def mesh_facts(mesh: Mesh) -> MeshFacts:
+    """Where each axis of `mesh` runs, from its devices' coordinates alone: for any mesh, however it was built.
+
+    Wraparound links are not in the coordinates, so nothing is said of them.
+    """
+    devices = list(mesh.devices.flat)
+    has_coordinates = all(getattr(d, "coords", None) is not None for d in devices)
+    if has_coordinates:
+        names = ("slice", *_TORUS, "core")
+        where = [(getattr(d, "slice_index", 0) or 0, *d.coords, d.core_on_chip) for d in devices]
+    else:
+        names = ("process", "device")
+        local: dict[int, list[int]] = collections.defaultdict(list)
+        for d in sorted(devices, key=lambda d: d.id):
+            local[d.process_index].append(d.id)
+        ordinal = {(p, i): n for p, ids in local.items() for n, i in enumerate(ids)}
+        where = [(d.process_index, ordinal[d.process_index, d.id]) for d in devices]
+    coordinates = np.array(where, np.int64).reshape(*mesh.devices.shape, len(names))
+    sizes = {name: len(np.unique(coordinates[..., i])) for i, name in enumerate(names)}
+    physical = tuple((name, size) for name, size in sizes.items() if size > 1)
+    axes = tuple(
+        AxisFacts(name, mesh.shape[name], mesh.axis_types[k].name, tuple(
+            run for i, p in enumerate(names) if sizes[p] > 1
+            and (run := _run(p, sizes[p], np.moveaxis(coordinates[..., i], k, -1))) is not None))
+        for k, name in enumerate(mesh.axis_names))
+    kinds = collections.Counter(d.device_kind for d in devices)
+    return MeshFacts(
+        axes=axes, platform=devices[0].platform, device_kinds=tuple(sorted(kinds.items())),
+        num_devices=len(devices), num_processes=len({d.process_index for d in devices}),
+        num_slices=sizes.get("slice", 1), physical=physical, has_coordinates=has_coordinates,
+        fills_box=int(np.prod([size for _, size in physical], dtype=np.int64)) == len(devices))
+
+
+def _run(physical: str, size: int, lines: np.ndarray) -> PhysicalRun | None:
+    """The run of the lines `lines[..., :]` of one mesh axis along a physical axis; None where none moves along it."""
+    steps = np.diff(np.sort(lines.reshape(-1, lines.shape[-1]), axis=-1), axis=-1)
+    counts = 1 + (steps > 0).sum(axis=-1)
+    if counts.max() == 1:
+        return None
+    strides = steps[steps > 0]
+    return PhysicalRun(physical, int(counts.max()), size, int(strides.min()),
+                       bool((counts == counts[0]).all() and (strides == strides[0]).all()))
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """`mesh_facts(mesh)` in words, one line for the mesh and one for each axis; the same text on every process.
+
+    Example, `make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")`::
+
+        mesh: data 16 x context 4 x model 8 = 512 devices (TPU v5), 128 processes, physical x 8, y 8, z 8
+          data 16: a quarter of physical axis y (2 of 8, 4 apart), all 8 of physical axis z
+          context 4: half of physical axis y (4 of 8, neighbours)
+          model 8: all 8 of physical axis x
+          split: physical axis y between data and context
+    """
+    facts = mesh_facts(mesh)
+    shape = " x ".join(f"{axis.name} {axis.size}" for axis in facts.axes)
+    kinds = ", ".join(kind if len(facts.device_kinds) == 1 else f"{count} {kind}" for kind, count in facts.device_kinds)
+    head = [f"mesh: {shape} = {_counted(facts.num_devices, 'device')} ({kinds})",
+            _counted(facts.num_processes, "process", "processes")]
+    if facts.num_slices > 1:
+        head.append(f"{facts.num_slices} slices")
+    if facts.has_coordinates:
+        sizes = ", ".join(f"{name} {size}" for name, size in facts.physical if name != "slice")
+        head.append(f"physical {sizes}" if sizes else "one chip")
+    else:
+        head.append("no physical coordinates")
+    types = sorted({axis.type for axis in facts.axes})
+    if types != ["Auto"]:
+        head.append("axis types " + ", ".join(f"{axis.name} {axis.type}" for axis in facts.axes))
+    lines = [", ".join(head)]
+    for axis in facts.axes:
+        if axis.size == 1:
+            where = "nothing is split"
+        else:
+            where = ", ".join(map(_words, axis.runs))
+        lines.append(f"  {axis.name} {axis.size}: {where}")
+    for name in facts.split:
+        lines.append(f"  split: {_axis_words(name)} between {' and '.join(facts.sharers(name))}")
+    if facts.has_coordinates and not facts.fills_box:
+        lines.append("  the devices do not fill a box: neighbours in the mesh may lie apart")
+    return "\n".join(lines)
+
+
+def _counted(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _axis_words(physical: str) -> str:
+    return {"slice": "the slices", "core": "the cores of a chip", "process": "the processes",
+            "device": "the devices of a process"}.get(physical, f"physical axis {physical}")
+
+
+def _words(run: PhysicalRun) -> str:
+    """One run: what share of the axis, how many positions of how many, how far apart."""
+    if run.whole:
+        what = {"slice": f"all {run.size} slices (across the data-centre network)", "core": f"the {run.size} cores of a chip",
+                "process": f"all {run.size} processes", "device": f"all {run.size} devices of a process"}
+        words = what.get(run.physical, f"all {run.size} of physical axis {run.physical}")
+        return words if run.regular else words + " (unevenly)"
+    ratio = run.size // run.count
+    share = "part"
+    if run.size % run.count == 0:
+        share = {2: "half", 3: "a third", 4: "a quarter"}.get(ratio, f"1/{ratio}")
+    if not run.regular:
+        apart = "unevenly"
+    elif run.stride == 1:
+        apart = "neighbours"
+    else:
+        apart = f"{run.stride} apart"
+    return f"{share} of {_axis_words(run.physical)} ({run.count} of {run.size}, {apart})"

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
 
@@ -55,6 +56,10 @@ class Problem:
     def page_size(self) -> int:
         """P, tokens a page."""
         return self.rows * self.tokens_per_row
+
+    def replace(self, **changes) -> Problem:
+        """This problem with other values in some fields."""
+        return dataclasses.replace(self, **changes)
 
 
 def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Problem:
@@ -131,6 +136,12 @@ def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_na
             "must be a finite negative number", f"DEFAULT_MASK_VALUE is {DEFAULT_MASK_VALUE:.4g}")
 
 
+def check_interpret(interpret) -> None:
+    """Raises ValueError unless `interpret` is one of the values that `_dispatch.dispatch` takes."""
+    require(interpret is None or isinstance(interpret, bool | pltpu.InterpretParams), "interpret", interpret,
+            "must be None, True, False or a pltpu.InterpretParams")
+
+
 def _finite(value) -> bool:
     try:
         return math.isfinite(float(value))
@@ -142,7 +153,7 @@ MEGACORE_MODES = (None, "kv_head", "batch")
 NUM_CORES = 2  # of a megacore chip
 
 SMEM_BYTES = 1 << 20  # on every chip from v4 to v7x
-_SMEM_RESERVED = 16 << 10
+_SMEM_RESERVED = 8 << 10  # Mosaic keeps 2.5 to 3 KiB of it (seen by compiling at the limit); the rest is headroom
 VMEM_BYTES = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
 _BLOCK_TOKENS = 1024  # the default block: long enough to hide a step's latency, short beside a long sequence
 _BLOCK_BYTES = 10 << 20  # VMEM the default block may take

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
@@ -47,7 +48,7 @@ class MultiPageAsyncCopyDescriptor:
         return pltpu.make_async_copy(self._pages.at[page], self._buffer.at[i], self._sem)
 
     def _for_each(self, do) -> None:
-        if isinstance(self._count, int):
+        if isinstance(self._count, int | np.integer):
             for i in range(self._count):
                 do(i)
         else:

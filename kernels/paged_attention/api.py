@@ -1,0 +1,133 @@
+"""`page_attention`: paged attention over one layer's pools in the layout that JAX and ejkernel use."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from paged_dist._errors import not_yet
+from paged_dist.kernels._dispatch import Interpret, dispatch
+from paged_dist.kernels.paged_attention.checks import (
+    DEFAULT_MASK_VALUE,
+    LANES,
+    SUBLANES,
+    Problem,
+    check_cache,
+    check_interpret,
+    check_megacore,
+    check_options,
+    check_pages_per_compute_block,
+    check_smem,
+    choose_pages_per_compute_block,
+)
+from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
+from paged_dist.kernels.paged_attention.megacore import check_target, simulation
+from paged_dist.kernels.paged_attention.xla import attend_pages_xla
+
+
+def page_attention(query, key_cache, value_cache, context_lens, block_tables, *, sm_scale: float = 1.0,
+                   mask_value: float = DEFAULT_MASK_VALUE, attn_logits_soft_cap: float | None = None,
+                   sliding_window: int | None = None, pages_per_compute_block: int | None = None,
+                   megacore_mode: str | None = None, inline_seq_dim: bool = True,
+                   interpret: Interpret = None) -> jax.Array:
+    """Attention of one query token a sequence over its pages, on one chip.
+
+    Call sites of JAX's `paged_attention(q, k_pages, v_pages, lengths, page_indices)` and of ejkernel's
+    `page_attention` work as they are. As there, the query is not scaled unless `sm_scale` says so. At head_dim 64
+    the seed's layout has no form that a kernel can read in place, so on a TPU both pools are copied on every
+    call; a `PagedKVCache` stores such heads packed and is never copied.
+
+    Args:
+      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128.
+      key_cache, value_cache: [Hkv, N, P, D] bf16 or f32, P tokens a page, a multiple of 8.
+      context_lens: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full
+        table.
+      block_tables: [B, S] int32 page ids; entries past a sequence's last page, or before its window, may hold
+        anything and are never used.
+      sm_scale: logits are sm_scale * q.k.
+      mask_value: what a masked logit becomes, finite and negative.
+      attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
+      sliding_window: attend to the last so many tokens; pages wholly before them are not read.
+      pages_per_compute_block: pages the kernel loads and computes at a time; None picks about a thousand tokens,
+        within VMEM. It need not divide S. It changes speed, and the result only by rounding.
+      megacore_mode: None, or 'kv_head' or 'batch' to split these over the two cores of a v4 or v5p chip.
+      inline_seq_dim: loop over a sequence's blocks inside the kernel (True), or in its grid.
+      interpret: None follows the platform that the program is lowered for: the Pallas kernel on TPU, plain XLA
+        elsewhere. False is the kernel; True or a `pltpu.InterpretParams` simulates it on the host.
+
+    Returns:
+      [B, Hq, D] in the query's dtype, accumulated in f32; 0 for an empty sequence.
+
+    Raises:
+      ValueError: arguments that disagree or are outside the rules above; a table that does not fit in scalar
+        memory (1 MiB, counted with padding); megacore_mode for a chip without megacore. That is caught where the
+        chip is known when the call is traced: a mesh in scope (`shard_map`, `jax.set_mesh`,
+        `jax.sharding.use_abstract_mesh`), concrete arguments, arguments on an Explicit mesh, or this host's own
+        TPU. A plain `jit` lowered on a host without a TPU for an absent one is not caught; the kernel then runs
+        its two halves one after the other.
+      NotImplementedError: JAX's QuantizedTensor.
+
+    Method: JAX's jax.experimental.pallas.ops.tpu.paged_attention, after PagedAttention (arXiv:2309.06180) and
+    FlashAttention's online softmax (arXiv:2205.14135).
+    """
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if hasattr(cache, "weight") and hasattr(cache, "scales"):
+            raise not_yet(f"{name} as a QuantizedTensor", "paged_decode_attention(key_scales=..., "
+                          "value_scales=...) will take int8 and fp8 pages; pass bfloat16 or float32 pages here")
+    query, key_cache, value_cache, context_lens, block_tables = map(
+        jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables))
+    problem = check_cache(query, key_cache, value_cache, context_lens, block_tables)
+    check_options(sm_scale=sm_scale, soft_cap=attn_logits_soft_cap, sliding_window=sliding_window,
+                  mask_value=mask_value, soft_cap_name="attn_logits_soft_cap")
+    check_interpret(interpret)
+    check_megacore(problem, megacore_mode)
+    interpret = simulation(megacore_mode, interpret)
+    check_target(megacore_mode, interpret, query, key_cache)
+    check_smem(problem)
+    stored = _stored(problem)
+    if pages_per_compute_block is None:
+        pages_per_compute_block = choose_pages_per_compute_block(stored)
+    pages_per_compute_block = check_pages_per_compute_block(stored, pages_per_compute_block)
+    return _page_attention(
+        query, key_cache, value_cache, context_lens, block_tables, sm_scale=float(sm_scale),
+        mask_value=float(mask_value), soft_cap=attn_logits_soft_cap, sliding_window=sliding_window,
+        pages_per_compute_block=pages_per_compute_block, megacore_mode=megacore_mode,
+        inline_seq_dim=bool(inline_seq_dim), interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=(
+    "sm_scale", "mask_value", "soft_cap", "sliding_window", "pages_per_compute_block", "megacore_mode",
+    "inline_seq_dim", "interpret"))
+def _page_attention(query, key_cache, value_cache, context_lens, block_tables, *, interpret,
+                    pages_per_compute_block, megacore_mode, inline_seq_dim, **options):
+    head_dim = query.shape[-1]
+
+    def kernel(query, key_cache, value_cache, context_lens, block_tables, *, interpret):
+        lanes = max(LANES, head_dim)
+        if head_dim < lanes and key_cache.shape[2] % (SUBLANES * lanes // head_dim):
+            # Pages of 8 tokens would pack into half a tile: each token gets a whole row instead.
+            query, key_cache, value_cache = (
+                jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lanes - head_dim)])
+                for x in (query, key_cache, value_cache))
+        pools = (cache.reshape(1, *cache.shape[:2], -1, lanes) for cache in (key_cache, value_cache))
+        output, _ = attend_pages_pallas(
+            query, *pools, context_lens, block_tables, pages_per_compute_block=pages_per_compute_block,
+            megacore_mode=megacore_mode, inline_seq_dim=inline_seq_dim, interpret=interpret, **options)
+        return output[..., :head_dim]
+
+    def xla(query, key_cache, value_cache, context_lens, block_tables):
+        output, _ = attend_pages_xla(query, key_cache[None], value_cache[None], context_lens, block_tables, **options)
+        return output
+
+    return dispatch(kernel, xla, query, key_cache, value_cache, context_lens, block_tables, interpret=interpret)
+
+
+def _stored(problem: Problem) -> Problem:
+    """The problem as `kernel` above launches it: rows of at least 128 lanes."""
+    p, lanes = problem, max(LANES, problem.head_dim)
+    streams = lanes // p.head_dim
+    if p.page_size % (SUBLANES * streams):
+        return p.replace(head_dim=lanes, width=lanes)
+    return p.replace(rows=p.page_size // streams, width=lanes)

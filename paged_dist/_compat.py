@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 import jax
@@ -47,3 +48,29 @@ def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     sharding = jax.typeof(x).sharding
     explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
     return jax.lax.reshape(x, tuple(shape), out_sharding=sharding if explicit else None)
+
+
+def backends_are_initialized() -> bool:
+    """Whether a back end runs already, so that this process can no longer become one of several. Starts none."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def detect_cluster(timeout_seconds: float) -> tuple[str, str | None, int, int] | None:
+    """What JAX's own detection says of this process: (cluster, coordinator address, processes, process id).
+
+    None where it recognises no cluster. One process alone has no coordinator address, and none is asked for. jax has
+    no public way to ask without starting the runtime; its `initialize` takes the same steps in the same order.
+    """
+    from jax._src import clusters
+
+    for cluster in clusters.ClusterEnv._cluster_types:
+        if not cluster.opt_in_only_method and cluster.is_env_present():
+            num_processes = cluster.get_process_count()
+            if num_processes == 1:
+                return cluster.name, None, 1, 0
+            address = os.environ.get("JAX_COORDINATOR_ADDRESS") or cluster.get_coordinator_address(
+                timeout_secs=int(timeout_seconds), override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"))
+            return cluster.name, address, num_processes, cluster.get_process_id()
+    return None

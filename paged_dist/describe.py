@@ -151,10 +151,7 @@ def describe_mesh(mesh: Mesh) -> str:
         head.append("axis types " + ", ".join(f"{axis.name} {axis.type}" for axis in facts.axes))
     lines = [", ".join(head)]
     for axis in facts.axes:
-        if axis.size == 1:
-            where = "nothing is split"
-        else:
-            where = ", ".join(map(_words, axis.runs))
+        where = ", ".join(map(_words, axis.runs)) if axis.size > 1 else "nothing is split"
         lines.append(f"  {axis.name} {axis.size}: {where}")
     for name in facts.split:
         lines.append(f"  split: {_axis_words(name)} between {' and '.join(facts.sharers(name))}")
@@ -175,8 +172,9 @@ def _axis_words(physical: str) -> str:
 def _words(run: PhysicalRun) -> str:
     """One run: what share of the axis, how many positions of how many, how far apart."""
     if run.whole:
-        what = {"slice": f"all {run.size} slices (across the data-centre network)", "core": f"the {run.size} cores of a chip",
-                "process": f"all {run.size} processes", "device": f"all {run.size} devices of a process"}
+        what = {"slice": f"all {run.size} slices (across the data-centre network)",
+                "core": f"the {run.size} cores of a chip", "process": f"all {run.size} processes",
+                "device": f"all {run.size} devices of a process"}
         words = what.get(run.physical, f"all {run.size} of physical axis {run.physical}")
         return words if run.regular else words + " (unevenly)"
     ratio = run.size // run.count

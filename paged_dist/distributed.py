@@ -1,0 +1,322 @@
+"""Start-up of several processes as one JAX program: from explicit arguments, a detected cluster, or none at all.
+
+JAX's own `jax.distributed.initialize` ends the process (an abort, not an exception) when the others do not come in
+time. So the processes first meet over a plain TCP connection to the coordinator, where a time-out, two processes
+with one id or a disagreement about their number is a Python error that names who is missing. Only when all are
+there does JAX's start-up begin, on the same address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import math
+import numbers
+import os
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+from paged_dist._compat import backends_are_initialized, detect_cluster
+from paged_dist._errors import bad_value, require
+
+_HELLO = b"paged-dist/1"  # first word of the line that a process sends; the answer starts with it too
+_MAX_LINE = 1000
+_RETRY_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedInfo:
+    """What `initialize_distributed` set up.
+
+    Attributes:
+      process_id: this process, 0 to num_processes - 1.
+      num_processes: how many there are.
+      coordinator_address: host:port of process 0's coordinator; None where there is one process without one.
+      how: 'explicit' (arguments), 'detected:NAME' (a cluster that JAX knows, by its name for it: 'gcetpu', 'gketpu',
+        'slurm', 'ompi', 'k8s'), or 'single' (nothing set and nothing found).
+    """
+
+    process_id: int
+    num_processes: int
+    coordinator_address: str | None
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    local_device_ids: tuple[int, ...] | None
+    bind_address: str | None
+
+
+_done: tuple[_Request, DistributedInfo] | None = None
+
+
+def initialize_distributed(coordinator_address: str | None = None, num_processes: int | None = None,
+                           process_id: int | None = None, *, local_device_ids: int | Sequence[int] | None = None,
+                           bind_address: str | None = None, timeout_seconds: float = 60) -> DistributedInfo:
+    """Makes this process one of several that run a JAX program together; call it before any JAX computation.
+
+    With the first three arguments, these say what to do. With none of them, JAX's cluster detection does (Cloud TPU
+    VM, GKE, Slurm, Open MPI, Kubernetes); where it finds nothing this is the only process, and nothing is done and
+    no network touched. Calling again with the same arguments returns the same answer.
+
+    Args:
+      coordinator_address: host:port on which process 0 listens and that the others can reach; the same in all.
+      num_processes: how many processes there are.
+      process_id: which one this is, 0 to num_processes - 1.
+      local_device_ids: which of this host's GPUs the process sees; None: all. No effect on CPU, TPU, or where
+        there is one process without a coordinator.
+      bind_address: host:port on which process 0 listens, if not on every interface at the coordinator's port. For a
+        loopback coordinator_address the default is that address. The environment variable
+        JAX_COORDINATOR_BIND_ADDRESS comes between the two.
+      timeout_seconds: how long to wait until all processes are there.
+
+    Raises:
+      ValueError: an argument outside its range, or some but not all of the first three.
+      RuntimeError: JAX's back ends are running already; a second call with other arguments; the processes did
+        not all come within `timeout_seconds`, or disagree about who they are.
+    """
+    global _done
+    request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+    timely = isinstance(timeout_seconds, numbers.Real) and 0 < timeout_seconds < math.inf
+    require(timely, "timeout_seconds", timeout_seconds, "must be a positive number of seconds")
+    if _done is not None:
+        if _done[0] == request:
+            return _done[1]
+        raise RuntimeError(f"initialize_distributed was called already, with {_done[0]}; a process is initialised "
+                           f"once, it cannot change to {request}")
+    if jax.distributed.is_initialized():
+        raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
+    info = _find_out(request, timeout_seconds)
+    if info.how == "explicit" or info.num_processes > 1:
+        _start(info, request, timeout_seconds)
+    logging.info("distributed: process %d of %d, coordinator %s, %s", info.process_id, info.num_processes,
+                 info.coordinator_address or "none", info.how)
+    _done = (request, info)
+    return info
+
+
+def _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _Request:
+    """The arguments as one value, in range."""
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise bad_value(missing[0], None, f"is missing, while {', '.join(n for n in given if n not in missing)} "
+                        "is given", "give all three, or none to have the cluster detected")
+    for name in ("num_processes", "process_id"):
+        whole = isinstance(given[name], numbers.Integral) and not isinstance(given[name], bool)
+        require(given[name] is None or whole, name, given[name], "must be an integer")
+    if not missing:
+        split_address("coordinator_address", coordinator_address)
+        require(num_processes >= 1, "num_processes", num_processes, "must be at least 1")
+        require(0 <= process_id < num_processes, "process_id", process_id,
+                f"must be from 0 to num_processes - 1 = {num_processes - 1}")
+        num_processes, process_id = int(num_processes), int(process_id)
+    if bind_address is not None:
+        split_address("bind_address", bind_address)
+    if isinstance(local_device_ids, numbers.Integral):
+        local_device_ids = (int(local_device_ids),)
+    elif local_device_ids is not None:
+        local_device_ids = tuple(map(int, local_device_ids))
+        require(min(local_device_ids, default=-1) >= 0, "local_device_ids", local_device_ids,
+                "must be one or more device numbers from 0")
+    return _Request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+
+
+def split_address(argument: str, address: str) -> tuple[str, int]:
+    """(host, port) of `host:port` or `[ipv6]:port`; raises ValueError, naming `argument`, for anything else."""
+    example = "write host:port, such as 10.0.0.1:8476 or [::1]:8476"
+    require(isinstance(address, str), argument, address, "must be a string", example)
+    host, colon, port = address.rpartition(":")
+    require(bool(colon) and bool(host) and not any(c.isspace() or c == "/" for c in host), argument, address,
+            "must be a host and a port", example)
+    bracketed = host.startswith("[") and host.endswith("]")
+    require(bracketed or ":" not in host, argument, address, "must have an IPv6 host in brackets", example)
+    require(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535, argument, address,
+            "must have a port from 1 to 65535", example)
+    return host[1:-1] if bracketed else host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
+    """Who this process is: from the request, or from the cluster it finds itself in."""
+    if request.num_processes is not None:
+        return DistributedInfo(request.process_id, request.num_processes, request.coordinator_address, "explicit")
+    try:
+        found = detect_cluster(timeout_seconds)
+    except Exception as e:
+        raise RuntimeError(f"a cluster was detected, but not this process's place in it: {e!r:.300}; give "
+                           "coordinator_address, num_processes and process_id") from e
+    if found is None:
+        if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            raise RuntimeError(f"JAX_COORDINATOR_ADDRESS={address} is set, but no cluster was detected that would say "
+                               "which process this is: give coordinator_address, num_processes and process_id")
+        return DistributedInfo(0, 1, None, "single")
+    name, address, num_processes, process_id = found
+    return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
+
+
+def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> None:
+    """Waits until all processes are there, then starts JAX's distributed runtime."""
+    if backends_are_initialized():
+        raise RuntimeError("initialize_distributed() must be called before any JAX computation: a back end is running "
+                           "already (jax.devices(), jnp.zeros() and device_put start it too)")
+    if jax.config.jax_cpu_collectives_implementation is None:
+        # Without one, CPU back ends refuse a program over several processes. gloo is JAX's default, not a must.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    host, port = split_address("coordinator_address", info.coordinator_address)
+    bind = request.bind_address or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if bind is None:
+        bind = info.coordinator_address if _is_loopback(host) else f"[::]:{port}"
+    deadline = time.monotonic() + timeout_seconds
+    if info.process_id == 0:
+        _await_others(bind, info, deadline)
+    else:
+        _join(host, port, info, deadline)
+    # Where the arguments are explicit, JAX's detection would still look for local_device_ids, over the network on a
+    # cloud VM. Where a cluster was detected it is left on: under Slurm and Open MPI it gives each process its GPU.
+    detection = {"cluster_detection_method": "deactivate"} if info.how == "explicit" else {}
+    local = None if request.local_device_ids is None else list(request.local_device_ids)
+    try:
+        jax.distributed.initialize(
+            info.coordinator_address, info.num_processes, info.process_id, local_device_ids=local,
+            initialization_timeout=max(1, math.ceil(timeout_seconds)), coordinator_bind_address=bind, **detection)
+    except Exception as e:
+        raise RuntimeError(f"jax.distributed did not start as process {info.process_id} of {info.num_processes} with "
+                           f"coordinator {info.coordinator_address} (process 0 listens on {bind}): {e}") from e
+
+
+# The meeting before JAX's start-up. Each process sends "paged-dist/1 PROCESS_ID NUM_PROCESSES\n" to process 0, which
+# answers "paged-dist/1 go\n" when all are there, or "paged-dist/1 no REASON\n".
+
+
+def _listen(bind: str) -> socket.socket:
+    host, port = split_address("bind_address", bind)
+    try:
+        if host == "::":  # every interface
+            dual = socket.has_dualstack_ipv6()
+            return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                        dualstack_ipv6=dual, backlog=1024)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as e:
+        raise RuntimeError(f"process 0 cannot listen on {bind}: {e}; check that the host part is this machine's and "
+                           "that no other process (an earlier run?) has the port, or choose another") from e
+
+
+def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
+    """Process 0's part: answers when all other processes have said who they are."""
+    here: dict[int, socket.socket] = {}
+    refusal = None
+    with _listen(bind) as server, selectors.DefaultSelector() as events:
+        server.setblocking(False)
+        events.register(server, selectors.EVENT_READ)
+        lines: dict[socket.socket, bytes] = {}
+        while refusal is None and len(here) < info.num_processes - 1:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                refusal = _who_is_missing(here, info)
+                break
+            for key, _ in events.select(left):
+                if key.fileobj is server:
+                    with contextlib.suppress(OSError):
+                        peer, _ = server.accept()
+                        peer.setblocking(False)
+                        lines[peer] = b""
+                        events.register(peer, selectors.EVENT_READ)
+                    continue
+                peer = key.fileobj
+                try:
+                    received = peer.recv(_MAX_LINE)
+                except OSError:
+                    received = b""
+                lines[peer] += received
+                if not received or len(lines[peer]) > _MAX_LINE:  # it died, or is none of ours: forget it
+                    here = {i: p for i, p in here.items() if p is not peer}
+                    del lines[peer]
+                    events.unregister(peer)
+                    peer.close()
+                elif received.endswith(b"\n") and peer not in here.values():
+                    refusal = refusal or _admit(lines[peer], peer, here, info)
+        answer = "go" if refusal is None else f"no {refusal}"
+        for peer in lines:
+            with contextlib.suppress(OSError):
+                peer.sendall(b"%s %s\n" % (_HELLO, answer.encode()))
+            peer.close()
+    if refusal is not None:
+        raise RuntimeError(refusal)
+
+
+def _admit(line: bytes, peer: socket.socket, here: dict[int, socket.socket], info: DistributedInfo) -> str | None:
+    """Enters the process that said `line` in `here`; returns why the start-up fails instead, if it does."""
+    words = line.split()
+    if len(words) != 3 or words[0] != _HELLO or not all(w.isdigit() for w in words[1:]):
+        return None  # a health check or a port scan
+    process_id, num_processes = int(words[1]), int(words[2])
+    if num_processes != info.num_processes:
+        return (f"process {process_id} was started with num_processes={num_processes}, process 0 with "
+                f"{info.num_processes}: give all the same")
+    if process_id in here or not 0 < process_id < num_processes:
+        return f"two processes were started with process_id={process_id}: give each its own"
+    here[process_id] = peer
+    return None
+
+
+def _who_is_missing(here: dict[int, socket.socket], info: DistributedInfo) -> str:
+    missing = [i for i in range(1, info.num_processes) if i not in here]
+    listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+    return (f"timed out: {len(missing)} of {info.num_processes} processes did not reach the coordinator at "
+            f"{info.coordinator_address}, process {listed}; check that they were started, with this address, and that "
+            "their hosts can reach it")
+
+
+def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> None:
+    """The other processes' part: says who this is, waits for the answer; tries again while nobody listens."""
+    last = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as peer:
+                peer.sendall(b"%s %d %d\n" % (_HELLO, info.process_id, info.num_processes))
+                last = "it accepts connections, but the other processes did not all come"
+                # Process 0 gives up when its own time is over, perhaps after this one's, and says who is missing.
+                answer = _read_line(peer, deadline + 2)
+        except OSError as e:
+            last = last if isinstance(e, TimeoutError) and last != "no answer" else str(e)
+        else:
+            if answer == _HELLO + b" go":
+                return
+            if answer.startswith(_HELLO + b" no "):
+                raise RuntimeError(answer[len(_HELLO) + 4:].decode(errors="replace"))
+            last = "something answers there that is not the process 0 of this start-up"
+        time.sleep(max(0.0, min(_RETRY_SECONDS, deadline - time.monotonic())))
+    raise RuntimeError(f"timed out: process {info.process_id} of {info.num_processes} waited for the coordinator at "
+                       f"{info.coordinator_address} ({last}); check that process 0 runs and listens there, that the "
+                       "address is the same in all processes, and that no firewall or proxy is between them")
+
+
+def _read_line(peer: socket.socket, deadline: float) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _MAX_LINE:
+        peer.settimeout(max(0.01, deadline - time.monotonic()))
+        received = peer.recv(_MAX_LINE)
+        line += received
+        if not received or not line.startswith(_HELLO[:len(line)]):
+            break
+    return line.strip()

@@ -1,0 +1,179 @@
+"""The flags that the launchers share, and how one that is wrong ends a run: one line, exit code 2."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+from paged_dist._errors import bad_value, not_yet, require
+
+DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
+CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
+MODEL = flags.DEFINE_integer(
+    "model", None, "Mesh: shards of the heads. Default: as many as divide both kv heads and devices.")
+
+NUM_LAYERS = flags.DEFINE_integer("layers", 2, "Layers of attention.")
+NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 8, "Query heads.")
+NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 2, "Key/value heads.")
+HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Elements of a head: 64 or a multiple of 128.")
+KV_DTYPE = flags.DEFINE_string("kv_dtype", "bf16", "Cache, query and output: bf16 or f32.")
+SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap on the logits. Default: none.")
+SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Attend to the last so many tokens. Default: all.")
+IMPLEMENTATION = flags.DEFINE_string(
+    "implementation", None, "pallas, pallas_interpret or xla. Default: pallas on TPU, xla elsewhere.")
+
+BATCH = flags.DEFINE_integer("batch", None, "Rows decoded together. Default: 8 a data shard.")
+PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens a page.")
+NUM_PAGES = flags.DEFINE_integer(
+    "num_pages", None, "Pages in a layer's pool, over all shards. Default: enough that no request waits for pages.")
+PAGES_PER_SEQUENCE = flags.DEFINE_integer(
+    "pages_per_sequence", None, "Columns of the block table. Default: what the longest request needs.")
+
+OUTPUT = flags.DEFINE_string("output", None, "File to which process 0 appends one JSON line with the results.")
+PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "Folder for a JAX profile of some steps.")
+
+CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", None, "Run on so many simulated CPU devices (in each process). Default: 8 where the host has no "
+    "accelerator and the run has one process.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0. Default: $JAX_COORDINATOR_ADDRESS, else JAX's own detection.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run. Default: $JAX_NUM_PROCESSES.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0. Default: $JAX_PROCESS_ID.")
+BIND_ADDRESS = flags.DEFINE_string(
+    "coordinator_bind_address", None, "host:port on which process 0 listens. Default: $JAX_COORDINATOR_BIND_ADDRESS.")
+
+_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32"}
+_DTYPES_TO_COME = ("int8", "fp8", "fp8_e4m3", "float8_e4m3fn")
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
+
+class UsageError(Exception):
+    """Bad input found before anything was compiled or written: its text is the one line that the user sees."""
+
+
+def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
+    """Parses the flags, runs `main` and exits with its result; bad flags and UsageError give exit code 2."""
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as e:
+            _refuse(name, str(e))
+
+    def run(argv):
+        try:
+            if len(argv) > 1:
+                raise UsageError(f"{argv[1]!r}: is not a flag; every setting is a flag, see --help")
+            return main(argv)
+        except UsageError as e:
+            _refuse(name, str(e))
+
+    app.run(run, flags_parser=parse)
+    raise AssertionError("app.run does not return")
+
+
+def _refuse(name: str, message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def kv_dtype(flag: str) -> str:
+    """The dtype that --kv_dtype names.
+
+    Raises:
+      NotImplementedError: int8 or fp8. ValueError: any other name that is not bf16 or f32.
+    """
+    if flag in _DTYPES_TO_COME:
+        raise not_yet(f"--kv_dtype={flag}", "use --kv_dtype=bf16 or --kv_dtype=f32")
+    require(flag in _DTYPES, "--kv_dtype", flag, "is no cache dtype", "use bf16 or f32")
+    return _DTYPES[flag]
+
+
+def at_least(smallest: int, **by_flag: int | float | None) -> None:
+    """Raises ValueError where a flag's value is given and below `smallest`."""
+    for name, value in by_flag.items():
+        require(value is None or value >= smallest, f"--{name}", value, f"must be at least {smallest}")
+
+
+def check_output(path: str | None, flag: str = "output", folder: bool = False) -> None:
+    """Raises ValueError unless the file (or folder) could be written; writes nothing, makes no folder."""
+    if path is None:
+        return
+    require(path != "", f"--{flag}", path, "is empty", "name a file")
+    target = os.path.abspath(path)
+    if not folder:
+        require(not os.path.isdir(target), f"--{flag}", path, "is a folder", "name a file in it")
+        if os.path.exists(target):
+            require(os.access(target, os.W_OK), f"--{flag}", path, "the file cannot be written")
+        target = os.path.dirname(target)
+    while not os.path.lexists(target):
+        target = os.path.dirname(target)
+    require(os.path.isdir(target), f"--{flag}", path, f"{target} is not a folder")
+    require(os.access(target, os.W_OK | os.X_OK) and _writable_mount(target), f"--{flag}", path,
+            f"folder {target} cannot be written", "name one that can")
+
+
+def _writable_mount(folder: str) -> bool:
+    # For root every folder passes os.access but those of the kernel, which hold no files of ours.
+    if folder.startswith(("/proc", "/sys")):
+        return False
+    return not os.statvfs(folder).f_flag & os.ST_RDONLY
+
+
+def _environment_int(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    require(text.isdecimal(), f"${name}", text, "must be a whole number")
+    return int(text)
+
+
+def start_jax() -> None:
+    """Starts JAX as the flags and the environment say: simulated devices, then the other processes.
+
+    Call it once, before anything that looks at devices.
+
+    Raises:
+      ValueError: --cpu_devices below 1, an incomplete set of coordinator flags, or one that JAX refuses.
+    """
+    at_least(1, cpu_devices=CPU_DEVICES.value, num_processes=NUM_PROCESSES.value)
+    coordinator = COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = _environment_int("JAX_NUM_PROCESSES") if NUM_PROCESSES.value is None else NUM_PROCESSES.value
+    process = _environment_int("JAX_PROCESS_ID") if PROCESS_ID.value is None else PROCESS_ID.value
+    bind = BIND_ADDRESS.value or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    if processes is not None and processes > 1 and coordinator is None and CPU_DEVICES.value:
+        raise bad_value("--num_processes", processes, "needs --coordinator_address", "or use paged-dist-local-pod")
+    simulate_devices(CPU_DEVICES.value, many_processes=coordinator is not None or (processes or 1) > 1)
+
+    from paged_dist import initialize_distributed
+
+    initialize_distributed(coordinator, processes, process, bind_address=bind)
+
+
+def simulate_devices(count: int | None, many_processes: bool) -> None:
+    """Sets the environment for `count` simulated CPU devices (see --cpu_devices); JAX must not have started."""
+    accelerator = any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
+    if count is not None or not accelerator:
+        # Nor does an installed libtpu then look for a TPU that is not there.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if count is not None:
+            os.environ["JAX_PLATFORMS"] = "cpu"
+    if count is None and not many_processes:
+        count = 8
+        if _DEVICE_COUNT in os.environ.get("XLA_FLAGS", ""):
+            return
+    if count is not None:
+        others = re.sub(rf"{_DEVICE_COUNT}=\S*", "", os.environ.get("XLA_FLAGS", ""))
+        os.environ["XLA_FLAGS"] = f"{others} {_DEVICE_COUNT}={count}".strip()
+    import jax
+
+    # `import jax` reads JAX_PLATFORMS, and may have come before us.
+    if os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

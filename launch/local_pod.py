@@ -1,0 +1,249 @@
+"""A pod on this host: N processes of any launcher, M simulated CPU devices each: `paged-dist-local-pod`.
+
+    python -m paged_dist.launch.local_pod --processes=2 --devices=4 -- decode --batch=64
+
+The processes find each other over loopback. When one fails the others are ended, and its exit code is this one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+NAME = "paged-dist-local-pod"
+GRACE_SECONDS = 2.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """One process of the pod, leader of its own process group, its output read through pipes."""
+
+    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]):
+        self.index = index
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, preexec_fn=_die_with_parent(os.getpid()))
+        self.code: int | None = None  # as a shell shows it: 128 + n for signal n
+        self._partial = {self.process.stdout: b"", self.process.stderr: b""}
+        for pipe in self._partial:
+            os.set_blocking(pipe.fileno(), False)
+
+    @property
+    def pipes(self):
+        """The child's stdout and stderr."""
+        return tuple(self._partial)
+
+    def poll(self) -> int | None:
+        """The exit code once the process has ended."""
+        if self.code is None and self.process.returncode is None:
+            # Not reaped yet: until then its process group's number cannot become another program's.
+            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                self.code = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
+        return self.code
+
+    def read(self, pipe) -> bool:
+        """Passes on what `pipe` holds, whole lines with the child's prefix; False at its end."""
+        try:
+            data = os.read(pipe.fileno(), 65536)
+        except BlockingIOError:
+            return True
+        lines = (self._partial[pipe] + data).split(b"\n")
+        self._partial[pipe] = lines.pop()
+        if not data and self._partial[pipe]:
+            lines, self._partial[pipe] = [self._partial[pipe]], b""
+        out = sys.stdout.buffer if pipe is self.process.stdout else sys.stderr.buffer
+        if lines:
+            prefix = b"[p%d] " % self.index
+            with contextlib.suppress(BrokenPipeError):
+                out.write(b"".join(prefix + line + b"\n" for line in lines))
+                out.flush()
+        return bool(data)
+
+    def signal_group(self, number: int) -> None:
+        """Sends a signal to the child and to what it started; nothing where all are gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def _die_with_parent(parent: int):
+    """What a child runs before its program: the kernel then kills it when this process dies, however it does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare():
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before prctl
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare
+
+
+def reserve_port() -> socket.socket:
+    """A loopback socket on a free port, to be held open while the pod runs.
+
+    It never listens, so the coordinator, which also sets SO_REUSEPORT, binds the same port, and no other program does.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
+def pod_environment(process: int, processes: int, devices: int, port: int, base: dict[str, str]) -> dict[str, str]:
+    """The environment of one process: where the others are, and its simulated devices."""
+    xla = re.sub(r"--xla_force_host_platform_device_count=\S*", "", base.get("XLA_FLAGS", ""))
+    environment = base | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{xla} --xla_force_host_platform_device_count={devices}".strip(),
+        "PYTHONUNBUFFERED": "1",
+    }
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID",
+                 "JAX_LOCAL_DEVICE_IDS"):
+        environment.pop(name, None)
+    if processes > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(process),
+        }
+    return environment
+
+
+def launcher_command(launcher: str, arguments: Sequence[str]) -> list[str]:
+    """The command of one process: a launcher of this package by its name, a module by its dotted name, or a script."""
+    if launcher.endswith(".py"):
+        return [sys.executable, launcher, *arguments]
+    module = launcher if "." in launcher else f"paged_dist.launch.{launcher}"
+    return [sys.executable, "-m", module, *arguments]
+
+
+def run_pod(command: Sequence[str], processes: int, devices: int, timeout_seconds: float | None = None) -> int:
+    """Runs `command` as `processes` processes of `devices` simulated CPU devices each, until all have ended.
+
+    Their output lines come out prefixed `[p0] `, `[p1] `, ... The environment tells each where the coordinator is
+    (JAX_COORDINATOR_ADDRESS and the like, which the launchers read).
+
+    Returns:
+      0 where all end with 0, else the exit code of the first to fail (128 + n where signal n ended it); 124 after
+      `timeout_seconds`, 130 after Ctrl-C, 143 after SIGTERM. No process is left in any case.
+    """
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    children: list[Child] = []
+    before = signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        with reserve_port() as held, selectors.DefaultSelector() as selector:
+            port = held.getsockname()[1]
+            for index in range(processes):
+                environment = pod_environment(index, processes, devices, port, dict(os.environ))
+                children.append(Child(index, command, environment))
+                for pipe in children[-1].pipes:
+                    selector.register(pipe, selectors.EVENT_READ, children[-1])
+            code = _watch(children, selector, deadline)
+            _end(children)
+            _drain(selector)
+            return code
+    except KeyboardInterrupt:
+        return 130
+    except _Terminated:
+        return 143
+    finally:
+        # Ctrl-C once more must not leave a process behind.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _end(children)
+        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(Exception):
+    pass
+
+
+def _on_terminate(number, frame):
+    raise _Terminated
+
+
+def _watch(children: list[Child], selector: selectors.BaseSelector, deadline: float | None) -> int:
+    """Passes output on until every child has ended with 0, one has failed, or time is up."""
+    while True:
+        for key, _ in selector.select(timeout=0.1):
+            if not key.data.read(key.fileobj):
+                selector.unregister(key.fileobj)
+        codes = [child.poll() for child in children]
+        for child in children:
+            if child.code:
+                _say(f"process {child.index} ended with exit code {child.code}")
+                return child.code
+        if all(code == 0 for code in codes):
+            return 0
+        if deadline is not None and time.monotonic() > deadline:
+            running = ", ".join(str(c.index) for c in children if c.code is None)
+            _say(f"time is up; still running: {running}")
+            return 124
+
+
+def _drain(selector: selectors.BaseSelector) -> None:
+    """What ended processes still had in their pipes."""
+    while selector.get_map() and (ready := selector.select(timeout=0)):
+        for key, _ in ready:
+            if not key.data.read(key.fileobj):
+                selector.unregister(key.fileobj)
+
+
+def _end(children: list[Child]) -> None:
+    """Ends what still runs: asks, waits a little, kills. Also what a child has left in its process group."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children:
+        if child.poll() is None:
+            child.signal_group(signal.SIGTERM)
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in children:
+        if child.process.returncode is None:
+            child.signal_group(signal.SIGKILL)
+            child.process.wait()
+
+
+def _say(line: str) -> None:
+    print(f"{NAME}: {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses `argv` (without the program's name) and runs the pod."""
+    parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] "
+                                           "-- LAUNCHER [FLAGS]")
+    parser.add_argument("--processes", type=_count, default=2, help="processes to start (default 2)")
+    parser.add_argument("--devices", type=_count, default=4, help="simulated CPU devices of each (default 4)")
+    parser.add_argument("--timeout_seconds", type=float, default=None, help="end all after so long, with exit code 124")
+    parser.add_argument("launcher", help="a launcher of this package (decode), a module, or a script ending in .py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
+    parser.error = lambda message: (_say(f"error: {message}"), sys.exit(2))
+    args = parser.parse_args(argv)
+    return run_pod(launcher_command(args.launcher, args.arguments), args.processes, args.devices, args.timeout_seconds)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def cli() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

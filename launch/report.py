@@ -1,0 +1,186 @@
+"""What a decode run says at its end: one table for a reader, one JSON line for a program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from paged_dist.launch.engine import ERROR_BOUNDS, Measured
+
+# Peak HBM bandwidth of a chip in bytes a second (Google's published figures), and devices that JAX shows a chip.
+_CHIPS = {
+    "v4": (1228e9, 1), "v5e": (819e9, 1), "v5 lite": (819e9, 1), "v5p": (2765e9, 1), "v5": (2765e9, 1),
+    "v6e": (1640e9, 1), "v6 lite": (1640e9, 1), "7x": (7380e9, 2), "v7x": (7380e9, 2), "v7": (7380e9, 2),
+}
+
+
+def chip_of(device_kind: str) -> tuple[float | None, int]:
+    """(peak HBM bytes a second of a chip or None where unknown, devices a chip) of a JAX device kind."""
+    name = device_kind.strip().removeprefix("TPU").strip().lower()
+    return _CHIPS.get(name, (None, 1)) if device_kind.startswith("TPU") else (None, 1)
+
+
+def slowest(per_process: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+    """[steps] seconds of each step on its slowest process, from [processes, steps]."""
+    return np.asarray(per_process, np.float64).max(axis=0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("paged-dist", "jax", "jaxlib", "libtpu", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gather(measured: Measured, digest: int) -> dict[str, np.ndarray]:
+    """Every process's numbers, once, at the end: each [processes, ...]. A collective: every process calls it."""
+    from jax.experimental import multihost_utils
+
+    mine = {
+        "step_seconds": np.asarray(measured.step_seconds, np.float32),
+        "seconds": np.asarray([measured.compile_seconds, measured.prefill_seconds, measured.host_seconds,
+                               measured.check_seconds], np.float32),
+        "worst_error": np.float32(measured.worst_error),
+        "checked": np.int32(measured.checked),
+        "tally": np.asarray(measured.tally, np.uint32),
+        "digest": np.uint32(digest),
+    }
+    if jax.process_count() == 1:
+        return {name: np.asarray(value)[None] for name, value in mine.items()}
+    return {name: np.asarray(value) for name, value in multihost_utils.process_allgather(mine).items()}
+
+
+def device_counts(mesh: Mesh) -> dict[str, int]:
+    """How many devices of each kind `mesh` has."""
+    kinds, counts = np.unique([d.device_kind for d in mesh.devices.flat], return_counts=True)
+    return dict(zip(map(str, kinds), map(int, counts), strict=True))
+
+
+def summarise(gathered: dict[str, np.ndarray], measured: Measured, *, bytes_per_token: int, num_pages: int,
+              devices: dict[str, int], dtype: str) -> dict:
+    """The numbers of a run.
+
+    Args:
+      gathered: as `gather` returns it. Times are those of the slowest process.
+      measured: any process's; what is used of it is the same on all.
+      bytes_per_token: K and V of one token over all heads and layers. What a step reads is live tokens times this;
+        pages held but not yet filled, and tokens outside a sliding window, are not counted.
+      devices: device kind -> how many.
+    """
+    steps = slowest(gathered["step_seconds"])
+    compile_s, prefill_s, host_s, check_s = map(float, gathered["seconds"].max(axis=0))
+    decode_s = float(steps.sum()) + host_s
+    peaks, per_chip = zip(*(chip_of(kind) for kind in devices), strict=True)
+    chips = sum(n / d for n, d in zip(devices.values(), per_chip, strict=True))
+    peak = None if None in peaks else min(peaks)
+    tokens, live = sum(measured.live_rows), sum(measured.live_tokens)
+    bandwidth = live * bytes_per_token / steps.sum()
+    low, high = (int(x) for x in gathered["tally"].astype(np.uint64).sum(axis=0) % 2**32)
+    worst = float(gathered["worst_error"].max())
+    return {
+        "tokens": tokens,
+        "steps": len(steps),
+        "tokens_per_s": tokens / decode_s,
+        "tokens_per_s_per_chip": tokens / decode_s / chips,
+        "step_ms_p50": 1e3 * float(np.percentile(steps, 50)),
+        "step_ms_p99": 1e3 * float(np.percentile(steps, 99)),
+        "step_ms_mean": 1e3 * float(steps.mean()),
+        "rows_mean": tokens / len(steps),
+        "live_kv_bytes_per_step": live * bytes_per_token / len(steps),
+        "live_kv_bytes_per_s": bandwidth,
+        "live_kv_bytes_per_s_per_chip": bandwidth / chips,
+        "peak_share": None if peak is None else bandwidth / chips / peak,
+        "pool_pages": num_pages,
+        "pool_use_peak": max(measured.pages) / num_pages,
+        "pool_use_mean": sum(measured.pages) / len(steps) / num_pages,
+        "compile_s": compile_s,
+        "decode_s": decode_s,
+        "steps_s": float(steps.sum()),
+        "prefill_s": prefill_s,
+        "prefill_tokens": measured.prefill_tokens,
+        "oracle_s": check_s,
+        "oracle_checked": int(gathered["checked"].sum()),
+        "oracle_worst_error": worst,
+        "oracle_bound": ERROR_BOUNDS[dtype],
+        "oracle_passed": worst <= ERROR_BOUNDS[dtype],
+        "checksum": f"{high:08x}{low:08x}",
+        "chips": chips,
+        "devices": devices,
+    }
+
+
+def _quantity(value: float, unit: str) -> str:
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {prefix}{unit}"
+    return f"{value:.2f} {unit}"
+
+
+def table(r: dict) -> str:
+    """The report as lines of at most 80 columns. `r`: a summary with settings, mesh, versions and processes added."""
+    share = "" if r["peak_share"] is None else f", {r['peak_share']:.1%} of the chip's peak"
+    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
+    s = r["settings"]
+    lines = [
+        ("devices", ", ".join(f"{n} x {kind}" for kind, n in r["devices"].items()) + f", {r['processes']} process(es)"),
+        ("mesh", mesh),
+        ("model", f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
+                  f"head_dim {s['head_dim']}, {s['dtype']}"),
+        ("cache", f"{r['pool_pages']} pages of {s['page_size']} tokens, {_quantity(r['cache_bytes'], 'B')}"),
+        ("workload", f"{r['requests']} requests of {r['workload']}, batch {s['batch']}"),
+        ("versions", " ".join(f"{name} {version}" for name, version in r["versions"].items())),
+        None,
+        ("tokens/s", f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_per_chip']:.2f} a chip)"),
+        ("step time", f"p50 {r['step_ms_p50']:.2f} ms, p99 {r['step_ms_p99']:.2f} ms, slowest process"),
+        ("steps", f"{r['steps']}, {r['tokens']} tokens, {r['rows_mean']:.1f} live rows on average"),
+        ("live KV", f"{_quantity(r['live_kv_bytes_per_step'], 'B')} read a step"),
+        ("bandwidth", f"{_quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
+                      f"{_quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}"),
+        ("pool use", f"peak {r['pool_use_peak']:.1%}, mean {r['pool_use_mean']:.1%}"),
+        ("time", f"compile {r['compile_s']:.2f} s, decode {r['decode_s']:.2f} s (steps {r['steps_s']:.2f} s)"),
+        ("", f"prefill {r['prefill_s']:.2f} s for {r['prefill_tokens']} tokens, oracle {r['oracle_s']:.2f} s"),
+        ("oracle", f"{r['oracle_checked']} outputs checked in float64, worst {r['oracle_worst_error']:.1e} of scale, "
+                   f"bound {r['oracle_bound']:.0e}: {'ok' if r['oracle_passed'] else 'FAILED'}"),
+        ("checksum", r["checksum"]),
+    ]
+    return "\n".join(_wrap(*line) if line else "" for line in lines)
+
+
+def _wrap(name: str, text: str, width: int = 80) -> str:
+    import textwrap
+
+    return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11,
+                         break_on_hyphens=False)
+
+
+def append_json_line(path: str, record: dict) -> None:
+    """Appends `record` as one line of JSON, in one write, so that no reader and no other run sees half a line.
+
+    Folders on the way are made. A last line that an earlier writer left unfinished is ended first.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = "\n" + line
+        data = line.encode()
+        written = os.write(fd, data)
+        if written != len(data):
+            os.ftruncate(fd, os.fstat(fd).st_size - written)
+            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")
+    finally:
+        os.close(fd)

@@ -1,0 +1,77 @@
+"""Queries, keys and values that anyone can recompute: a counter-based hash of their indices.
+
+The same function runs in JAX on the devices and in NumPy on a host, so the float64 oracle needs nothing from the
+devices, and an error anywhere on the path (page, table, write, shard) shows. The mixer is the 32-bit finaliser of
+C. Wellons' `hash-prospector` search (two multiplications, three xor-shifts); counter-based generation as in
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B9  # odd, so index -> index * _GOLDEN is one to one
+
+
+class Kind(enum.IntEnum):
+    """What an element belongs to: separate streams of one seed."""
+
+    QUERY = 0
+    KEY = 1
+    VALUE = 2
+    CHECKSUM_LOW = 3
+    CHECKSUM_HIGH = 4
+
+
+def _mix(xp, x):
+    """uint32 -> uint32, one to one, every input bit moving every output bit."""
+    x = x ^ (x >> xp.uint32(16))
+    x = x * xp.uint32(0x7FEB352D)
+    x = x ^ (x >> xp.uint32(15))
+    x = x * xp.uint32(0x846CA68B)
+    return x ^ (x >> xp.uint32(16))
+
+
+def hash_indices(xp, seed, kind: Kind, request, position, layer, heads, channels):
+    """uint32 hash of each element, [..., H, D].
+
+    Args:
+      xp: `numpy` or `jax.numpy`; the bits are the same.
+      seed, layer: integers, may be traced scalars.
+      request, position: int32 arrays that broadcast to [...] (scalars to [1]): request id, 0-based token position.
+      heads, channels: int32 [H] and [D], global indices.
+    """
+    def absorb(state, index):
+        # Never a scalar: NumPy warns where a scalar wraps, and wrapping is the point.
+        return _mix(xp, state + xp.atleast_1d(xp.asarray(index)).astype(xp.uint32) * xp.uint32(_GOLDEN))
+
+    state = xp.asarray(np.array([seed & 0xFFFFFFFF], np.uint32))
+    for index in (int(kind) + 1, layer, request, position):
+        state = absorb(state, index)
+    for index in (heads, channels):
+        state = absorb(state[..., None], index)
+    return state
+
+
+def values(xp, dtype, *indices):
+    """Uniform values in (-2, 2), variance 4/3, as `dtype`: `hash_indices(xp, *indices)` mapped to floats.
+
+    Odd multiples of 2**-7 for bfloat16 and of 2**-15 for float32: every one is exact in its dtype, so no rounding
+    can differ between back ends, and a float32 value that went through bfloat16 shows.
+    """
+    bits = {"bfloat16": 8, "float32": 16}[np.dtype(dtype).name]
+    top = (hash_indices(xp, *indices) >> xp.uint32(32 - bits)).astype(xp.int32)
+    return ((2 * top + (1 - 2**bits)).astype(xp.float32) * xp.float32(2.0 ** (1 - bits))).astype(dtype)
+
+
+def checksum_terms(xp, output, *indices):
+    """uint32 [..., H, D]: the bit patterns of `output` times an odd hash of where each element belongs.
+
+    Summed mod 2**32 in any order they give one number: associative, so no reduction order and no layout of
+    processes changes it, while an element in another's place does.
+    """
+    bits = output.view(xp.uint16 if np.dtype(output.dtype).itemsize == 2 else xp.uint32).astype(xp.uint32)
+    # An output of +0.0 or -0.0 would not count: the odd constant makes that element's presence count too.
+    return (bits + xp.uint32(_GOLDEN)) * (hash_indices(xp, *indices) | xp.uint32(1))

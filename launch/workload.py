@@ -1,0 +1,117 @@
+"""What the decode benchmark serves: a request trace, or requests whose lengths are drawn like one's."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from paged_dist._errors import bad_value, require
+
+CONTEXT_COLUMN = "ContextTokens"
+GENERATED_COLUMN = "GeneratedTokens"
+
+# Standard-normal scores of the 5th, 50th, 90th and 99th percentile, and of the largest of 19,366 draws.
+_SCORES = (-1.6449, 0.0, 1.2816, 2.3263, 3.88)
+# Lengths there, in tokens, of a production conversation service over one hour: Azure public dataset,
+# AzureLLMInferenceDataset2023 (CC-BY), described in Patel et al., "Splitwise", ISCA 2024.
+CONTEXT_PERCENTILES = (181, 1020, 2734, 4142, 14050)
+GENERATED_PERCENTILES = (41, 129, 424, 601, 1000)
+
+
+class Request(NamedTuple):
+    """One request: its place in arrival order, prompt tokens, and tokens to generate, both at least 1."""
+
+    id: int
+    context: int
+    generated: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache when the request is done."""
+        return self.context + self.generated
+
+
+def read_trace(path: str | Path, limit: int | None = None) -> list[Request]:
+    """The first `limit` requests of a CSV trace, in the file's order; None takes all.
+
+    The first line names the columns, of which `ContextTokens` and `GeneratedTokens` are needed, as in the Azure
+    public dataset's LLM inference traces. Other columns, arrival times among them, are ignored.
+
+    Raises:
+      ValueError: the file cannot be read, lacks a column, holds no request, or a line has no whole number of at
+        least 1 in one of the columns; names the line (1 is the header).
+    """
+    needs = f"a trace is a CSV whose first line names the columns {CONTEXT_COLUMN} and {GENERATED_COLUMN}"
+    requests: list[Request] = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file, strict=True)
+            columns = [c.strip() for c in lines.fieldnames or ()]
+            missing = [c for c in (CONTEXT_COLUMN, GENERATED_COLUMN) if c not in columns]
+            if missing:
+                shown = ",".join(columns)[:60]
+                raise bad_value("trace", str(path), f"line 1 is {shown!r}, no column {' or '.join(missing)}", needs)
+            lines.fieldnames = columns
+            for line in lines:
+                if limit is not None and len(requests) >= limit:
+                    break
+                lengths = [_length(path, lines.line_num, c, line[c]) for c in (CONTEXT_COLUMN, GENERATED_COLUMN)]
+                requests.append(Request(len(requests), *lengths))
+    except OSError as e:
+        raise bad_value("trace", str(path), f"cannot be read: {e.strerror or e}", needs) from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise bad_value("trace", str(path), f"is not a CSV text file: {e}", needs) from e
+    require(bool(requests), "trace", str(path), "holds no request below its header line", needs)
+    return requests
+
+
+def _length(path: str | Path, line: int, column: str, text: str | None) -> int:
+    try:
+        value = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        value = 0
+    if not 1 <= value < 2**31:
+        raise bad_value("trace", str(path), f"line {line} has {column} {text!r}",
+                        "it must be a whole number of tokens, at least 1")
+    return value
+
+
+def draw_lengths(rng: np.random.Generator, percentiles: tuple[int, ...], count: int) -> np.ndarray:
+    """`count` lengths in tokens, int64, with about the given 5/50/90/99/100th percentiles.
+
+    A log-normal whose sigma changes at the percentiles: the logarithm of the length is piecewise linear in a
+    standard normal draw, so that body and tail both fit. Below the 5th percentile the first slope goes on.
+    """
+    logs = np.log(percentiles)
+    slope = (logs[1] - logs[0]) / (_SCORES[1] - _SCORES[0])
+    floor = -5.0
+    scores = (floor, *_SCORES)
+    logs = np.concatenate([[logs[0] + slope * (floor - _SCORES[0])], logs])
+    lengths = np.exp(np.interp(rng.standard_normal(count), scores, logs))
+    return np.maximum(1, np.rint(lengths)).astype(np.int64)
+
+
+def draw_requests(count: int, seed: int = 0) -> list[Request]:
+    """`count` requests whose lengths follow the conversation trace's percentiles; the same for the same seed."""
+    context = draw_lengths(np.random.default_rng([seed, 0]), CONTEXT_PERCENTILES, count)
+    generated = draw_lengths(np.random.default_rng([seed, 1]), GENERATED_PERCENTILES, count)
+    return [Request(i, int(c), int(g)) for i, (c, g) in enumerate(zip(context, generated, strict=True))]
+
+
+def shorten(requests: list[Request], scale: float = 1.0, max_context: int | None = None,
+            max_generated: int | None = None) -> list[Request]:
+    """The same requests with lengths multiplied by `scale`, then capped; never below one token each."""
+    def fit(length: int, most: int | None) -> int:
+        length = max(1, round(length * scale))
+        return length if most is None else min(length, most)
+
+    return [Request(r.id, fit(r.context, max_context), fit(r.generated, max_generated)) for r in requests]
+
+
+def pages_needed(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return math.ceil(tokens / page_size)

@@ -1,0 +1,246 @@
+"""make_pod_mesh and describe_mesh: sizes, placement over the torus, and the words for both."""
+
+import dataclasses
+import itertools
+import math
+import time
+
+import jax
+import numpy as np
+import pytest
+from aot import collectives, compile_on, needs_libtpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from paged_dist.describe import describe_mesh, mesh_facts
+from paged_dist.mesh import AXIS_NAMES, infer_sizes, make_pod_mesh, place_devices, split_physical_axes
+from paged_dist.topology import topology_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A stand-in for a TPU device: what placement reads of one."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    slice_index: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def chips(x, y, z, slices=1, origin=0):
+    places = itertools.product(range(slices), range(z), range(y), range(x))
+    return [Chip(i, (a + origin, b + origin, c + origin), slice_index=s, process_index=i // 4)
+            for i, (s, c, b, a) in enumerate(places)]
+
+
+@pytest.mark.parametrize(("num_devices", "asked", "shape"), [
+    (512, {"data": 16, "context": 4, "model": 8}, (16, 4, 8)),
+    (512, {}, (512, 1, 1)),
+    (512, {"model": 8}, (64, 1, 8)),
+    (512, {"num_kv_heads": 8, "model_parallelism": 32}, (16, 4, 8)),
+    (512, {"num_kv_heads": 8, "model_parallelism": 4}, (128, 1, 4)),
+    (512, {"num_kv_heads": 2, "model_parallelism": 16}, (32, 8, 2)),
+    (96, {"num_kv_heads": 12, "model_parallelism": 32}, (3, 8, 4)),
+    (64, {"num_kv_heads": 8, "model_parallelism": 16, "context": 4}, (4, 4, 4)),
+    (64, {"num_kv_heads": 8, "model_parallelism": 16, "model": 2}, (4, 8, 2)),
+    (64, {"model_parallelism": 16}, (4, 1, 16)),
+    (64, {"num_kv_heads": 8, "model": 4}, (16, 1, 4)),
+    (64, {"num_kv_heads": 8}, (64, 1, 1)),
+    (1, {}, (1, 1, 1)),
+])
+def test_sizes_left_out_are_inferred(num_devices, asked, shape):
+    assert infer_sizes(num_devices, **asked) == shape
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"data": 3}, r"data=3: .*3 x 1 x 1 = 3 must be the number of devices, 8; data=8 \(or None\) works .* list of 3"),
+    ({"data": 4, "model": 4}, r"data=4: .*4 x 1 x 4 = 16 must be the number of devices, 8; data=2 \(or None\) works"),
+    ({"model": 3}, "model=3: must divide the number of devices, 8; the nearest divisors of 8 are 1, 2, 4, 8"),
+    ({"context": 3, "model": 2}, "context x model=6: must divide the number of devices, 8; .* are 2, 4, 8"),
+    ({"model": 16}, "model=16: must divide the number of devices, 8; the nearest divisors of 8 are 4, 8"),
+    ({"model": 8, "num_kv_heads": 2}, "model=8: must divide num_kv_heads 2.*; model=2, context=4 uses as many devices"),
+    ({"model": 3, "model_parallelism": 8}, "model=3: must divide model_parallelism 8"),
+    ({"context": 3, "model_parallelism": 8}, "context=3: must divide model_parallelism 8"),
+    ({"context": 2, "num_kv_heads": 2, "model_parallelism": 8}, "context=2: model 2 x context must be .*, or pass 4"),
+    ({"model": 0}, "model=0: must be a positive integer or None"),
+    ({"data": 2.0}, r"data=2.0: must be a positive integer"),
+    ({"model": True}, "model=True: must be a positive integer"),
+    ({"devices": []}, r"devices=\[\]: is empty"),
+    ({"devices": [0, 0]}, "1 devices are listed more than once"),
+    ({"devices": [0], "topology": "v5p:2x2x1"}, "topology='v5p:2x2x1': devices are given too"),
+    ({"axis_types": (AxisType.Auto,)}, "axis_types=.*: must be one AxisType, or one each"),
+])
+def test_a_shape_that_cannot_work_explains_itself(asked, message):
+    if "devices" in asked:
+        asked["devices"] = [jax.devices()[i] for i in asked["devices"]]
+    with pytest.raises(ValueError, match=message):
+        make_pod_mesh(**asked)
+
+
+def test_devices_of_several_platforms_are_refused():
+    with pytest.raises(ValueError, match=r"devices=\['cpu', 'tpu'\]: are of several platforms"):
+        make_pod_mesh(devices=[jax.devices()[0], Chip(0, (0, 0, 0))])
+
+
+def test_cpu_devices_keep_their_order():
+    mesh = make_pod_mesh(context=2, model=2)
+    assert mesh.axis_names == AXIS_NAMES == ("data", "context", "model")
+    assert [d.id for d in mesh.devices.flat] == list(range(8))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    backwards = make_pod_mesh(model=4, devices=jax.devices()[3::-1])
+    assert [d.id for d in backwards.devices.flat] == [3, 2, 1, 0]
+
+
+def test_axis_types_can_be_explicit():
+    assert make_pod_mesh(axis_types=AxisType.Explicit).axis_types == (AxisType.Explicit,) * 3
+    mixed = (AxisType.Explicit, AxisType.Auto, AxisType.Auto)
+    mesh = make_pod_mesh(model=2, axis_types=mixed)
+    assert mesh.axis_types == mixed
+    assert "axis types data Explicit, context Auto, model Auto" in describe_mesh(mesh)
+
+
+POD_SHAPES = [
+    # topology, sizes asked for, shape, the physical axes of model, those of context
+    ("v5p:8x8x8", {"data": 16, "context": 4, "model": 8}, (16, 4, 8), {"x": 8}, {"y": 4}),
+    ("v5p:16x16x24", {"model": 8}, (768, 1, 8), {"x": 8}, {}),
+    ("v5p:16x16x24", {"num_kv_heads": 8, "model_parallelism": 32}, (192, 4, 8), {"x": 8}, {"y": 4}),
+    ("v5p:16x16x24", {"context": 3, "model": 8}, (256, 3, 8), {"x": 8}, {"y": 1, "z": 3}),
+    ("v5e:16x16", {"model": 8}, (32, 1, 8), {"x": 8}, {}),
+    ("v5e:16x16", {"context": 4, "model": 8}, (8, 4, 8), {"x": 8}, {"y": 4}),
+    ("v6e:16x16", {"context": 4, "model": 16}, (4, 4, 16), {"x": 16}, {"y": 4}),
+    ("v4:4x4x4", {"model": 8}, (8, 1, 8), {"x": 4, "y": 2}, {}),
+    ("v4:4x4x8", {"context": 4, "model": 8}, (4, 4, 8), {"z": 8}, {"x": 4}),
+    ("tpu7x:4x4x4", {"model": 8}, (16, 1, 8), {"x": 4, "core": 2}, {}),
+    ("tpu7x:4x4x4", {"context": 2, "model": 4}, (16, 2, 4), {"x": 2, "core": 2}, {"y": 2}),
+    ("v5e:2x2", {"model": 2}, (2, 1, 2), {"x": 2}, {}),
+    ("v5e:4x4", {"model": 16}, (1, 1, 16), {"x": 4, "y": 4}, {}),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "asked", "shape", "model_runs", "context_runs"), POD_SHAPES,
+                         ids=[f"{t}-{'x'.join(map(str, s))}" for t, _, s, *_ in POD_SHAPES])
+def test_model_then_context_run_over_neighbours_of_an_absent_pod(topology, asked, shape, model_runs, context_runs):
+    start = time.perf_counter()
+    mesh = make_pod_mesh(**asked, topology=topology)
+    facts = mesh_facts(mesh)
+    assert time.perf_counter() - start < 10
+    assert tuple(mesh.shape.values()) == shape
+    assert len(set(mesh.devices.flat)) == len(topology_devices(topology))
+    _, context, model = facts.axes
+    assert {r.physical: r.count for r in model.runs} == model_runs
+    assert {r.physical: r.count for r in context.runs} == {k: v for k, v in context_runs.items() if v > 1}
+    assert all(r.stride == 1 and r.regular for axis in (context, model) for r in axis.runs)
+    for axis in facts.axes:
+        assert math.prod(r.count for r in axis.runs) == axis.size
+    # Every position along model is a step of one chip or one core, but where it turns into the next physical axis.
+    line = np.array([(*d.coords, d.core_on_chip) for d in mesh.devices[0, 0]])
+    steps = np.abs(np.diff(line, axis=0)).sum(axis=1)
+    assert (steps == 1).mean() >= 0.5
+
+
+@needs_libtpu
+def test_a_program_for_512_absent_chips_puts_its_collective_on_model_alone():
+    mesh = make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")
+    x = jax.ShapeDtypeStruct((16, 1024), np.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
+    text = compile_on(mesh, jax.shard_map(lambda x: jax.lax.psum(x, "model"), mesh=mesh,
+                                          in_specs=PartitionSpec("data", "model"), out_specs=PartitionSpec("data")),
+                      x).as_text()
+    assert collectives(text) == ["all-reduce"]
+
+
+@pytest.mark.parametrize(("physical", "shape", "shares"), [
+    ((8, 8, 8, 1), (16, 4, 8), [(1, 2, 8, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),
+    ((16, 16, 1, 1), (8, 4, 8), [(2, 4, 1, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),  # not (2, 2): its steps would be of 8
+    ((4, 4, 8, 1), (8, 1, 16), [(1, 1, 8, 1), (1, 1, 1, 1), (4, 4, 1, 1)]),  # a square of whole axes
+    ((4, 4, 4, 2), (32, 1, 4), [(2, 4, 4, 1), (1, 1, 1, 1), (2, 1, 1, 2)]),  # the cores of a chip stay together
+    ((4, 8, 2, 1), (8, 1, 8), [(1, 8, 1, 1), (1, 1, 1, 1), (4, 1, 2, 1)]),  # two whole axes have more links than one
+    ((14, 3, 1, 1), (3, 7, 2), [(1, 3, 1, 1), (7, 1, 1, 1), (2, 1, 1, 1)]),
+    ((1, 1, 1, 1), (1, 1, 1), [(1, 1, 1, 1)] * 3),
+])
+def test_a_physical_axis_is_split_by_rule(physical, shape, shares):
+    assert split_physical_axes(physical, shape) == shares
+
+
+@pytest.mark.parametrize("physical", [(2, 2, 1, 1), (4, 6, 1, 1), (4, 4, 4, 2), (6, 2, 10, 1), (16, 16, 24, 1)])
+def test_every_shape_of_the_right_size_can_be_laid(physical):
+    total = math.prod(physical)
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    for model in divisors[::3]:
+        for context in [d for d in divisors if total // model % d == 0][::3]:
+            shape = (total // model // context, context, model)
+            shares = split_physical_axes(physical, shape)
+            assert tuple(map(math.prod, shares)) == shape
+            assert tuple(map(math.prod, zip(*shares, strict=True))) == physical
+
+
+def test_slices_are_split_over_data_alone():
+    devices = chips(4, 4, 4, slices=2)
+    placed = place_devices(devices[::-1], (32, 1, 4))
+    assert placed.shape == (32, 1, 4)
+    assert {d.slice_index for d in placed[:16].flat} == {0} and {d.slice_index for d in placed[16:].flat} == {1}
+    with pytest.raises(ValueError, match="data=1: must be a multiple of the 2 slices, over which only data is split"):
+        place_devices(devices, (1, 2, 64))
+
+
+def test_placement_does_not_depend_on_the_order_of_the_devices_or_where_the_box_lies():
+    rng = np.random.default_rng(0)
+    devices = chips(4, 8, 1, origin=5)
+    placed = place_devices(devices, (2, 2, 8))
+    shuffled = place_devices([devices[i] for i in rng.permutation(len(devices))], (2, 2, 8))
+    assert (placed == shuffled).all()
+    assert [d.coords[1] for d in placed[0, 0]] == list(range(5, 13))
+
+
+def test_devices_with_holes_are_taken_in_order_with_a_warning(caplog):
+    devices = chips(4, 4, 1)
+    devices = devices[:5] + devices[6:-1]
+    placed = place_devices(devices, (7, 1, 2))
+    assert [d.id for d in placed.flat] == [d.id for d in devices]
+    assert "do not fill a box" in caplog.text
+
+
+V5P_TEXT = """\
+mesh: data 16 x context 4 x model 8 = 512 devices (TPU v5), 128 processes, physical x 8, y 8, z 8
+  data 16: a quarter of physical axis y (2 of 8, 4 apart), all 8 of physical axis z
+  context 4: half of physical axis y (4 of 8, neighbours)
+  model 8: all 8 of physical axis x
+  split: physical axis y between data and context"""
+
+CPU_TEXT = """\
+mesh: data 4 x context 1 x model 2 = 8 devices (cpu), 1 process, no physical coordinates
+  data 4: half of the devices of a process (4 of 8, 2 apart)
+  context 1: nothing is split
+  model 2: a quarter of the devices of a process (2 of 8, neighbours)"""
+
+
+@needs_libtpu
+def test_describe_says_which_physical_axis_was_split():
+    assert describe_mesh(make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")) == V5P_TEXT
+
+
+def test_describe_works_without_coordinates():
+    assert describe_mesh(make_pod_mesh(model=2)) == CPU_TEXT
+
+
+def test_describe_reads_any_mesh_not_only_its_own():
+    devices = np.array(jax.devices())[[0, 3, 5, 6, 1, 2, 4, 7]].reshape(2, 4)
+    facts = mesh_facts(Mesh(devices, ("rows", "columns")))
+    assert [a.name for a in facts.axes] == ["rows", "columns"]
+    assert not facts.axes[1].runs[0].regular and "unevenly" in describe_mesh(Mesh(devices, ("rows", "columns")))
+
+
+def test_facts_of_several_slices_say_so():
+    class Fake:
+        """What `mesh_facts` reads of a mesh: jax builds none of stand-in devices."""
+        devices = place_devices(chips(4, 4, 2, slices=2), (8, 1, 8))
+        shape = {"data": 8, "context": 1, "model": 8}  # noqa: RUF012
+        axis_names = AXIS_NAMES
+        axis_types = (AxisType.Auto,) * 3
+    facts = mesh_facts(Fake)
+    assert facts.num_slices == 2 and facts.fills_box and facts.num_processes == 16
+    assert [(r.physical, r.count) for r in facts.axes[0].runs] == [("slice", 2), ("y", 4)]
+    assert [(r.physical, r.count) for r in facts.axes[2].runs] == [("x", 4), ("z", 2)]
+    assert "2 slices" in describe_mesh(Fake) and "all 2 slices (across the data-centre network)" in describe_mesh(Fake)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 Interpret = bool | pltpu.InterpretParams | Literal["xla"] | None
@@ -32,3 +33,15 @@ def in_hbm(*pools: jax.Array, interpret: Interpret) -> tuple[jax.Array, ...]:
     if interpret:
         return pools
     return tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
+
+
+def as_kernel_dtype(*pools: jax.Array) -> tuple[jax.Array, ...]:
+    """Pools as a kernel takes them: bf16 that is stored as its bits (uint16, on CPU only) as bf16 again."""
+    return tuple(jax.lax.bitcast_convert_type(p, jnp.bfloat16) if p.dtype == jnp.uint16 else p for p in pools)
+
+
+def as_stored_dtype(dtype, *values: jax.Array) -> tuple[jax.Array, ...]:
+    """`values` in a pool's stored `dtype`: cast, and for uint16 taken as the bits of bf16."""
+    if dtype == jnp.uint16:
+        return tuple(jax.lax.bitcast_convert_type(v.astype(jnp.bfloat16), jnp.uint16) for v in values)
+    return tuple(v.astype(dtype) for v in values)

@@ -22,15 +22,10 @@ from paged_dist._shard import (
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
-from paged_dist.kernels._dispatch import dispatch
+from paged_dist.kernels._dispatch import as_kernel_dtype, dispatch
+from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.mesh import MeshAxes
-
-
-def attend_pages_pallas(*args, **kw):  # TEMPORARY until the launcher lands
-    from paged_dist.kernels.paged_attention.launch import attend_pages_pallas as f
-
-    return f(*args, **kw)
 
 
 def sharded_paged_attention(
@@ -198,9 +193,14 @@ def _local(
     tables = local_page_ids(block_tables, key_pages.shape[2], axes)
     operands = (query, key_pages, value_pages, lengths, tables, layer)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
+
+    def kernel(query, key_pages, value_pages, *rest, interpret):
+        pools = as_kernel_dtype(key_pages, value_pages)
+        return attend_pages_pallas(query, *pools, *rest, **options, interpret=interpret)
+
     with jax.named_scope("attend"):
         output, lse = dispatch(
-            functools.partial(attend_pages_pallas, **options),
+            kernel,
             functools.partial(attend_pages_xla, **options),
             *operands,
             interpret=interpret_of(implementation),

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import not_yet, require
+from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype
 from paged_dist.mesh import MeshAxes
 
 LANES = 128  # a TPU register's minor axis: a stored row is a multiple of it, or XLA pads or relayouts the pool
@@ -131,6 +132,12 @@ class CacheSpec:
         return PartitionSpec(*layers, axes.names("model") or None, axes.pages or None, None, None)
 
 
+def stored_dtype(spec: CacheSpec, mesh: Mesh | AbstractMesh | None) -> jnp.dtype:
+    """The dtype of a cache's pools on `mesh`: the spec's, but the bits of bf16 on CPU devices."""
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    return jnp.dtype("uint16" if on_cpu and spec.dtype == "bfloat16" else spec.dtype)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["key_pages", "value_pages"], meta_fields=["spec", "mesh"]
 )
@@ -139,11 +146,13 @@ class PagedKVCache:
     """The key and value pools of a model, sharded over a mesh: a pytree of two arrays.
 
     A page of one head is stored as rows of 128 lanes or more: [P, D] from head_dim 128 on, two tokens a row
-    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies.
+    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. On CPU
+    bf16 is stored as its bits, uint16: XLA's CPU back end (jax 0.10) widens a whole bf16 pool to f32 and back for
+    every write into it.
 
     Attributes:
-      key_pages, value_pages: [Hkv, N, rows, lanes] or [L, Hkv, N, rows, lanes], `spec.dtype`; inside a
-        `shard_map`, this shard's part of them.
+      key_pages, value_pages: [Hkv, N, rows, lanes] or [L, Hkv, N, rows, lanes], `spec.dtype` (its
+        bits on CPU); inside a `shard_map`, this shard's part of them. `to_pages` gives them as pages.
       spec: the CacheSpec of the whole cache.
       mesh: where the cache was made; the ops run on it unless told otherwise. May be None.
     """
@@ -167,7 +176,7 @@ class PagedKVCache:
                 stacklevel=2,
             )
         shardings = cls.shardings(spec, mesh, axes=axes)
-        zeros = lambda: cls(*(jnp.zeros(spec.pool_shape, spec.dtype) for _ in range(2)), spec, mesh)
+        zeros = lambda: cls(*(jnp.zeros(spec.pool_shape, stored_dtype(spec, mesh)) for _ in range(2)), spec, mesh)
         return jax.jit(zeros, out_shardings=shardings)()
 
     @classmethod
@@ -179,8 +188,8 @@ class PagedKVCache:
 
     @classmethod
     def abstract(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
-        """The same pytree with a ShapeDtypeStruct for each array: for compiling ahead of time, also for absent chips."""
-        leaf = lambda sharding: jax.ShapeDtypeStruct(spec.pool_shape, spec.dtype, sharding=sharding)
+        """The same pytree with a ShapeDtypeStruct for each array: to compile ahead of time, also for absent chips."""
+        leaf = lambda sharding: jax.ShapeDtypeStruct(spec.pool_shape, stored_dtype(spec, mesh), sharding=sharding)
         return jax.tree.map(leaf, cls.shardings(spec, mesh, axes=axes))
 
     def partition_specs(self, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
@@ -226,15 +235,17 @@ class PagedKVCache:
         else:
             sharding = getattr(key_pages, "sharding", None) if not isinstance(key_pages, jax.core.Tracer) else None
             mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        key_pages, value_pages = as_stored_dtype(stored_dtype(spec, mesh), key_pages, value_pages)
         return cls(key_pages, value_pages, spec, mesh)
 
     def to_pages(self) -> tuple[jax.Array, jax.Array]:
         """(key_pages, value_pages) in the kernels' layout [Hkv, N, P, D] or [L, Hkv, N, P, D].
 
-        No copy from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
+        No copy on TPU from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
         """
         pages = lambda x: reshape_minor(x, (*x.shape[:-2], self.spec.page_size, self.spec.head_dim))
-        return pages(self.key_pages), pages(self.value_pages)
+        key_pages, value_pages = as_kernel_dtype(self.key_pages, self.value_pages)
+        return pages(key_pages), pages(value_pages)
 
     def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._errors import require
-from paged_dist.kernels._dispatch import Interpret, dispatch
+from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch
 from paged_dist.kernels.kv_cache_update.kernel import write_tiles_pallas
 from paged_dist.kernels.kv_cache_update.tiles import pool_shape
 from paged_dist.kernels.kv_cache_update.xla import write_tiles_xla
@@ -33,7 +33,7 @@ def write_kv_pages(
 
     Args:
       key_pages, value_pages: [L, Hkv, N, R, W], the stored form: a page of one head is R rows of W lanes, one
-        token a row at head_dim D = W, W // D consecutive tokens a row below.
+        token a row at head_dim D = W, W // D consecutive tokens a row below. uint16 are the bits of bf16.
       key, value: [B, T, Hkv, D], any float dtype; cast to the pool's. Row t becomes token starts[b] + t.
       starts: [B] int32, position of the first new token (0-based); a negative one writes nothing.
       ends: [B] int32, one past the last token to write; at most starts + T are.
@@ -77,13 +77,19 @@ def write_kv_pages(
         require(jnp.issubdtype(array.dtype, jnp.integer), f"{name}.dtype", array.dtype, "must be an integer dtype")
     pool = pool_shape(key_pages, head_dim)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    stored = key_pages.dtype
+    options = dict(pool=pool)
+
+    def kernel(key_pages, value_pages, key, value, *rest, interpret):
+        pools = as_kernel_dtype(key_pages, value_pages, key, value)
+        return as_stored_dtype(stored, *write_tiles_pallas(*pools, *rest, **options, interpret=interpret))
+
     return dispatch(
-        functools.partial(write_tiles_pallas, pool=pool),
-        functools.partial(write_tiles_xla, pool=pool),
+        kernel,
+        functools.partial(write_tiles_xla, **options),
         key_pages,
         value_pages,
-        key.astype(key_pages.dtype),
-        value.astype(value_pages.dtype),
+        *as_stored_dtype(stored, key, value),
         starts.astype(jnp.int32),
         ends.astype(jnp.int32),
         block_tables.astype(jnp.int32),

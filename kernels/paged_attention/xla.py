@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -28,8 +29,8 @@ def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer
 
     Args:
       query: [B, Hq, D] bf16 or f32.
-      key_pages, value_pages: [L, Hkv, N, R, W] bf16 or f32; a page's P x D elements of a head as R rows of W
-        lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
+      key_pages, value_pages: [L, Hkv, N, R, W] bf16, bf16 as its bits (uint16) or f32; a page's P x D elements of
+        a head as R rows of W lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
       lengths: [B] int32 live tokens, 0 allowed; more than the table holds counts as a full table.
       block_tables: [B, S] int32; entries past a sequence's last page are never used.
       layer: int32 scalar, may be traced; None is 0.
@@ -43,7 +44,7 @@ def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer
     """
     query, key_pages, value_pages, lengths, block_tables = map(
         jnp.asarray, (query, key_pages, value_pages, lengths, block_tables))
-    problem = check_pools(query, key_pages, value_pages, lengths, block_tables)
+    problem = check_pools(query, *map(_as_float, (key_pages, value_pages)), lengths, block_tables)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
@@ -70,6 +71,11 @@ def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer
     place = jnp.argsort(order)  # where each sequence was computed
     output = output.reshape(-1, p.num_q_heads, p.head_dim)[place].astype(query.dtype)
     return output, lse.reshape(-1, p.num_q_heads)[place]
+
+
+def _as_float(pool) -> jax.ShapeDtypeStruct:
+    """The pool as it is meant: bits are bf16."""
+    return jax.ShapeDtypeStruct(pool.shape, jnp.bfloat16 if pool.dtype == jnp.uint16 else pool.dtype)
 
 
 def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_scale, soft_cap, mask_value):
@@ -123,6 +129,8 @@ def _gather(pool, ids, step):
     """
     if pool.dtype == jnp.float32:
         return pool.at[ids].get(mode="promise_in_bounds")
-    pool, _ = lax.optimization_barrier((pool, step))
-    bits = lax.bitcast_convert_type(pool, jnp.uint16).at[ids].get(mode="promise_in_bounds")
+    if pool.dtype == jnp.bfloat16:
+        pool, _ = lax.optimization_barrier((pool, step))
+        pool = lax.bitcast_convert_type(pool, jnp.uint16)
+    bits = pool.at[ids].get(mode="promise_in_bounds")
     return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)

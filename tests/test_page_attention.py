@@ -1,0 +1,116 @@
+"""Paged attention off the TPU, the XLA form and the plain reference, against the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from page_attention_cases import CASES, Case, assert_close, make, stack
+
+from paged_dist.kernels.paged_attention import DEFAULT_MASK_VALUE, page_attention, ref_paged_attention
+from paged_dist.kernels.paged_attention.xla import attend_pages_xla
+
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@by_name
+def test_page_attention_off_tpu_equals_the_oracle(case):
+    arrays, expected = make(case)
+    output = page_attention(*arrays, **case.page_attention_options)
+    assert output.dtype == case.query_dtype
+    assert_close(case, expected, output)
+
+
+@by_name
+def test_xla_form_equals_the_oracle_in_stacked_pools(case):
+    (query, k, v, *rest), expected = make(case, seed=1)
+    width = max(128, case.D) if case.P * case.D % 128 == 0 else case.D
+    attend = jax.jit(lambda q, k, v, n, t, layer: attend_pages_xla(q, k, v, n, t, layer, **case.options))
+    output, lse = attend(query, stack(k, width), stack(v, width), *rest, 1)
+    assert output.dtype == case.query_dtype
+    assert_close(case, expected, output, lse)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.sm_scale == 1.0 or c.name in ("gqa", "mqa", "soft_cap", "bf16")
+                                  or "window" in c.name], ids=lambda case: case.name)
+def test_the_plain_reference_equals_the_oracle(case):
+    case = Case(**{**vars(case), "sm_scale": 1.0})
+    arrays, expected = make(case)
+    output = ref_paged_attention(*arrays, attn_logits_soft_cap=case.soft_cap, sliding_window=case.sliding_window)
+    assert output.dtype == case.query_dtype
+    assert_close(case, expected, output)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_shapes_equal_the_oracle(seed):
+    rng = np.random.default_rng(100 + seed)
+    Hkv, D, page, S = rng.integers(1, 5), rng.choice([64, 128, 256]), 8 * rng.integers(1, 17), rng.integers(1, 9)
+    lengths = rng.integers(0, page * S + 1, rng.integers(1, 12))
+    case = Case("random", int(Hkv * rng.integers(1, 9)), int(Hkv), int(D), int(page), int(S),
+                tuple(int(n) for n in lengths), sliding_window=[None, int(rng.integers(1, page * S))][seed % 2])
+    arrays, expected = make(case, seed)
+    assert_close(case, expected, page_attention(*arrays, **case.page_attention_options))
+
+
+def test_call_sites_of_jax_paged_attention_work():
+    case = Case("jax", sm_scale=1.0, soft_cap=2.0)
+    (q, k_pages, v_pages, lengths, page_indices), expected = make(case)
+    output = page_attention(q, k_pages, v_pages, lengths, page_indices, mask_value=DEFAULT_MASK_VALUE,
+                            attn_logits_soft_cap=2.0, pages_per_compute_block=2, megacore_mode=None,
+                            inline_seq_dim=True)
+    assert_close(case, expected, output)
+
+
+def test_works_under_jit_with_traced_arrays():
+    case = CASES[0]
+    arrays, expected = make(case)
+    assert_close(case, expected, jax.jit(lambda *x: page_attention(*x, **case.page_attention_options))(*arrays))
+
+
+def test_a_length_beyond_the_table_counts_as_a_full_table():
+    case = Case("full", lengths=(32, 32))
+    (q, k, v, _, tables), expected = make(case)
+    assert_close(case, expected, page_attention(q, k, v, np.array([33, 10**9], np.int32), tables,
+                                                **case.page_attention_options))
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+    case = Case("neighbours", S=40, lengths=(3, 320, 100, 0, 17))
+    (q, k, v, lengths, tables), _ = make(case)
+    k, v = k[None], v[None]
+    alone = [attend_pages_xla(q, k, v, np.where(np.arange(5) == b, lengths, 0), tables)[0][b] for b in range(5)]
+    np.testing.assert_array_equal(attend_pages_xla(q, k, v, lengths, tables)[0], jnp.stack(alone))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_xla_form_copies_no_pool(dtype):
+    """Neither gathered whole, nor (XLA's CPU back end, bf16) widened to f32 whole and lifted out of the loop."""
+    case = Case("big", P=32, S=16, lengths=(512,) * 8, dtype=dtype)
+    (query, k, v, *rest), expected = make(case)
+    pools = stack(k, 128, layers=8), stack(v, 128, layers=8)
+
+    def attend(q, k, v, n, t):
+        return jax.lax.scan(lambda c, layer: (c, attend_pages_xla(q, k, v, n, t, layer, **case.options)), 0,
+                            jnp.array([1, 1]))[1]
+
+    compiled = jax.jit(attend).lower(query, *pools, *rest).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < pools[0].nbytes // 8, "a layer of a pool is copied"
+    output, lse = compiled(query, *pools, *rest)
+    assert_close(case, expected, output[1], lse[1])
+
+
+def test_xla_form_in_a_shard_map_that_checks_types():
+    case = Case("sharded", Hq=4, Hkv=2, lengths=(3, 32, 0, 9))
+    (q, k, v, lengths, tables), expected = make(case)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def shard(q, k, v, lengths, tables):
+        return jax.lax.scan(lambda q, layer: (q, attend_pages_xla(q, k, v, lengths, tables, layer, **case.options)),
+                            q, jnp.arange(2))[1]
+
+    # Sequences over data, heads over model; every data shard holds all pages here.
+    output, lse = jax.jit(jax.shard_map(
+        shard, mesh=mesh, check_vma=True,
+        in_specs=(P("data", "model"), P(None, "model"), P(None, "model"), P("data"), P("data")),
+        out_specs=(P(None, "data", "model"),) * 2))(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables)
+    assert_close(case, expected, output[1], lse[1])

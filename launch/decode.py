@@ -93,24 +93,12 @@ def mesh_from_flags(num_kv_heads: int):
     """The mesh over all devices of the run; sizes that no flag gives are chosen."""
     import jax
 
-    from paged_dist import make_pod_mesh
+    from paged_dist.mesh import make_pod_mesh
 
-    devices = jax.device_count()
     data, context, model = shared.DATA.value, shared.CONTEXT.value or 1, shared.MODEL.value
     if model is None:
-        left = devices // ((data or 1) * context)
-        model = math.gcd(num_kv_heads, left) or 1
-        if data is not None and data * context * model != devices:
-            raise bad_value("--data", data, f"x context {context} x model must be the {devices} devices, and model "
-                            f"must divide --num_kv_heads={num_kv_heads}")
-    require(num_kv_heads % model == 0, "--num_kv_heads", num_kv_heads,
-            f"must be a multiple of the mesh's model size {model}")
-    require(devices % (context * model) == 0, "--model", model,
-            f"x context {context} must divide the {devices} devices")
-    if data is not None:
-        require(data * context * model == devices, "--data", data,
-                f"x context {context} x model {model} must be the {devices} devices of this run")
-    return make_pod_mesh(data=data, context=context, model=model)
+        model = math.gcd(num_kv_heads, jax.device_count() // ((data or 1) * context)) or 1
+    return make_pod_mesh(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +191,12 @@ def main(argv) -> int:
         requests, workload = requests_from_flags()
         shared.check_output(shared.OUTPUT.value)
         shared.check_output(shared.PROFILE_DIR.value, "profile_dir", folder=True)
-        shared.start_jax()
+        shared.start_jax(NAME)
 
     import jax
 
-    from paged_dist import PageAllocator, describe_mesh
+    from paged_dist.allocator import PageAllocator
+    from paged_dist.describe import describe_mesh
     from paged_dist.launch import report
     from paged_dist.launch.engine import CHUNK_TOKENS, Engine
     from paged_dist.launch.schedule import Schedule, choose_checks
@@ -226,7 +215,7 @@ def main(argv) -> int:
         allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
         checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, SEED.value)
         schedule = Schedule(requests, allocator, run.pool, CHUNK_TOKENS, checks)
-    say(describe_mesh(run.mesh))
+    say(describe_mesh(run.mesh).partition("\n")[0])
     say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
     engine.compile()
     measured = engine.run(schedule, say, shared.PROFILE_DIR.value)

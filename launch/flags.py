@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from paged_dist._errors import bad_value, not_yet, require
+from paged_dist._errors import not_yet, require
 
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
@@ -62,9 +62,12 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
 
     def parse(argv):
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
         except flags.Error as e:
-            _refuse(name, str(e))
+            _end(name, str(e))
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # what a run has to say it prints itself; --verbosity=0 says more
+        return rest
 
     def run(argv):
         try:
@@ -72,16 +75,16 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
                 raise UsageError(f"{argv[1]!r}: is not a flag; every setting is a flag, see --help")
             return main(argv)
         except UsageError as e:
-            _refuse(name, str(e))
+            _end(name, str(e))
 
     app.run(run, flags_parser=parse)
     raise AssertionError("app.run does not return")
 
 
-def _refuse(name: str, message: str) -> NoReturn:
+def _end(name: str, message: str, code: int = 2) -> NoReturn:
     sys.stdout.flush()
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def kv_dtype(flag: str) -> str:
@@ -135,26 +138,28 @@ def _environment_int(name: str) -> int | None:
     return int(text)
 
 
-def start_jax() -> None:
+def start_jax(name: str) -> None:
     """Starts JAX as the flags and the environment say: simulated devices, then the other processes.
 
-    Call it once, before anything that looks at devices.
+    Call it once, before anything that looks at devices. Where the other processes do not come, it says so and ends
+    this one with exit code 1.
 
     Raises:
-      ValueError: --cpu_devices below 1, an incomplete set of coordinator flags, or one that JAX refuses.
+      ValueError: --cpu_devices below 1, or coordinator flags of which some are missing or wrong.
     """
-    at_least(1, cpu_devices=CPU_DEVICES.value, num_processes=NUM_PROCESSES.value)
-    coordinator = COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = _environment_int("JAX_NUM_PROCESSES") if NUM_PROCESSES.value is None else NUM_PROCESSES.value
-    process = _environment_int("JAX_PROCESS_ID") if PROCESS_ID.value is None else PROCESS_ID.value
-    bind = BIND_ADDRESS.value or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    if processes is not None and processes > 1 and coordinator is None and CPU_DEVICES.value:
-        raise bad_value("--num_processes", processes, "needs --coordinator_address", "or use paged-dist-local-pod")
-    simulate_devices(CPU_DEVICES.value, many_processes=coordinator is not None or (processes or 1) > 1)
+    at_least(1, cpu_devices=CPU_DEVICES.value)
+    place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    if place == (None, None, None) and "JAX_NUM_PROCESSES" in os.environ and "JAX_PROCESS_ID" in os.environ:
+        place = (os.environ.get("JAX_COORDINATOR_ADDRESS"), _environment_int("JAX_NUM_PROCESSES"),
+                 _environment_int("JAX_PROCESS_ID"))
+    simulate_devices(CPU_DEVICES.value, many_processes=place != (None, None, None))
 
-    from paged_dist import initialize_distributed
+    from paged_dist.distributed import initialize_distributed
 
-    initialize_distributed(coordinator, processes, process, bind_address=bind)
+    try:
+        initialize_distributed(*place, bind_address=BIND_ADDRESS.value)
+    except RuntimeError as e:
+        _end(name, str(e), 1)
 
 
 def simulate_devices(count: int | None, many_processes: bool) -> None:

@@ -91,10 +91,12 @@ def _die_with_parent(parent: int):
 def reserve_port() -> socket.socket:
     """A loopback socket on a free port, to be held open while the pod runs.
 
-    It never listens, so the coordinator, which also sets SO_REUSEPORT, binds the same port, and no other program does.
+    It never listens. The coordinator binds the same port, for it sets one of the two options too, and no other
+    program is given the port meanwhile.
     """
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        held.setsockopt(socket.SOL_SOCKET, option, 1)
     held.bind(("127.0.0.1", 0))
     return held
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable
+from operator import index
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -169,7 +170,7 @@ class PageAllocator:
           OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
             beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
         """
-        asked = self._pages_asked(num_tokens)
+        asked = self._pages_asked(index(num_tokens))
         best: tuple[int, int] | None = None  # (free pages, row)
         for shard, free in enumerate(self._free):
             if best is None or len(free) > best[0]:
@@ -195,6 +196,7 @@ class PageAllocator:
           ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds.
           OutOfPages: the row's shard has too few pages free.
         """
+        num_tokens = index(num_tokens)
         self._check_row(row)
         if self._pages[row] is not None:
             raise bad_value("row", row, f"is held by a sequence of {self._lengths[row]} tokens",
@@ -213,6 +215,7 @@ class PageAllocator:
             table holds.
           OutOfPages: the row's shard has too few pages free.
         """
+        num_tokens = index(num_tokens)
         pages = self._held(row)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
@@ -230,6 +233,7 @@ class PageAllocator:
           ValueError: as `grow`, or a row named twice.
           OutOfPages: a shard has too few pages free for all its rows together.
         """
+        num_tokens = index(num_tokens)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         rows = list(rows)
@@ -261,6 +265,7 @@ class PageAllocator:
         Raises:
           ValueError: no such row, the row is free, or num_tokens is not between 0 and its length.
         """
+        num_tokens = index(num_tokens)
         pages = self._held(row)
         if not 0 <= num_tokens <= self._lengths[row]:
             raise bad_value("num_tokens", num_tokens,

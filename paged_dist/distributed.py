@@ -14,6 +14,7 @@ import ipaddress
 import math
 import numbers
 import os
+import resource
 import selectors
 import socket
 import time
@@ -225,6 +226,7 @@ def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
     """Process 0's part: answers when all other processes have said who they are."""
     here: dict[int, socket.socket] = {}
     refusal = None
+    _allow_open_files(2 * info.num_processes + 256)
     with _listen(bind) as server, selectors.DefaultSelector() as events:
         server.setblocking(False)
         events.register(server, selectors.EVENT_READ)
@@ -262,6 +264,17 @@ def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
             peer.close()
     if refusal is not None:
         raise RuntimeError(refusal)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's soft limit towards `count`: a connection to each other process, JAX's own after it.
+
+    Often 1024, which a pod of 1536 hosts is over.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _admit(line: bytes, peer: socket.socket, here: dict[int, socket.socket], info: DistributedInfo) -> str | None:

@@ -267,6 +267,19 @@ def test_a_bad_call_names_the_argument_and_changes_nothing(call, message):
     assert a.digest() == digest
 
 
+def test_numpy_integers_are_taken_and_fractions_are_not():
+    a, b = allocator(), allocator()
+    a.allocate(np.int64(2), np.int32(9))
+    b.allocate(2, 9)
+    a.grow(np.int32(2), np.uint8(8))
+    b.grow(2, 8)
+    assert a.digest() == b.digest() and a.lengths[2] == 17
+    for call in (lambda: a.allocate(0, 1.0), lambda: a.grow(2, 0.5), lambda: a.truncate(2, 1.5), lambda: a.place(1.0)):
+        with pytest.raises(TypeError):
+            call()
+    assert a.digest() == b.digest()
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"rows": 3}, "num_sequences=3: must be a multiple of the mesh's data size 2"),
     ({"rows": 0}, "num_sequences=0: must be at least 1"),

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 
+import jax
 import pytest
 
 from paged_dist import distributed
@@ -229,6 +230,43 @@ def test_process_0_listens_no_wider_than_it_must(monkeypatch, address, bind, exp
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: asked.update(k))
     initialize_distributed(address, 2, 0, bind_address=bind)
     assert asked["meeting"] == asked["coordinator_bind_address"] == expected
+
+
+def test_cpu_collectives_are_switched_on_where_they_were_off(monkeypatch):
+    monkeypatch.setattr(distributed, "_done", None)
+    monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "_join", lambda *_: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: None)
+    before = jax.config.jax_cpu_collectives_implementation
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    try:
+        initialize_distributed("10.0.0.1:81", 2, 1)
+        assert jax.config.jax_cpu_collectives_implementation == "gloo"
+    finally:
+        jax.config.update("jax_cpu_collectives_implementation", before)
+
+
+def test_more_processes_meet_than_the_usual_limit_of_open_files():
+    """200 processes, played by threads of one that may open 100 files at first."""
+    port = free_port()
+    script = f"""
+    import resource, threading, time
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    from paged_dist.distributed import DistributedInfo, _await_others, _join
+    until = time.monotonic() + 20
+    infos = [DistributedInfo(i, 200, "127.0.0.1:{port}", "explicit") for i in range(200)]
+    done = []
+    def join(info):
+        _join("127.0.0.1", {port}, info, until)
+        done.append(info.process_id)
+    threads = [threading.Thread(target=join, args=(i,)) for i in infos[1:]]
+    threads.append(threading.Thread(target=_await_others, args=("127.0.0.1:{port}", infos[0], until)))
+    for t in reversed(threads): t.start()
+    for t in threads: t.join()
+    assert sorted(done) == list(range(1, 200))
+    """
+    [(code, _, err)] = run_processes([script], 40)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -6,7 +6,9 @@ import collections
 import dataclasses
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
+
+from paged_dist._errors import bad_value
 
 _TORUS = ("x", "y", "z")
 
@@ -82,8 +84,10 @@ class MeshFacts:
 def mesh_facts(mesh: Mesh) -> MeshFacts:
     """Where each axis of `mesh` runs, from its devices' coordinates alone: for any mesh, however it was built.
 
-    Wraparound links are not in the coordinates, so nothing is said of them.
+    Wraparound links are not in the coordinates, so nothing is said of them. Raises ValueError for an AbstractMesh.
     """
+    if isinstance(mesh, AbstractMesh):
+        raise bad_value("mesh", mesh, "is abstract: it has no devices to say anything of", "pass a jax.sharding.Mesh")
     devices = list(mesh.devices.flat)
     has_coordinates = all(getattr(d, "coords", None) is not None for d in devices)
     if has_coordinates:

@@ -232,6 +232,11 @@ def test_describe_reads_any_mesh_not_only_its_own():
     assert not facts.axes[1].runs[0].regular and "unevenly" in describe_mesh(Mesh(devices, ("rows", "columns")))
 
 
+def test_an_abstract_mesh_has_nothing_to_describe():
+    with pytest.raises(ValueError, match="is abstract"):
+        describe_mesh(make_pod_mesh().abstract_mesh)
+
+
 def test_facts_of_several_slices_say_so():
     class Fake:
         """What `mesh_facts` reads of a mesh: jax builds none of stand-in devices."""

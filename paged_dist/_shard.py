@@ -91,7 +91,8 @@ def check_context_is_one(axes: MeshAxes) -> None:
 def invariant_over_context(x: jax.Array, axes: MeshAxes) -> jax.Array:
     """Inside a `shard_map`: `x`, typed as the same on every context shard, of which there is one.
 
-    The pools vary over context, so the type system wants a reduction; XLA drops it, its groups being single.
+    In a caller's `shard_map` the pools, and so `x`, vary over context, and only a reduction changes the type; its
+    groups are single, and XLA on TPU drops it.
     """
     names = tuple(name for name in axes.names("context") if name in varying_axes(x))
     return jax.lax.psum(x, names) if names else x
@@ -102,6 +103,7 @@ def local_page_ids(block_tables: jax.Array, pages: int, axes: MeshAxes) -> jax.A
 
     Ids of other shards come out negative or past the pool; so do unused entries.
     """
-    if not axes.pages:
+    names = tuple(name for name in axes.pages if jax.lax.axis_size(name) > 1)  # those of size 1 change no number
+    if not names:
         return block_tables
-    return block_tables - jax.lax.axis_index(axes.pages).astype(block_tables.dtype) * pages
+    return block_tables - jax.lax.axis_index(names).astype(block_tables.dtype) * pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -98,9 +99,11 @@ def sharded_paged_attention(
 def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, **options):
     data, model = axes.names("data") or None, axes.names("model") or None
     local = functools.partial(_local, axes=axes, **options)
+    # One context shard: pools that are only read need not vary over it, and no reduction makes the output the same.
+    pools = cache.partition_specs(dataclasses.replace(axes, context=None))
     in_specs = (
         P(data, model, None),
-        cache.partition_specs(axes),
+        pools,
         P(data),
         P(data, None),
         None if layer is None else P(),

@@ -1,0 +1,153 @@
+"""The composed program, a loop of steps that append and attend: nothing copies a pool, and no shard talks."""
+
+from __future__ import annotations
+
+import functools
+
+import aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from aot import needs_libtpu
+from jax.sharding import AxisType, Mesh
+
+import paged_dist as pd
+from paged_dist.topology import topology_devices
+
+STEPS, BATCH, WIDTH = 32, 8, 16  # steps of a loop, rows and pages a sequence on each data shard
+
+
+def decode_loop(spec: pd.CacheSpec, **op):
+    """cache, query, key, value, lengths, tables -> (cache, lengths, sum of outputs) after STEPS steps."""
+
+    def decode(cache, query, key, value, lengths, tables):
+        def layer(carry, index):
+            cache, lengths = carry
+            cache = pd.append_kv(cache, key, value, lengths - 1, tables, layer=index, **op)
+            return (cache, lengths), pd.sharded_paged_attention(query, cache, lengths, tables, layer=index, **op)
+
+        def step(_, carry):
+            cache, lengths, total = carry
+            if spec.num_layers is None:
+                (cache, lengths), output = layer((cache, lengths), None)
+            else:
+                (cache, lengths), outputs = jax.lax.scan(layer, (cache, lengths), jnp.arange(spec.num_layers))
+                output = outputs.sum(axis=0)
+            return cache, lengths + 1, total + output
+
+        return jax.lax.fori_loop(0, STEPS, step, (cache, lengths, jnp.zeros_like(query)))
+
+    return decode
+
+
+def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4):
+    """ShapeDtypeStructs of a decode loop's arguments."""
+    batch = BATCH * mesh.shape["data"]
+    new = jax.ShapeDtypeStruct((batch, spec.num_kv_heads, spec.head_dim), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((batch, spec.num_kv_heads * group, spec.head_dim), jnp.bfloat16)
+    int32 = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32)
+    return pd.PagedKVCache.abstract(spec, mesh), query, new, new, int32(), int32(WIDTH)
+
+
+def pod_mesh(topology: str, data: int, model: int) -> Mesh:
+    """Any `data` x `model` devices of an absent pod: what is tested here does not depend on which."""
+    devices = np.array(topology_devices(topology)[: data * model])
+    return Mesh(devices.reshape(data, 1, model), ("data", "context", "model"))
+
+
+PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 8, 8), ("tpu7x:4x4x4", 16, 8)]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 128), (64, 64), (256, 16)])
+@pytest.mark.parametrize("num_layers", [None, 8], ids=["one_layer", "scan_over_8_layers"])
+@pytest.mark.parametrize("local_heads", [1, 8])
+@pytest.mark.parametrize(("topology", "data", "model"), PODS[:2], ids=[p[0] for p in PODS[:2]])
+def test_decode_loop_copies_no_pool_and_has_no_collective(
+    topology, data, model, local_heads, num_layers, head_dim, page_size
+):
+    mesh = pod_mesh(topology, data, model)
+    spec = pd.CacheSpec(local_heads * model, head_dim, 256 * data, page_size, num_layers=num_layers)
+    _assert_in_place(spec, mesh)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "data", "model"), PODS[2:], ids=[p[0] for p in PODS[2:]])
+def test_decode_loop_is_in_place_on_the_other_generations(topology, data, model):
+    mesh = pod_mesh(topology, data, model)
+    _assert_in_place(pd.CacheSpec(2 * model, 128, 256 * data, 128, num_layers=4), mesh)
+
+
+def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> None:
+    compiled = aot.compile_on(mesh, decode_loop(spec), *loop_arguments(spec, mesh), donate_argnums=0)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2  # the kernels, not their XLA forms
+    assert aot.values_as_large_as(text, layer_pool) == []
+    assert aot.collectives(text) == []
+    assert memory.temp_size_in_bytes < layer_pool
+    assert memory.alias_size_in_bytes >= spec.bytes_per_chip(mesh)
+
+
+@needs_libtpu
+def test_the_copy_test_sees_a_copy():
+    """The same loop, entered with a doubled cache that is not donated: the test above can fail."""
+    mesh = pod_mesh("v6e:8x8", 8, 8)
+    spec = pd.CacheSpec(8, 128, 2048, 128)
+    loop = decode_loop(spec)
+
+    def copying(cache, *rest):
+        doubled = jax.tree.map(lambda x: x + x, cache)
+        return loop(doubled, *rest), cache
+
+    compiled = aot.compile_on(mesh, copying, *loop_arguments(spec, mesh))
+    assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2)
+
+
+@pytest.mark.parametrize("num_layers", [None, 4], ids=["one_layer", "scan_over_4_layers"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decode_loop_on_cpu_keeps_its_pools_in_place(dtype, num_layers):
+    mesh = jax.make_mesh((2, 1, 4), ("data", "context", "model"), axis_types=(AxisType.Auto,) * 3)
+    spec = pd.CacheSpec(4, 128, 512, 64, dtype=dtype, num_layers=num_layers)
+    compiled = jax.jit(decode_loop(spec), donate_argnums=0).lower(*loop_arguments(spec, mesh)).compile()
+    layer_pool = spec.bytes_per_chip(mesh) // 2 // (num_layers or 1)
+    assert compiled.memory_analysis().temp_size_in_bytes < layer_pool
+    assert aot.collectives(compiled.as_text()) == []
+
+
+@functools.cache
+def _written_tables(mesh: Mesh, spec: pd.CacheSpec) -> np.ndarray:
+    per_shard = spec.num_pages // mesh.shape["data"]
+    rng = np.random.default_rng(0)
+    ids = [shard * per_shard + rng.permutation(per_shard) for shard in range(mesh.shape["data"])]
+    return np.stack(ids).reshape(-1, per_shard // 2).astype(np.int32)
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_a_loop_of_steps_equals_steps_one_by_one(head_dim):
+    """32 steps in one program give the numbers of the oracle on the tokens that they appended."""
+    from paged_dist.kernels.paged_attention.oracle import attention_oracle
+
+    mesh = jax.make_mesh((2, 1, 4), ("data", "context", "model"), axis_types=(AxisType.Auto,) * 3)
+    spec = pd.CacheSpec(4, head_dim, 16, 16, dtype="float32", num_layers=2)
+    tables = _written_tables(mesh, spec)  # [4, 4]
+    rng = np.random.default_rng(1)
+    query, key, value = (rng.standard_normal((4, h, head_dim)).astype(np.float32) for h in (8, 4, 4))
+    first = np.array([1, 5, 16, 32], np.int32)  # lengths at the first step; earlier tokens are zeros
+    cache = pd.PagedKVCache.create(spec, mesh)
+    loop = jax.jit(decode_loop(spec), donate_argnums=0)
+    cache, lengths, total = loop(cache, *map(jnp.asarray, (query, key, value, first, tables)))
+    np.testing.assert_array_equal(lengths, first + STEPS)
+
+    pools = [np.zeros((4, 16, 16, head_dim)) for _ in range(2)]
+    expected = np.zeros_like(query)
+    for step in range(STEPS):
+        for pool, new in zip(pools, (key, value), strict=True):
+            for b, position in enumerate(first + step - 1):
+                pool[:, tables[b, position // 16], position % 16] = new[b]
+        expected += 2 * attention_oracle(query, *pools, first + step, tables)[0]
+    np.testing.assert_allclose(total, expected, rtol=2e-4, atol=2e-4)
+    for stored, pool in zip(cache.to_pages(), pools, strict=True):
+        np.testing.assert_array_equal(stored[0], pool)
+        np.testing.assert_array_equal(stored[1], pool)

@@ -31,8 +31,8 @@ def test_xla_form_equals_the_oracle_in_stacked_pools(case):
     assert_close(case, expected, output, lse)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.sm_scale == 1.0 or c.name in ("gqa", "mqa", "soft_cap", "bf16")
-                                  or "window" in c.name], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in (
+    "gqa", "bf16", "soft_cap", "window_under_a_page", "window_over_all", "default_scale")], ids=lambda case: case.name)
 def test_the_plain_reference_equals_the_oracle(case):
     case = Case(**{**vars(case), "sm_scale": 1.0})
     arrays, expected = make(case)
@@ -75,10 +75,10 @@ def test_a_length_beyond_the_table_counts_as_a_full_table():
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
-    case = Case("neighbours", S=40, lengths=(3, 320, 100, 0, 17))
+    case = Case("neighbours", S=40, lengths=(3, 320, 0))
     (q, k, v, lengths, tables), _ = make(case)
     k, v = k[None], v[None]
-    alone = [attend_pages_xla(q, k, v, np.where(np.arange(5) == b, lengths, 0), tables)[0][b] for b in range(5)]
+    alone = [attend_pages_xla(q, k, v, np.where(np.arange(3) == b, lengths, 0), tables)[0][b] for b in range(3)]
     np.testing.assert_array_equal(attend_pages_xla(q, k, v, lengths, tables)[0], jnp.stack(alone))
 
 

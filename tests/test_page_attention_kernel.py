@@ -22,8 +22,6 @@ from paged_dist.kernels.paged_attention import (
 from paged_dist.kernels.paged_attention import launch as launch_module
 from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
 
-FORMS = pytest.mark.parametrize("inline", [True, False], ids=["inline", "blocks_in_grid"])
-
 
 def simulated(cores=1, **options):
     """TPU interpret mode: DMAs that land when waited for, memory that starts as NaN, races detected."""
@@ -51,8 +49,13 @@ CASES = [
 ]
 
 
-@FORMS
-@pytest.mark.parametrize("case, pages", CASES, ids=lambda x: getattr(x, "name", ""))
+IN_BOTH_FORMS = ("gqa", "packed_window_and_cap", "window_of_two_pages", "all_empty")
+
+
+@pytest.mark.parametrize("case, pages, inline", [
+    pytest.param(case, pages, inline, id=f"{case.name}-{'inline' if inline else 'blocks_in_grid'}",
+                 marks=() if inline or case.name in IN_BOTH_FORMS else pytest.mark.slow)
+    for case, pages in CASES for inline in (True, False)])
 def test_kernel_equals_the_oracle_in_stacked_pools(case, pages, inline):
     (query, k, v, *rest), expected = make(case)
     width = max(128, case.D)
@@ -65,8 +68,9 @@ def test_kernel_equals_the_oracle_in_stacked_pools(case, pages, inline):
     assert_no_races()
 
 
-@FORMS
-@pytest.mark.parametrize("mode", ["batch", "kv_head"])
+@pytest.mark.parametrize("mode, inline", [
+    ("batch", True), ("kv_head", False), pytest.param("batch", False, marks=pytest.mark.slow),
+    pytest.param("kv_head", True, marks=pytest.mark.slow)])
 def test_two_cores_equal_the_oracle_and_do_not_race(mode, inline):
     case = Case("megacore", Hq=8, Hkv=4, lengths=(0, 9, 0, 32, 17, 1), sliding_window=20)
     arrays, expected = make(case)

@@ -153,7 +153,7 @@ MEGACORE_MODES = (None, "kv_head", "batch")
 NUM_CORES = 2  # of a megacore chip
 
 SMEM_BYTES = 1 << 20  # on every chip from v4 to v7x
-_SMEM_RESERVED = 8 << 10  # Mosaic keeps 2.5 to 3 KiB of it (seen by compiling at the limit); the rest is headroom
+SMEM_RESERVED = 8 << 10  # Mosaic keeps 2.5 to 3 KiB of it (seen by compiling at the limit); the rest is headroom
 VMEM_BYTES = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
 _BLOCK_TOKENS = 1024  # the default block: long enough to hide a step's latency, short beside a long sequence
 _BLOCK_BYTES = 10 << 20  # VMEM the default block may take
@@ -172,18 +172,20 @@ def smem_bytes(batch: int, pages_per_sequence: int) -> int:
     return sum(_round_up(4 * n, 512) for n in (batch, batch * pages_per_sequence, 1, 1, 1))
 
 
-def check_smem(problem: Problem) -> None:
-    """Raises ValueError where lengths and table do not fit in scalar memory in one launch."""
-    need, there = smem_bytes(problem.batch, problem.pages_per_sequence), SMEM_BYTES - _SMEM_RESERVED
+def check_smem(problem: Problem, rows: int | None = None) -> None:
+    """Raises ValueError where lengths and table, or `rows` rows of them, do not fit in one launch's scalar memory."""
+    rows = problem.batch if rows is None else rows
+    need, there = smem_bytes(rows, problem.pages_per_sequence), SMEM_BYTES - SMEM_RESERVED
+    what, works = (("the table and context_lens need", "split the batch, or use larger pages")
+                   if rows == problem.batch else (f"{rows} of its rows need", "use larger pages"))
     require(need <= there, "block_tables.shape", (problem.batch, problem.pages_per_sequence),
-            f"the table and context_lens need {need} bytes of SMEM, of which there are {there}",
-            "split the batch, or use larger pages")
+            f"{what} {need} bytes of SMEM, of which there are {there}", works)
 
 
 def rows_per_launch(problem: Problem, multiple: int) -> int:
     """The most sequences, a multiple of `multiple`, whose part of the table fits in one launch; 0 if none do."""
     rows = -(-problem.batch // multiple) * multiple
-    while rows and smem_bytes(rows, problem.pages_per_sequence) > SMEM_BYTES - _SMEM_RESERVED:
+    while rows and smem_bytes(rows, problem.pages_per_sequence) > SMEM_BYTES - SMEM_RESERVED:
         rows -= multiple
     return rows
 

@@ -64,9 +64,9 @@ def attend_pages_pallas(query, key_pages, value_pages, lengths, block_tables, la
     if pages_per_compute_block is None:
         pages_per_compute_block = choose_pages_per_compute_block(p)
     pages_per_compute_block = check_pages_per_compute_block(p, pages_per_compute_block)
-    rows = rows_per_launch(p, NUM_CORES if megacore_mode == "batch" else 1)
-    if not rows:
-        check_smem(p)
+    least = NUM_CORES if megacore_mode == "batch" else 1
+    check_smem(p, rows=least)
+    rows = rows_per_launch(p, least)
     layer = jnp.zeros((), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32)
     pools = in_hbm(key_pages, value_pages, interpret=interpret)
     launch = functools.partial(

@@ -49,8 +49,7 @@ def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.A
     # A v4 may also be set up as two devices of one core each.
     cores = getattr(device, "num_cores", None) or NUM_CORES
     require(kind in _KINDS and cores == NUM_CORES, "megacore_mode", megacore_mode,
-            f"the program is for a {kind!r} with {cores if kind in _KINDS else 1} core a device, and megacore "
-            "exists on v4 and v5p only", "pass None")
+            f"the program is for a {kind!r} of one core a device; megacore exists on v4 and v5p only", "pass None")
 
 
 def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:

@@ -24,10 +24,9 @@ TRACE = flags.DEFINE_string(
     "trace", None, "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
     "lengths are drawn like those of a production conversation service.")
 NUM_REQUESTS = flags.DEFINE_integer(
-    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 64 drawn ones.")
+    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones.")
 LENGTH_SCALE = flags.DEFINE_float(
-    "length_scale", None, "Factor on every request's lengths. Default: 1 for a trace, 0.25 for drawn requests, "
-    "for a CPU's sake.")
+    "length_scale", 1.0, "Factor on every request's lengths.")
 MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
 MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn requests, of all tensors, and of what is checked.")
@@ -36,8 +35,8 @@ ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check ag
 flags.adopt_module_key_flags(shared)
 
 NAME = "paged-dist-decode"
-_DRAWN_REQUESTS, _DRAWN_SCALE = 64, 0.25
-_ROWS_A_SHARD = 8
+_DRAWN_REQUESTS = 96
+_ROWS_A_SHARD = 16
 
 
 @contextlib.contextmanager
@@ -55,15 +54,13 @@ def requests_from_flags() -> tuple[list[Request], str]:
                     max_generated=MAX_GENERATED.value)
     shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value, seed=SEED.value)
     scale = LENGTH_SCALE.value
-    require(scale is None or 0 < scale < math.inf, "--length_scale", scale, "must be above 0")
+    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0")
     if TRACE.value is not None:
-        requests, name, default = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1], 1.0
+        requests, name = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1]
         if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
             raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
     else:
         requests, name = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, SEED.value), "the built-in workload"
-        default = _DRAWN_SCALE
-    scale = default if scale is None else scale
     if scale != 1:
         name += f", lengths x {scale:g}"
     return shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value), name

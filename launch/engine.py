@@ -129,7 +129,7 @@ class Engine:
 
         Args:
           progress: called with a line of text about every 10 seconds.
-          profile_dir: where to write a profile of steps 10 to 20 (of all, if there are fewer).
+          profile_dir: where to write a profile of steps 1 to 10, counted from 0 (of a shorter run: of what there is).
         """
         m = self.measured
         begin = said = time.perf_counter()
@@ -140,8 +140,12 @@ class Engine:
             if plan.block_tables is not None:
                 tables = self._put("rows", plan.block_tables)
             self._prefill(plan, tables)
-            if profile_dir and len(m.step_seconds) in (10, 20):
-                profiling = self._profile(profile_dir, len(m.step_seconds) == 10)
+            if profile_dir and len(m.step_seconds) == 1:
+                jax.profiler.start_trace(profile_dir)
+                profiling = True
+            elif profiling and len(m.step_seconds) == 11:
+                jax.profiler.stop_trace()
+                profiling = False
             start = time.perf_counter()
             sample = self._dispatch(plan, tables)
             following = next(schedule, None)  # planned while the devices work
@@ -208,11 +212,3 @@ class Engine:
                 self.measured.worst_error = max(self.measured.worst_error, error)
                 self.measured.checked += range(self.model.num_q_heads)[heads].start == 0
         self.measured.check_seconds += time.perf_counter() - start
-
-    @staticmethod
-    def _profile(folder: str, begin: bool) -> bool:
-        if begin:
-            jax.profiler.start_trace(folder)
-        else:
-            jax.profiler.stop_trace()
-        return begin

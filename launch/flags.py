@@ -19,16 +19,16 @@ MODEL = flags.DEFINE_integer(
     "model", None, "Mesh: shards of the heads. Default: as many as divide both kv heads and devices.")
 
 NUM_LAYERS = flags.DEFINE_integer("layers", 2, "Layers of attention.")
-NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 8, "Query heads.")
-NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 2, "Key/value heads.")
-HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Elements of a head: 64 or a multiple of 128.")
+NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 16, "Query heads.")
+NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.")
+HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Elements of a head: 64 or a multiple of 128.")
 KV_DTYPE = flags.DEFINE_string("kv_dtype", "bf16", "Cache, query and output: bf16 or f32.")
 SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap on the logits. Default: none.")
 SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Attend to the last so many tokens. Default: all.")
 IMPLEMENTATION = flags.DEFINE_string(
     "implementation", None, "pallas, pallas_interpret or xla. Default: pallas on TPU, xla elsewhere.")
 
-BATCH = flags.DEFINE_integer("batch", None, "Rows decoded together. Default: 8 a data shard.")
+BATCH = flags.DEFINE_integer("batch", None, "Rows decoded together. Default: 16 a data shard.")
 PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens a page.")
 NUM_PAGES = flags.DEFINE_integer(
     "num_pages", None, "Pages in a layer's pool, over all shards. Default: enough that no request waits for pages.")

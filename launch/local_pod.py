@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 
 NAME = "paged-dist-local-pod"
-GRACE_SECONDS = 2.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
+GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 _PR_SET_PDEATHSIG = 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -131,9 +132,9 @@ def table(r: dict) -> str:
     """The report as lines of at most 80 columns. `r`: a summary with settings, mesh, versions and processes added."""
     share = "" if r["peak_share"] is None else f", {r['peak_share']:.1%} of the chip's peak"
     mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
-    s = r["settings"]
+    s, processes = r["settings"], f"{r['processes']} process{'es' * (r['processes'] > 1)}"
     lines = [
-        ("devices", ", ".join(f"{n} x {kind}" for kind, n in r["devices"].items()) + f", {r['processes']} process(es)"),
+        ("devices", ", ".join(f"{n} x {kind}" for kind, n in r["devices"].items()) + f", {processes}"),
         ("mesh", mesh),
         ("model", f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
                   f"head_dim {s['head_dim']}, {s['dtype']}"),
@@ -171,7 +172,8 @@ def append_json_line(path: str, record: dict) -> None:
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON's null
+    line = json.dumps(finite, sort_keys=True, allow_nan=False) + "\n"
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(fd).st_size

@@ -1,0 +1,187 @@
+"""A pod of processes on this host: output, exit codes, and that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from paged_dist.launch.local_pod import launcher_command, pod_environment, reserve_port
+
+LIMIT = 60  # seconds until a pod under test is killed
+MODULE = [sys.executable, "-m", "paged_dist.launch.local_pod"]
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """`pod(script, *flags)` starts a local pod of `script`; killed at the end whatever happened."""
+    started = []
+
+    def start(script, *flags):
+        path = tmp_path / "launcher.py"
+        path.write_text("import os, signal, subprocess, sys, time\nme = int(os.environ.get('JAX_PROCESS_ID', 0))\n"
+                        f"folder = {str(tmp_path)!r}\n" + textwrap.dedent(script))
+        process = subprocess.Popen([*MODULE, *flags, "--", str(path), "--its=own"], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether process `pid` still executes; one that waits to be reaped by somebody does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def pids(tmp_path, count):
+    """The ids that `count` processes of the pod wrote to files pid*."""
+    files = lambda: [f for f in tmp_path.glob("pid*") if f.read_text().endswith("\n")]
+    wait_for(lambda: len(files()) == count)
+    return [int(f.read_text()) for f in files()]
+
+
+WRITE_PID = """
+with open(f'{folder}/pid{me}', 'w') as f:
+    print(os.getpid(), file=f)
+"""
+SLEEP = WRITE_PID + "time.sleep(100)\n"
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP  # as jax.distributed makes them
+
+
+def test_lines_are_prefixed_whole_and_keep_their_stream(pod):
+    p = pod("""
+        print('out', me, sys.argv[1:], flush=True)
+        sys.stdout.write('two '); sys.stdout.flush(); time.sleep(0.2); print('halves', flush=True)
+        print('err', me, file=sys.stderr)
+        sys.stdout.write('no newline')
+        """, "--processes=2", "--devices=1")
+    out, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == 0
+    for i in range(2):
+        mine = [line for line in out.splitlines() if line.startswith(f"[p{i}] ")]
+        assert mine == [f"[p{i}] out {i} ['--its=own']", f"[p{i}] two halves", f"[p{i}] no newline"]
+        assert f"[p{i}] err {i}" in err.splitlines()
+    assert len(out.splitlines()) == 6
+
+
+def test_much_output_arrives_whole(pod):
+    p = pod("for i in range(20000): print(me, i, 'x' * 50)\n", "--processes=2", "--devices=1")
+    out, _ = p.communicate(timeout=LIMIT)
+    lines = out.splitlines()
+    for i in range(2):
+        assert [x for x in lines if x.startswith(f"[p{i}]")] == [f"[p{i}] {i} {n} {'x' * 50}" for n in range(20000)]
+
+
+def test_the_first_failure_ends_the_others_and_is_the_exit_code(pod, tmp_path):
+    start = time.monotonic()
+    p = pod(STUBBORN.replace("time.sleep(100)", "time.sleep(100 if me else 0.5); sys.exit(7)"), "--processes=3")
+    _, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == 7 and "process 0 ended with exit code 7" in err
+    assert time.monotonic() - start < 20
+    assert not any(map(runs, pids(tmp_path, 3)))
+
+
+def test_death_by_a_signal_is_128_plus_its_number(pod):
+    p = pod("os.kill(os.getpid(), signal.SIGKILL) if me == 1 else time.sleep(100)", "--processes=2")
+    p.communicate(timeout=LIMIT)
+    assert p.returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_the_pod_ends_every_process(pod, tmp_path, number, code):
+    p = pod(STUBBORN, "--processes=2")
+    children = pids(tmp_path, 2)
+    p.send_signal(number)
+    out, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == code and "Traceback" not in out + err
+    assert not any(map(runs, children))
+
+
+def test_killing_the_pod_itself_leaves_no_orphan(pod, tmp_path):
+    p = pod(STUBBORN, "--processes=2")
+    children = pids(tmp_path, 2)
+    assert all(map(runs, children))
+    p.kill()
+    p.wait(timeout=LIMIT)
+    wait_for(lambda: not any(map(runs, children)))
+
+
+def test_what_a_process_started_ends_with_the_pod(pod, tmp_path):
+    p = pod(WRITE_PID + """
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])
+with open(f'{folder}/pid-child{me}', 'w') as f:
+    print(child.pid, file=f)
+sys.exit(0 if me else 3)
+""", "--processes=2")
+    p.communicate(timeout=LIMIT)
+    assert p.returncode == 3
+    assert not any(map(runs, pids(tmp_path, 4)))
+
+
+def test_time_out_ends_the_pod_with_124(pod, tmp_path):
+    p = pod(STUBBORN, "--processes=2", "--timeout_seconds=1.5")
+    _, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == 124 and "time is up; still running: 0, 1" in err
+    assert not any(map(runs, pids(tmp_path, 2)))
+
+
+@pytest.mark.parametrize("arguments", [["--processes=0", "decode"], ["--devices=x", "decode"], [], ["--no", "decode"]])
+def test_bad_arguments_give_one_line_and_exit_code_2(arguments):
+    p = subprocess.run([*MODULE, *arguments], capture_output=True, text=True, timeout=LIMIT)
+    assert p.returncode == 2 and p.stdout == ""
+    assert len(p.stderr.splitlines()) == 1 and "error: " in p.stderr
+
+
+def test_an_unknown_launcher_fails_with_its_own_exit_code():
+    command = [*MODULE, "--processes=1", "--", "no_such_launcher"]
+    p = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert p.returncode == 1 and "no_such_launcher" in p.stderr
+
+
+def test_each_process_is_told_its_place_and_its_devices():
+    base = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=9", "JAX_PROCESS_ID": "5", "HOME": "/h"}
+    two = pod_environment(1, 2, 4, 1234, base)
+    assert two["XLA_FLAGS"].split() == ["--xla_a=1", "--xla_force_host_platform_device_count=4"]
+    assert (two["JAX_PROCESS_ID"], two["JAX_NUM_PROCESSES"]) == ("1", "2")
+    assert two["JAX_COORDINATOR_ADDRESS"] == two["JAX_COORDINATOR_BIND_ADDRESS"] == "127.0.0.1:1234"
+    one = pod_environment(0, 1, 8, 1234, base)
+    assert not any(name.startswith(("JAX_COORD", "JAX_PROC", "JAX_NUM")) for name in one), "a lone process needs nobody"
+    assert one["HOME"] == "/h" and one["JAX_PLATFORMS"] == "cpu"
+
+
+def test_a_reserved_port_can_be_listened_on_by_the_coordinator_and_is_given_to_nobody_else():
+    with reserve_port() as held:
+        port = held.getsockname()[1]
+        with socket.create_server(("127.0.0.1", port)), pytest.raises(OSError), socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+        with contextlib.closing(socket.socket()) as plain, pytest.raises(OSError):
+            plain.bind(("127.0.0.1", port))
+
+
+def test_launchers_are_named_by_name_module_or_script():
+    assert launcher_command("decode", ["--a"]) == [sys.executable, "-m", "paged_dist.launch.decode", "--a"]
+    assert launcher_command("x.y", []) == [sys.executable, "-m", "x.y"]
+    assert launcher_command(os.path.join("a", "b.py"), []) == [sys.executable, os.path.join("a", "b.py")]

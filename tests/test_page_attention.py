@@ -13,7 +13,9 @@ from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@by_name
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in (
+    "mqa", "bf16", "page_24", "head_dim_64_page_8", "head_dim_64_bf16", "window_and_cap_bf16", "default_scale")],
+    ids=lambda case: case.name)
 def test_page_attention_off_tpu_equals_the_oracle(case):
     arrays, expected = make(case)
     output = page_attention(*arrays, **case.page_attention_options)

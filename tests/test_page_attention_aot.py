@@ -82,7 +82,8 @@ def test_megacore_is_refused_inside_a_shard_map_for_a_chip_without_it():
 
 
 @on_every_chip
-@pytest.mark.parametrize("D, P", [(64, 8), (128, 16), pytest.param(64, 16, marks=pytest.mark.slow),
+@pytest.mark.parametrize("D, P", [(64, 8), pytest.param(128, 16, marks=pytest.mark.slow),
+                                  pytest.param(64, 16, marks=pytest.mark.slow),
                                   pytest.param(256, 8, marks=pytest.mark.slow)])
 def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
     query, _, _, lengths, tables, _ = shapes(D=D)

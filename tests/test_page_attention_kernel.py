@@ -218,9 +218,12 @@ def test_the_race_check_can_fail():
         out_ref[...] = buffer[...]
         copy.wait()
 
-    jax.block_until_ready(pl.pallas_call(
+    racy = pl.pallas_call(
         body, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
         interpret=simulated(dma_execution_mode="eager"), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA])(jnp.ones((8, 128))))
-    with pytest.raises(AssertionError):
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA])
+    # jax 0.12 ends the simulation at a race, 0.10 notes it.
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=r"races_found|RACE DETECTED"):
+        jax.block_until_ready(racy(jnp.ones((8, 128))))
         assert_no_races()
+    pltpu.reset_tpu_interpret_mode_state()  # a simulation that ended early leaves its memory behind

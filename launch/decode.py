@@ -53,8 +53,9 @@ def requests_from_flags() -> tuple[list[Request], str]:
     shared.at_least(1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value,
                     max_generated=MAX_GENERATED.value)
     shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value, seed=SEED.value)
+    require(SEED.value < 2**32, "--seed", SEED.value, "must be below 2**32")
     scale = LENGTH_SCALE.value
-    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0")
+    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
     if TRACE.value is not None:
         requests, name = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1]
         if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
@@ -76,8 +77,8 @@ def model_from_flags():
                     data=shared.DATA.value, context=shared.CONTEXT.value, model=shared.MODEL.value)
     q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    require(shared.SOFT_CAP.value is None or shared.SOFT_CAP.value > 0, "--soft_cap", shared.SOFT_CAP.value,
-            "must be above 0")
+    cap = shared.SOFT_CAP.value
+    require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
     require(shared.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"), "--implementation",
             shared.IMPLEMENTATION.value, "must be pallas, pallas_interpret or xla")
     from paged_dist.launch.step import Model
@@ -219,8 +220,12 @@ def main(argv) -> int:
     record = record_of(run, measured, schedule)
     if first:
         print(report.table(record), flush=True)
-        if shared.OUTPUT.value is not None:
-            report.append_json_line(shared.OUTPUT.value, record)
+        try:
+            if shared.OUTPUT.value is not None:
+                report.append_json_line(shared.OUTPUT.value, record)
+        except OSError as e:
+            say(f"error: --output={shared.OUTPUT.value!r}: could not be written: {e}")
+            return 1
     return 0 if record["oracle_passed"] else 1
 
 

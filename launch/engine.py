@@ -106,7 +106,7 @@ class Engine:
             self._lowered = (
                 jax.jit(decode_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
                     cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)),
-                jax.jit(prefill_chunks(model, mesh, CHUNK_TOKENS), donate_argnums=0).lower(
+                jax.jit(prefill_chunks(model, mesh, CHUNK_TOKENS, implementation), donate_argnums=0).lower(
                     cache, int32("chunks", CHUNKS, 4), tables))
         self.measured.compile_seconds = time.perf_counter() - start
 

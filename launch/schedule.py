@@ -101,6 +101,9 @@ def choose_checks(requests: list[Request], count: int, num_layers: int, seed: in
     return chosen
 
 
+_NO_CHUNKS = np.zeros((0, 4), np.int32)
+
+
 class Schedule:
     """Iterates over `StepPlan`s until every request is done.
 
@@ -171,6 +174,8 @@ class Schedule:
 
     def _admit(self) -> tuple[int, np.ndarray]:
         admitted, chunks = 0, []
+        if not self._waiting or self._length.all():  # most steps
+            return 0, _NO_CHUNKS
         per_shard = self._pool.batch // self._pool.data
         idle = [deque(np.flatnonzero(part == 0) + i * per_shard)
                 for i, part in enumerate(self._length.reshape(self._pool.data, -1))]

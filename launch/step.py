@@ -73,7 +73,8 @@ def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
             cache, tally, sample = carry
             query = make(Kind.QUERY, q_heads, layer)  # [B, Hq, D]
             key, value = (make(kind, kv_heads, layer) for kind in (Kind.KEY, Kind.VALUE))  # [B, Hkv, D]
-            cache = append_kv(cache, key, value, position, block_tables, layer=layer, mesh=mesh)
+            cache = append_kv(cache, key, value, position, block_tables, layer=layer, mesh=mesh,
+                              implementation=implementation)
             output = sharded_paged_attention(
                 query, cache, lengths, block_tables, layer=layer, sm_scale=model.sm_scale, soft_cap=model.soft_cap,
                 sliding_window=model.sliding_window, mesh=mesh, implementation=implementation)
@@ -102,7 +103,7 @@ def _partial_sums(model, output, request, position, layer, heads, channels, data
     return jnp.stack(sums, axis=-1)
 
 
-def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int):
+def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int, implementation: str | None = None):
     """The prompt writer as a function to jit with argument 0 donated.
 
     `fill(cache, chunks, block_tables) -> cache`, with chunks int32 [R, 4]: request id, row (negative: nothing),
@@ -122,7 +123,7 @@ def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int):
                     values(jnp, model.dtype, model.seed, kind, owner, position, layer, kv_heads, channels), heads_split)
                 for kind in (Kind.KEY, Kind.VALUE))
             cache = write_prefill_kv(cache, key, value, stop, block_tables, starts=start, rows=row, layer=layer,
-                                     mesh=mesh)
+                                     mesh=mesh, implementation=implementation)
             return cache, None
 
         return lax.scan(one_layer, cache, jnp.arange(model.num_layers, dtype=jnp.int32))[0]

@@ -91,7 +91,7 @@ def mesh_from_flags(num_kv_heads: int):
     """The mesh over all devices of the run; sizes that no flag gives are chosen."""
     import jax
 
-    from paged_dist.mesh import make_pod_mesh
+    from paged_dist import make_pod_mesh
 
     data, context, model = shared.DATA.value, shared.CONTEXT.value or 1, shared.MODEL.value
     if model is None:
@@ -193,8 +193,7 @@ def main(argv) -> int:
 
     import jax
 
-    from paged_dist.allocator import PageAllocator
-    from paged_dist.describe import describe_mesh
+    from paged_dist import PageAllocator, describe_mesh
     from paged_dist.launch import report
     from paged_dist.launch.engine import CHUNK_TOKENS, Engine
     from paged_dist.launch.schedule import Schedule, choose_checks

@@ -145,16 +145,23 @@ def start_jax(name: str) -> None:
     this one with exit code 1.
 
     Raises:
-      ValueError: --cpu_devices below 1, or coordinator flags of which some are missing or wrong.
+      ValueError: --cpu_devices below 1, pallas_interpret in several processes, or coordinator flags of which
+        some are missing or wrong.
     """
     at_least(1, cpu_devices=CPU_DEVICES.value)
     place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     if place == (None, None, None) and "JAX_NUM_PROCESSES" in os.environ and "JAX_PROCESS_ID" in os.environ:
         place = (os.environ.get("JAX_COORDINATOR_ADDRESS"), _environment_int("JAX_NUM_PROCESSES"),
                  _environment_int("JAX_PROCESS_ID"))
-    simulate_devices(CPU_DEVICES.value, many_processes=place != (None, None, None))
+    many = place != (None, None, None)
+    if IMPLEMENTATION.value == "pallas_interpret":
+        # The simulation waits for every device of the mesh at once: forever for those of another process, and
+        # without a thread for each.
+        require(not many, "--implementation", "pallas_interpret", "runs in one process only", "use xla")
+        os.environ.setdefault("PJRT_NPROC", str(max(8, 2 * (CPU_DEVICES.value or 8))))
+    simulate_devices(CPU_DEVICES.value, many)
 
-    from paged_dist.distributed import initialize_distributed
+    from paged_dist import initialize_distributed
 
     try:
         initialize_distributed(*place, bind_address=BIND_ADDRESS.value)

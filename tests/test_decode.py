@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 from aot import collectives, needs_libtpu
 
-from paged_dist import CacheSpec
-from paged_dist.allocator import PageAllocator
+from paged_dist import CacheSpec, PageAllocator, make_pod_mesh
 from paged_dist.launch import report, step
 from paged_dist.launch.engine import ERROR_BOUNDS, Engine, Measured, relative_error
 from paged_dist.launch.schedule import Pool, Schedule
 from paged_dist.launch.step import Model
 from paged_dist.launch.workload import Request
-from paged_dist.mesh import make_pod_mesh
 
 LIMIT = 240  # seconds until a run under test is killed
 DECODE = [sys.executable, "-m", "paged_dist.launch.decode"]
@@ -304,6 +302,16 @@ def test_a_trace_runs_and_small_pages_are_a_warning_only(tmp_path):
     assert code == 0, err
     assert "page_size=32" in err and "2 requests of good.csv" in out and "2 x cpu" in out
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a short run is profiled too"
+
+
+def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
+    flags = [f"--trace={write_trace(tmp_path)}", "--implementation=pallas_interpret", "--layers=1", "--batch=2",
+             "--num_q_heads=4", "--num_kv_heads=2", "--page_size=64", "--cpu_devices=2"]
+    code, out, err = run([*DECODE, *flags])
+    assert code == 0, err
+    assert "2 outputs checked" in out
+    code, _, err = run([*POD, "--processes=2", "--", "decode", *flags])
+    assert code == 2 and "runs in one process only" in err
 
 
 def test_processes_given_different_flags_are_told_so_before_they_hang(tmp_path):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from paged_dist import CacheSpec
-from paged_dist.allocator import PageAllocator
+from paged_dist import CacheSpec, PageAllocator
 from paged_dist.launch.schedule import Pool, Schedule, choose_checks
 from paged_dist.launch.synthetic import Kind, checksum_terms, hash_indices, values
 from paged_dist.launch.workload import (

@@ -1,5 +1,21 @@
 """Pallas kernels for one chip: paged attention and the KV cache update."""
 
 from paged_dist.kernels.kv_cache_update import write_kv_pages
+from paged_dist.kernels.paged_attention import (
+    DEFAULT_MASK_VALUE,
+    MultiPageAsyncCopyDescriptor,
+    page_attention,
+    paged_flash_attention_kernel,
+    paged_flash_attention_kernel_inline_seq_dim,
+    ref_paged_attention,
+)
 
-__all__ = ["write_kv_pages"]
+__all__ = [
+    "DEFAULT_MASK_VALUE",
+    "MultiPageAsyncCopyDescriptor",
+    "page_attention",
+    "paged_flash_attention_kernel",
+    "paged_flash_attention_kernel_inline_seq_dim",
+    "ref_paged_attention",
+    "write_kv_pages",
+]

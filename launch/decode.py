@@ -21,12 +21,15 @@ from paged_dist.launch import flags as shared
 from paged_dist.launch.workload import Request, draw_requests, pages_needed, read_trace, shorten
 
 TRACE = flags.DEFINE_string(
-    "trace", None, "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
-    "lengths are drawn like those of a production conversation service.")
+    "trace",
+    None,
+    "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
+    "lengths are drawn like those of a production conversation service.",
+)
 NUM_REQUESTS = flags.DEFINE_integer(
-    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones.")
-LENGTH_SCALE = flags.DEFINE_float(
-    "length_scale", 1.0, "Factor on every request's lengths.")
+    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones."
+)
+LENGTH_SCALE = flags.DEFINE_float("length_scale", 1.0, "Factor on every request's lengths.")
 MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
 MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn requests, of all tensors, and of what is checked.")
@@ -50,8 +53,9 @@ def _usage():
 
 def requests_from_flags() -> tuple[list[Request], str]:
     """The requests to serve, and what to call them in the report."""
-    shared.at_least(1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value,
-                    max_generated=MAX_GENERATED.value)
+    shared.at_least(
+        1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value, max_generated=MAX_GENERATED.value
+    )
     shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value, seed=SEED.value)
     require(SEED.value < 2**32, "--seed", SEED.value, "must be below 2**32")
     scale = LENGTH_SCALE.value
@@ -70,21 +74,43 @@ def requests_from_flags() -> tuple[list[Request], str]:
 def model_from_flags():
     """The model to run, checked as far as it can be without devices."""
     dtype = shared.kv_dtype(shared.KV_DTYPE.value)
-    shared.at_least(1, layers=shared.NUM_LAYERS.value, num_q_heads=shared.NUM_Q_HEADS.value,
-                    num_kv_heads=shared.NUM_KV_HEADS.value, head_dim=shared.HEAD_DIM.value,
-                    page_size=shared.PAGE_SIZE.value, batch=shared.BATCH.value, num_pages=shared.NUM_PAGES.value,
-                    pages_per_sequence=shared.PAGES_PER_SEQUENCE.value, sliding_window=shared.SLIDING_WINDOW.value,
-                    data=shared.DATA.value, context=shared.CONTEXT.value, model=shared.MODEL.value)
+    shared.at_least(
+        1,
+        layers=shared.NUM_LAYERS.value,
+        num_q_heads=shared.NUM_Q_HEADS.value,
+        num_kv_heads=shared.NUM_KV_HEADS.value,
+        head_dim=shared.HEAD_DIM.value,
+        page_size=shared.PAGE_SIZE.value,
+        batch=shared.BATCH.value,
+        num_pages=shared.NUM_PAGES.value,
+        pages_per_sequence=shared.PAGES_PER_SEQUENCE.value,
+        sliding_window=shared.SLIDING_WINDOW.value,
+        data=shared.DATA.value,
+        context=shared.CONTEXT.value,
+        model=shared.MODEL.value,
+    )
     q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     cap = shared.SOFT_CAP.value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
-    require(shared.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"), "--implementation",
-            shared.IMPLEMENTATION.value, "must be pallas, pallas_interpret or xla")
+    require(
+        shared.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"),
+        "--implementation",
+        shared.IMPLEMENTATION.value,
+        "must be pallas, pallas_interpret or xla",
+    )
     from paged_dist.launch.step import Model
 
-    return Model(shared.NUM_LAYERS.value, q, kv, shared.HEAD_DIM.value, dtype, shared.SOFT_CAP.value,
-                 shared.SLIDING_WINDOW.value, SEED.value)
+    return Model(
+        shared.NUM_LAYERS.value,
+        q,
+        kv,
+        shared.HEAD_DIM.value,
+        dtype,
+        shared.SOFT_CAP.value,
+        shared.SLIDING_WINDOW.value,
+        SEED.value,
+    )
 
 
 def mesh_from_flags(num_kv_heads: int):
@@ -128,9 +154,13 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
     columns = shared.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
-    require(columns * page_size >= longest.tokens, "--pages_per_sequence", columns,
-            f"holds {columns * page_size} tokens, request {longest.id} has {longest.tokens}",
-            f"give at least {pages_needed(longest.tokens, page_size)}")
+    require(
+        columns * page_size >= longest.tokens,
+        "--pages_per_sequence",
+        columns,
+        f"holds {columns * page_size} tokens, request {longest.id} has {longest.tokens}",
+        f"give at least {pages_needed(longest.tokens, page_size)}",
+    )
     shards = data * context
     pages = shared.NUM_PAGES.value or Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
@@ -149,13 +179,25 @@ def check_agreement(run: Run) -> None:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    mine = (run.model, run.spec, run.pool, run.requests, run.pages_per_sequence, ORACLE_SAMPLES.value,
-            tuple(run.mesh.shape.items()), shared.IMPLEMENTATION.value)
+    mine = (
+        run.model,
+        run.spec,
+        run.pool,
+        run.requests,
+        run.pages_per_sequence,
+        ORACLE_SAMPLES.value,
+        tuple(run.mesh.shape.items()),
+        shared.IMPLEMENTATION.value,
+    )
     every = np.asarray(multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(mine).encode())))).ravel()
     odd = np.flatnonzero(every != every[0])
     if odd.size:
-        raise bad_value("flags", f"process {', '.join(map(str, odd))}", "differ from those of process 0",
-                        "give every process the same flags and the same trace")
+        raise bad_value(
+            "flags",
+            f"process {', '.join(map(str, odd))}",
+            "differ from those of process 0",
+            "give every process the same flags and the same trace",
+        )
 
 
 def record_of(run: Run, measured, schedule) -> dict:
@@ -169,16 +211,38 @@ def record_of(run: Run, measured, schedule) -> dict:
         raise RuntimeError("processes gave out different pages: their allocators were called differently")
     m = run.model
     devices = report.device_counts(run.mesh)
-    record = report.summarise(gathered, measured, bytes_per_token=run.spec.bytes_per_token,
-                              num_pages=run.spec.num_pages, devices=devices, dtype=m.dtype)
-    settings = {"layers": m.num_layers, "num_q_heads": m.num_q_heads, "num_kv_heads": m.num_kv_heads,
-                "head_dim": m.head_dim, "dtype": m.dtype, "page_size": run.spec.page_size, "batch": run.pool.batch,
-                "pages_per_sequence": run.pages_per_sequence, "soft_cap": m.soft_cap,
-                "sliding_window": m.sliding_window, "seed": m.seed, "implementation": shared.IMPLEMENTATION.value}
+    record = report.summarise(
+        gathered,
+        measured,
+        bytes_per_token=run.spec.bytes_per_token,
+        num_pages=run.spec.num_pages,
+        devices=devices,
+        dtype=m.dtype,
+    )
+    settings = {
+        "layers": m.num_layers,
+        "num_q_heads": m.num_q_heads,
+        "num_kv_heads": m.num_kv_heads,
+        "head_dim": m.head_dim,
+        "dtype": m.dtype,
+        "page_size": run.spec.page_size,
+        "batch": run.pool.batch,
+        "pages_per_sequence": run.pages_per_sequence,
+        "soft_cap": m.soft_cap,
+        "sliding_window": m.sliding_window,
+        "seed": m.seed,
+        "implementation": shared.IMPLEMENTATION.value,
+    }
     return record | {
-        "benchmark": "decode", "settings": settings, "requests": len(run.requests), "workload": run.workload,
-        "mesh": dict(run.mesh.shape), "cache_bytes": run.spec.bytes_total, "processes": jax.process_count(),
-        "versions": report.versions()}
+        "benchmark": "decode",
+        "settings": settings,
+        "requests": len(run.requests),
+        "workload": run.workload,
+        "mesh": dict(run.mesh.shape),
+        "cache_bytes": run.spec.bytes_total,
+        "processes": jax.process_count(),
+        "versions": report.versions(),
+    }
 
 
 def main(argv) -> int:

@@ -66,11 +66,22 @@ def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> n
     query = make(Kind.QUERY, check.length - 1, q_heads)  # [1, Hq', D]
     pages = -(-check.length // page_size)
     padding = ((0, pages * page_size - check.length), (0, 0), (0, 0))
-    pools = [np.pad(make(kind, tokens, kv_heads), padding).swapaxes(0, 1).reshape(
-        len(kv_heads), pages, page_size, model.head_dim) for kind in (Kind.KEY, Kind.VALUE)]
-    output, _ = attention_oracle(query, *pools, np.array([check.length]), np.arange(pages)[None],
-                                 sm_scale=model.sm_scale, soft_cap=model.soft_cap, sliding_window=model.sliding_window)
-    return output[0, heads.start - q_heads[0]:heads.stop - q_heads[0]]
+    pools = [
+        np.pad(make(kind, tokens, kv_heads), padding)
+        .swapaxes(0, 1)
+        .reshape(len(kv_heads), pages, page_size, model.head_dim)
+        for kind in (Kind.KEY, Kind.VALUE)
+    ]
+    output, _ = attention_oracle(
+        query,
+        *pools,
+        np.array([check.length]),
+        np.arange(pages)[None],
+        sm_scale=model.sm_scale,
+        soft_cap=model.soft_cap,
+        sliding_window=model.sliding_window,
+    )
+    return output[0, heads.start - q_heads[0] : heads.stop - q_heads[0]]
 
 
 def relative_error(output: np.ndarray, want: np.ndarray) -> float:
@@ -91,8 +102,15 @@ class Engine:
       implementation: as `sharded_paged_attention` takes it.
     """
 
-    def __init__(self, model: Model, spec: CacheSpec, mesh: Mesh, batch: int, pages_per_sequence: int,
-                 implementation: str | None = None):
+    def __init__(
+        self,
+        model: Model,
+        spec: CacheSpec,
+        mesh: Mesh,
+        batch: int,
+        pages_per_sequence: int,
+        implementation: str | None = None,
+    ):
         self.model, self.spec, self.mesh = model, spec, mesh
         self._at = shardings(mesh)
         self.measured = Measured()
@@ -105,9 +123,12 @@ class Engine:
         with lowering_for(mesh):
             self._lowered = (
                 jax.jit(decode_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
-                    cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)),
+                    cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
+                ),
                 jax.jit(prefill_chunks(model, mesh, CHUNK_TOKENS, implementation), donate_argnums=0).lower(
-                    cache, int32("chunks", CHUNKS, 4), tables))
+                    cache, int32("chunks", CHUNKS, 4), tables
+                ),
+            )
         self.measured.compile_seconds = time.perf_counter() - start
 
     def compile(self) -> None:
@@ -123,8 +144,9 @@ class Engine:
         """A global array from each process's own copy: no process sends another anything."""
         return jax.make_array_from_callback(array.shape, self._at[name], lambda index: array[index])
 
-    def run(self, schedule: Schedule, progress: Callable[[str], None] | None = None,
-            profile_dir: str | None = None) -> Measured:
+    def run(
+        self, schedule: Schedule, progress: Callable[[str], None] | None = None, profile_dir: str | None = None
+    ) -> Measured:
         """Decodes until the schedule is done.
 
         Args:
@@ -157,8 +179,10 @@ class Engine:
             done, tokens = done + plan.finished, tokens + plan.live_rows
             if progress and (now := time.perf_counter()) - said >= 10:
                 said = now
-                progress(f"step {len(m.step_seconds)}: {done} requests done, {plan.live_rows} live, {tokens} tokens, "
-                         f"{1e3 * m.step_seconds[-1]:.1f} ms the last step, {now - begin:.0f} s")
+                progress(
+                    f"step {len(m.step_seconds)}: {done} requests done, {plan.live_rows} live, {tokens} tokens, "
+                    f"{1e3 * m.step_seconds[-1]:.1f} ms the last step, {now - begin:.0f} s"
+                )
             plan = following
         m.loop_seconds = time.perf_counter() - begin
         if profiling:
@@ -170,7 +194,8 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan, tables: jax.Array) -> jax.Array:
         self._cache, self._tally, sample = self._step(
-            self._cache, self._tally, self._put("rows", plan.rows), tables, self._put("rows", plan.pick))
+            self._cache, self._tally, self._put("rows", plan.rows), tables, self._put("rows", plan.pick)
+        )
         return sample
 
     def _prefill(self, plan: StepPlan, tables: jax.Array) -> None:
@@ -179,9 +204,9 @@ class Engine:
         start = time.perf_counter()
         for i in range(0, len(plan.chunks), CHUNKS):
             chunks = np.full((CHUNKS, 4), -1, np.int32)
-            some = plan.chunks[i:i + CHUNKS]
-            chunks[:len(some)] = some
-            chunks[len(some):, 2:] = 0  # nothing: an empty range of a negative row
+            some = plan.chunks[i : i + CHUNKS]
+            chunks[: len(some)] = some
+            chunks[len(some) :, 2:] = 0  # nothing: an empty range of a negative row
             self._cache = self._fill(self._cache, self._put("chunks", chunks), tables)
         jax.block_until_ready(self._cache)
         self.measured.prefill_seconds += time.perf_counter() - start
@@ -207,8 +232,12 @@ class Engine:
                 want = oracle_output(self.model, check, heads, self.spec.page_size)
                 error = relative_error(output, want)
                 if not error <= ERROR_BOUNDS[self.model.dtype]:
-                    print(f"wrong output: {check}, query heads {range(self.model.num_q_heads)[heads]}, "
-                          f"off by {error:.2e} of its scale", file=sys.stderr, flush=True)
+                    print(
+                        f"wrong output: {check}, query heads {range(self.model.num_q_heads)[heads]}, "
+                        f"off by {error:.2e} of its scale",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 self.measured.worst_error = max(self.measured.worst_error, error)
                 self.measured.checked += range(self.model.num_q_heads)[heads].start == 0
         self.measured.check_seconds += time.perf_counter() - start

@@ -16,7 +16,8 @@ from paged_dist._errors import not_yet, require
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
 MODEL = flags.DEFINE_integer(
-    "model", None, "Mesh: shards of the heads. Default: as many as divide both kv heads and devices.")
+    "model", None, "Mesh: shards of the heads. Default: as many as divide both kv heads and devices."
+)
 
 NUM_LAYERS = flags.DEFINE_integer("layers", 2, "Layers of attention.")
 NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 16, "Query heads.")
@@ -26,27 +27,35 @@ KV_DTYPE = flags.DEFINE_string("kv_dtype", "bf16", "Cache, query and output: bf1
 SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap on the logits. Default: none.")
 SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Attend to the last so many tokens. Default: all.")
 IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", None, "pallas, pallas_interpret or xla. Default: pallas on TPU, xla elsewhere.")
+    "implementation", None, "pallas, pallas_interpret or xla. Default: pallas on TPU, xla elsewhere."
+)
 
 BATCH = flags.DEFINE_integer("batch", None, "Rows decoded together. Default: 16 a data shard.")
 PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens a page.")
 NUM_PAGES = flags.DEFINE_integer(
-    "num_pages", None, "Pages in a layer's pool, over all shards. Default: enough that no request waits for pages.")
+    "num_pages", None, "Pages in a layer's pool, over all shards. Default: enough that no request waits for pages."
+)
 PAGES_PER_SEQUENCE = flags.DEFINE_integer(
-    "pages_per_sequence", None, "Columns of the block table. Default: what the longest request needs.")
+    "pages_per_sequence", None, "Columns of the block table. Default: what the longest request needs."
+)
 
 OUTPUT = flags.DEFINE_string("output", None, "File to which process 0 appends one JSON line with the results.")
 PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "Folder for a JAX profile of some steps.")
 
 CPU_DEVICES = flags.DEFINE_integer(
-    "cpu_devices", None, "Run on so many simulated CPU devices (in each process). Default: 8 where the host has no "
-    "accelerator and the run has one process.")
+    "cpu_devices",
+    None,
+    "Run on so many simulated CPU devices (in each process). Default: 8 where the host has no "
+    "accelerator and the run has one process.",
+)
 COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0. Default: $JAX_COORDINATOR_ADDRESS, else JAX's own detection.")
+    "coordinator_address", None, "host:port of process 0. Default: $JAX_COORDINATOR_ADDRESS, else JAX's own detection."
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run. Default: $JAX_NUM_PROCESSES.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0. Default: $JAX_PROCESS_ID.")
 BIND_ADDRESS = flags.DEFINE_string(
-    "coordinator_bind_address", None, "host:port on which process 0 listens. Default: $JAX_COORDINATOR_BIND_ADDRESS.")
+    "coordinator_bind_address", None, "host:port on which process 0 listens. Default: $JAX_COORDINATOR_BIND_ADDRESS."
+)
 
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32"}
 _DTYPES_TO_COME = ("int8", "fp8", "fp8_e4m3", "float8_e4m3fn")
@@ -119,8 +128,13 @@ def check_output(path: str | None, flag: str = "output", folder: bool = False) -
     while not os.path.lexists(target):
         target = os.path.dirname(target)
     require(os.path.isdir(target), f"--{flag}", path, f"{target} is not a folder")
-    require(os.access(target, os.W_OK | os.X_OK) and _writable_mount(target), f"--{flag}", path,
-            f"folder {target} cannot be written", "name one that can")
+    require(
+        os.access(target, os.W_OK | os.X_OK) and _writable_mount(target),
+        f"--{flag}",
+        path,
+        f"folder {target} cannot be written",
+        "name one that can",
+    )
 
 
 def _writable_mount(folder: str) -> bool:
@@ -151,8 +165,11 @@ def start_jax(name: str) -> None:
     at_least(1, cpu_devices=CPU_DEVICES.value)
     place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     if place == (None, None, None) and "JAX_NUM_PROCESSES" in os.environ and "JAX_PROCESS_ID" in os.environ:
-        place = (os.environ.get("JAX_COORDINATOR_ADDRESS"), _environment_int("JAX_NUM_PROCESSES"),
-                 _environment_int("JAX_PROCESS_ID"))
+        place = (
+            os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            _environment_int("JAX_NUM_PROCESSES"),
+            _environment_int("JAX_PROCESS_ID"),
+        )
     many = place != (None, None, None)
     if IMPLEMENTATION.value == "pallas_interpret":
         # The simulation waits for every device of the mesh at once: forever for those of another process, and

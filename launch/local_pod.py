@@ -31,8 +31,14 @@ class Child:
     def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]):
         self.index = index
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, preexec_fn=_die_with_parent(os.getpid()))
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(os.getpid()),
+        )
         self.code: int | None = None  # as a shell shows it: 128 + n for signal n
         self._partial = {self.process.stdout: b"", self.process.stderr: b""}
         for pipe in self._partial:
@@ -109,8 +115,13 @@ def pod_environment(process: int, processes: int, devices: int, port: int, base:
         "XLA_FLAGS": f"{xla} --xla_force_host_platform_device_count={devices}".strip(),
         "PYTHONUNBUFFERED": "1",
     }
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID",
-                 "JAX_LOCAL_DEVICE_IDS"):
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "JAX_COORDINATOR_BIND_ADDRESS",
+        "JAX_NUM_PROCESSES",
+        "JAX_PROCESS_ID",
+        "JAX_LOCAL_DEVICE_IDS",
+    ):
         environment.pop(name, None)
     if processes > 1:
         environment |= {
@@ -222,9 +233,12 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parses `argv` (without the program's name) and runs the pod."""
-    parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] "
-                                           "-- LAUNCHER [FLAGS]")
+    parser = argparse.ArgumentParser(
+        NAME,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] -- LAUNCHER [FLAGS]",
+    )
     parser.add_argument("--processes", type=_count, default=2, help="processes to start (default 2)")
     parser.add_argument("--devices", type=_count, default=4, help="simulated CPU devices of each (default 4)")
     parser.add_argument("--timeout_seconds", type=float, default=None, help="end all after so long, with exit code 124")

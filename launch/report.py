@@ -17,8 +17,16 @@ from paged_dist.launch.engine import ERROR_BOUNDS, Measured
 
 # Peak HBM bandwidth of a chip in bytes a second (Google's published figures), and devices that JAX shows a chip.
 _CHIPS = {
-    "v4": (1228e9, 1), "v5e": (819e9, 1), "v5 lite": (819e9, 1), "v5p": (2765e9, 1), "v5": (2765e9, 1),
-    "v6e": (1640e9, 1), "v6 lite": (1640e9, 1), "7x": (7380e9, 2), "v7x": (7380e9, 2), "v7": (7380e9, 2),
+    "v4": (1228e9, 1),
+    "v5e": (819e9, 1),
+    "v5 lite": (819e9, 1),
+    "v5p": (2765e9, 1),
+    "v5": (2765e9, 1),
+    "v6e": (1640e9, 1),
+    "v6 lite": (1640e9, 1),
+    "7x": (7380e9, 2),
+    "v7x": (7380e9, 2),
+    "v7": (7380e9, 2),
 }
 
 
@@ -50,8 +58,10 @@ def gather(measured: Measured, digest: int) -> dict[str, np.ndarray]:
 
     mine = {
         "step_seconds": np.asarray(measured.step_seconds, np.float32),
-        "seconds": np.asarray([measured.compile_seconds, measured.prefill_seconds, measured.host_seconds,
-                               measured.check_seconds], np.float32),
+        "seconds": np.asarray(
+            [measured.compile_seconds, measured.prefill_seconds, measured.host_seconds, measured.check_seconds],
+            np.float32,
+        ),
         "worst_error": np.float32(measured.worst_error),
         "checked": np.int32(measured.checked),
         "tally": np.asarray(measured.tally, np.uint32),
@@ -68,8 +78,15 @@ def device_counts(mesh: Mesh) -> dict[str, int]:
     return dict(zip(map(str, kinds), map(int, counts), strict=True))
 
 
-def summarise(gathered: dict[str, np.ndarray], measured: Measured, *, bytes_per_token: int, num_pages: int,
-              devices: dict[str, int], dtype: str) -> dict:
+def summarise(
+    gathered: dict[str, np.ndarray],
+    measured: Measured,
+    *,
+    bytes_per_token: int,
+    num_pages: int,
+    devices: dict[str, int],
+    dtype: str,
+) -> dict:
     """The numbers of a run.
 
     Args:
@@ -138,8 +155,11 @@ def table(r: dict) -> str:
     lines = [
         ("devices", ", ".join(f"{n} x {kind}" for kind, n in r["devices"].items()) + f", {processes}"),
         ("mesh", mesh),
-        ("model", f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-                  f"head_dim {s['head_dim']}, {s['dtype']}"),
+        (
+            "model",
+            f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
+            f"head_dim {s['head_dim']}, {s['dtype']}",
+        ),
         ("cache", f"{r['pool_pages']} pages of {s['page_size']} tokens, {_quantity(r['cache_bytes'], 'B')}"),
         ("workload", f"{r['requests']} requests of {r['workload']}, batch {s['batch']}"),
         ("versions", " ".join(f"{name} {version}" for name, version in r["versions"].items())),
@@ -148,13 +168,19 @@ def table(r: dict) -> str:
         ("step time", f"p50 {r['step_ms_p50']:.2f} ms, p99 {r['step_ms_p99']:.2f} ms, slowest process"),
         ("steps", f"{r['steps']}, {r['tokens']} tokens, {r['rows_mean']:.1f} live rows on average"),
         ("live KV", f"{_quantity(r['live_kv_bytes_per_step'], 'B')} read a step"),
-        ("bandwidth", f"{_quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
-                      f"{_quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}"),
+        (
+            "bandwidth",
+            f"{_quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
+            f"{_quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}",
+        ),
         ("pool use", f"peak {r['pool_use_peak']:.1%}, mean {r['pool_use_mean']:.1%}"),
         ("time", f"compile {r['compile_s']:.2f} s, decode {r['decode_s']:.2f} s (steps {r['steps_s']:.2f} s)"),
         ("", f"prefill {r['prefill_s']:.2f} s for {r['prefill_tokens']} tokens, oracle {r['oracle_s']:.2f} s"),
-        ("oracle", f"{r['oracle_checked']} outputs checked in float64, worst {r['oracle_worst_error']:.1e} of scale, "
-                   f"bound {r['oracle_bound']:.0e}: {'ok' if r['oracle_passed'] else 'FAILED'}"),
+        (
+            "oracle",
+            f"{r['oracle_checked']} outputs checked in float64, worst {r['oracle_worst_error']:.1e} of scale, "
+            f"bound {r['oracle_bound']:.0e}: {'ok' if r['oracle_passed'] else 'FAILED'}",
+        ),
         ("checksum", r["checksum"]),
     ]
     return "\n".join(_wrap(*line) if line else "" for line in lines)
@@ -163,8 +189,7 @@ def table(r: dict) -> str:
 def _wrap(name: str, text: str, width: int = 80) -> str:
     import textwrap
 
-    return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11,
-                         break_on_hyphens=False)
+    return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def append_json_line(path: str, record: dict) -> None:

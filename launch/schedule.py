@@ -76,14 +76,18 @@ class Pool:
         need = self.pages_on_each_chip(largest.tokens)
         if need > self.pages_per_shard:
             shards = self.data * self.context
-            raise bad_value("num_pages", self.pages_per_shard * shards,
-                            f"{self.pages_per_shard} pages a shard, but request {largest.id} of {largest.tokens} "
-                            f"tokens needs {need}", f"give at least {need * shards}")
+            raise bad_value(
+                "num_pages",
+                self.pages_per_shard * shards,
+                f"{self.pages_per_shard} pages a shard, but request {largest.id} of {largest.tokens} "
+                f"tokens needs {need}",
+                f"give at least {need * shards}",
+            )
 
     def pages_that_never_wait(self, requests: list[Request]) -> int:
         """Pages over all shards that hold the largest requests in every row at once."""
         needs = sorted((self.pages_on_each_chip(r.tokens) for r in requests), reverse=True)
-        return sum(needs[:self.batch // self.data]) * self.data * self.context
+        return sum(needs[: self.batch // self.data]) * self.data * self.context
 
 
 def choose_checks(requests: list[Request], count: int, num_layers: int, seed: int) -> dict[int, tuple[int, int]]:
@@ -95,7 +99,7 @@ def choose_checks(requests: list[Request], count: int, num_layers: int, seed: in
     longest = max(requests, key=lambda r: r.tokens).id
     others = [int(i) for i in rng.permutation(len(requests)) if i != longest]
     chosen = {}
-    for i in [longest, *others[:count - 1]]:
+    for i in [longest, *others[: count - 1]]:
         r = requests[i]
         chosen[r.id] = (r.context + int(rng.integers(1, r.generated + 1)), int(rng.integers(num_layers)))
     return chosen
@@ -120,8 +124,9 @@ class Schedule:
       fingerprint: a 32-bit hash of every block table handed out so far: equal on processes that agree.
     """
 
-    def __init__(self, requests: list[Request], allocator, pool: Pool, chunk_tokens: int,
-                 checks: dict[int, tuple[int, int]]):
+    def __init__(
+        self, requests: list[Request], allocator, pool: Pool, chunk_tokens: int, checks: dict[int, tuple[int, int]]
+    ):
         pool.check_fits(requests)
         self._pool, self._allocator, self._chunk_tokens = pool, allocator, chunk_tokens
         self._waiting = deque(requests)
@@ -177,8 +182,10 @@ class Schedule:
         if not self._waiting or self._length.all():  # most steps
             return 0, _NO_CHUNKS
         per_shard = self._pool.batch // self._pool.data
-        idle = [deque(np.flatnonzero(part == 0) + i * per_shard)
-                for i, part in enumerate(self._length.reshape(self._pool.data, -1))]
+        idle = [
+            deque(np.flatnonzero(part == 0) + i * per_shard)
+            for i, part in enumerate(self._length.reshape(self._pool.data, -1))
+        ]
         while self._waiting:
             request = self._waiting[0]
             need = self._pool.pages_on_each_chip(request.tokens)

@@ -73,11 +73,21 @@ def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
             cache, tally, sample = carry
             query = make(Kind.QUERY, q_heads, layer)  # [B, Hq, D]
             key, value = (make(kind, kv_heads, layer) for kind in (Kind.KEY, Kind.VALUE))  # [B, Hkv, D]
-            cache = append_kv(cache, key, value, position, block_tables, layer=layer, mesh=mesh,
-                              implementation=implementation)
+            cache = append_kv(
+                cache, key, value, position, block_tables, layer=layer, mesh=mesh, implementation=implementation
+            )
             output = sharded_paged_attention(
-                query, cache, lengths, block_tables, layer=layer, sm_scale=model.sm_scale, soft_cap=model.soft_cap,
-                sliding_window=model.sliding_window, mesh=mesh, implementation=implementation)
+                query,
+                cache,
+                lengths,
+                block_tables,
+                layer=layer,
+                sm_scale=model.sm_scale,
+                soft_cap=model.soft_cap,
+                sliding_window=model.sliding_window,
+                mesh=mesh,
+                implementation=implementation,
+            )
             tally += _partial_sums(model, output, request, position, layer, q_heads, channels, data, shards)
             by_shard = output.reshape(data, batch // data, model.num_q_heads, model.head_dim)
             chosen = jnp.arange(batch // data)[None, :] == pick[:, :1]  # [data, B / data]
@@ -120,10 +130,22 @@ def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int, implementation: 
         def one_layer(cache, layer):
             key, value = (
                 lax.with_sharding_constraint(
-                    values(jnp, model.dtype, model.seed, kind, owner, position, layer, kv_heads, channels), heads_split)
-                for kind in (Kind.KEY, Kind.VALUE))
-            cache = write_prefill_kv(cache, key, value, stop, block_tables, starts=start, rows=row, layer=layer,
-                                     mesh=mesh, implementation=implementation)
+                    values(jnp, model.dtype, model.seed, kind, owner, position, layer, kv_heads, channels), heads_split
+                )
+                for kind in (Kind.KEY, Kind.VALUE)
+            )
+            cache = write_prefill_kv(
+                cache,
+                key,
+                value,
+                stop,
+                block_tables,
+                starts=start,
+                rows=row,
+                layer=layer,
+                mesh=mesh,
+                implementation=implementation,
+            )
             return cache, None
 
         return lax.scan(one_layer, cache, jnp.arange(model.num_layers, dtype=jnp.int32))[0]

@@ -43,6 +43,7 @@ def hash_indices(xp, seed, kind: Kind, request, position, layer, heads, channels
       request, position: int32 arrays that broadcast to [...] (scalars to [1]): request id, 0-based token position.
       heads, channels: int32 [H] and [D], global indices.
     """
+
     def absorb(state, index):
         # Never a scalar: NumPy warns where a scalar wraps, and wrapping is the point.
         return _mix(xp, state + xp.atleast_1d(xp.asarray(index)).astype(xp.uint32) * xp.uint32(_GOLDEN))

@@ -75,8 +75,9 @@ def _length(path: str | Path, line: int, column: str, text: str | None) -> int:
     except (TypeError, ValueError):
         value = 0
     if not 1 <= value < 2**31:
-        raise bad_value("trace", str(path), f"line {line} has {column} {text!r}",
-                        "it must be a whole number of tokens, at least 1")
+        raise bad_value(
+            "trace", str(path), f"line {line} has {column} {text!r}", "it must be a whole number of tokens, at least 1"
+        )
     return value
 
 
@@ -102,9 +103,11 @@ def draw_requests(count: int, seed: int = 0) -> list[Request]:
     return [Request(i, int(c), int(g)) for i, (c, g) in enumerate(zip(context, generated, strict=True))]
 
 
-def shorten(requests: list[Request], scale: float = 1.0, max_context: int | None = None,
-            max_generated: int | None = None) -> list[Request]:
+def shorten(
+    requests: list[Request], scale: float = 1.0, max_context: int | None = None, max_generated: int | None = None
+) -> list[Request]:
     """The same requests with lengths multiplied by `scale`, then capped; never below one token each."""
+
     def fit(length: int, most: int | None) -> int:
         length = max(1, round(length * scale))
         return length if most is None else min(length, most)

@@ -1,4 +1,8 @@
-"""Decoding with paged attention over a whole TPU pod, in JAX."""
+"""Decoding with paged attention over a whole TPU pod, in JAX.
+
+One decode step, in the order of the modules: `mesh` (which devices), `cache` (the page pools), `allocator` (which
+pages), `write` (new keys and values into them), `attend` (attention over them). `distributed` starts the hosts.
+"""
 
 import pathlib
 
@@ -8,17 +12,27 @@ if (_tree / "kernels" / "paged_attention").is_dir() and (_tree / "pyproject.toml
     # run from the tree's root finds this folder before any installed finder that knows where they are.
     __path__.append(str(_tree))
 
+from paged_dist.allocator import OutOfPages, PageAllocator  # noqa: E402
 from paged_dist.attend import paged_attention_local, sharded_paged_attention  # noqa: E402
 from paged_dist.cache import CacheSpec, PagedKVCache  # noqa: E402
-from paged_dist.mesh import MeshAxes  # noqa: E402
+from paged_dist.describe import describe_mesh  # noqa: E402
+from paged_dist.distributed import initialize_distributed  # noqa: E402
+from paged_dist.mesh import MeshAxes, make_pod_mesh  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CacheSpec",
     "MeshAxes",
+    "OutOfPages",
+    "PageAllocator",
     "PagedKVCache",
     "append_kv",
     "append_kv_local",
+    "describe_mesh",
+    "initialize_distributed",
+    "make_pod_mesh",
     "paged_attention_local",
     "sharded_paged_attention",
     "write_prefill_kv",

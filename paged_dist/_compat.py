@@ -71,6 +71,7 @@ def detect_cluster(timeout_seconds: float) -> tuple[str, str | None, int, int] |
             if num_processes == 1:
                 return cluster.name, None, 1, 0
             address = os.environ.get("JAX_COORDINATOR_ADDRESS") or cluster.get_coordinator_address(
-                timeout_secs=int(timeout_seconds), override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT"))
+                timeout_secs=int(timeout_seconds), override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
+            )
             return cluster.name, address, num_processes, cluster.get_process_id()
     return None

@@ -59,20 +59,37 @@ class PageAllocator:
       NotImplementedError: a mesh whose context size is above 1.
     """
 
-    def __init__(self, spec: CacheSpec, mesh: Mesh | AbstractMesh, num_sequences: int,
-                 pages_per_sequence: int, *, axes: MeshAxes = MeshAxes()):
+    def __init__(
+        self,
+        spec: CacheSpec,
+        mesh: Mesh | AbstractMesh,
+        num_sequences: int,
+        pages_per_sequence: int,
+        *,
+        axes: MeshAxes = MeshAxes(),
+    ):
         spec.check_mesh(mesh, axes)
         data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
         if context > 1:
-            raise not_yet(f"PageAllocator on a mesh of context size {context}",
-                          "build the mesh with context=1 and more data or model shards")
+            raise not_yet(
+                f"PageAllocator on a mesh of context size {context}",
+                "build the mesh with context=1 and more data or model shards",
+            )
         require(num_sequences >= 1, "num_sequences", num_sequences, "must be at least 1")
-        require(num_sequences % data == 0, "num_sequences", num_sequences,
-                f"must be a multiple of the mesh's data size {data}")
+        require(
+            num_sequences % data == 0,
+            "num_sequences",
+            num_sequences,
+            f"must be a multiple of the mesh's data size {data}",
+        )
         require(pages_per_sequence >= 1, "pages_per_sequence", pages_per_sequence, "must be at least 1")
-        require(pages_per_sequence * spec.page_size < 2**31, "pages_per_sequence", pages_per_sequence,
-                f"times page_size {spec.page_size} must fit in int32, which lengths are",
-                f"at most {(2**31 - 1) // spec.page_size}")
+        require(
+            pages_per_sequence * spec.page_size < 2**31,
+            "pages_per_sequence",
+            pages_per_sequence,
+            f"times page_size {spec.page_size} must fit in int32, which lengths are",
+            f"at most {(2**31 - 1) // spec.page_size}",
+        )
         self.spec = spec
         self.num_sequences = int(num_sequences)
         self.pages_per_sequence = int(pages_per_sequence)
@@ -180,13 +197,16 @@ class PageAllocator:
                 if row is not None:
                     best = (len(free), row)
         if best is None:
-            raise OutOfPages(f"no free row: all {self.num_sequences} are held",
-                             asked=asked, free=0, shard=None)
+            raise OutOfPages(f"no free row: all {self.num_sequences} are held", asked=asked, free=0, shard=None)
         if best[0] < asked:
             ever = self.pages_per_shard
-            raise OutOfPages(f"no data shard with a free row has {asked} pages free, the most is {best[0]}"
-                             + (f"; none ever will: a shard owns {ever}" if asked > ever else ""),
-                             asked=asked, free=best[0], shard=None)
+            raise OutOfPages(
+                f"no data shard with a free row has {asked} pages free, the most is {best[0]}"
+                + (f"; none ever will: a shard owns {ever}" if asked > ever else ""),
+                asked=asked,
+                free=best[0],
+                shard=None,
+            )
         return best[1]
 
     def allocate(self, row: int, num_tokens: int) -> None:
@@ -199,8 +219,12 @@ class PageAllocator:
         num_tokens = index(num_tokens)
         self._check_row(row)
         if self._pages[row] is not None:
-            raise bad_value("row", row, f"is held by a sequence of {self._lengths[row]} tokens",
-                            "free() it first, or let place() find a free row")
+            raise bad_value(
+                "row",
+                row,
+                f"is held by a sequence of {self._lengths[row]} tokens",
+                "free() it first, or let place() find a free row",
+            )
         count = self._pages_asked(num_tokens)
         self._check_room(row, count)
         self._pages[row] = []
@@ -268,9 +292,12 @@ class PageAllocator:
         num_tokens = index(num_tokens)
         pages = self._held(row)
         if not 0 <= num_tokens <= self._lengths[row]:
-            raise bad_value("num_tokens", num_tokens,
-                            f"must be between 0 and the {self._lengths[row]} tokens of row {row}",
-                            "grow() lengthens a sequence")
+            raise bad_value(
+                "num_tokens",
+                num_tokens,
+                f"must be between 0 and the {self._lengths[row]} tokens of row {row}",
+                "grow() lengthens a sequence",
+            )
         self._take_back(row, pages, self.pages_for(num_tokens))
         self._set_length(row, num_tokens)
 
@@ -306,9 +333,12 @@ class PageAllocator:
         """The pages of `num_tokens` tokens, which must fit in a block table."""
         if not 0 <= num_tokens <= self.max_tokens:
             there = f" with the {of_them_there} there already" if of_them_there else ""
-            raise bad_value("num_tokens", num_tokens - of_them_there,
-                            f"must be between 0 and {self.max_tokens}{there}: pages_per_sequence "
-                            f"{self.pages_per_sequence} x page_size {self._page_size}")
+            raise bad_value(
+                "num_tokens",
+                num_tokens - of_them_there,
+                f"must be between 0 and {self.max_tokens}{there}: pages_per_sequence "
+                f"{self.pages_per_sequence} x page_size {self._page_size}",
+            )
         return self.pages_for(num_tokens)
 
     def _check_room(self, row: int, count: int) -> None:
@@ -318,8 +348,12 @@ class PageAllocator:
 
     def _out_of_pages(self, shard: int, asked: int, who: str) -> OutOfPages:
         free = len(self._free[shard])
-        return OutOfPages(f"{who} data shard {shard}: {asked} more pages needed, {free} of its "
-                          f"{self.pages_per_shard} are free", asked=asked, free=free, shard=shard)
+        return OutOfPages(
+            f"{who} data shard {shard}: {asked} more pages needed, {free} of its {self.pages_per_shard} are free",
+            asked=asked,
+            free=free,
+            shard=shard,
+        )
 
     def _give(self, row: int, count: int) -> None:
         """Appends the `count` lowest free pages of the row's shard; there must be as many."""
@@ -328,7 +362,7 @@ class PageAllocator:
         pages, free = self._pages[row], self._free[row // self.rows_per_shard]
         start = len(pages)
         pages.extend(heapq.heappop(free) for _ in range(count))
-        self._table[row, start:start + count] = pages[start:]
+        self._table[row, start : start + count] = pages[start:]
         self._table_out = None
 
     def _take_back(self, row: int, pages: list[int], keep: int) -> None:
@@ -338,7 +372,7 @@ class PageAllocator:
         free = self._free[row // self.rows_per_shard]
         for page in pages[keep:]:
             heapq.heappush(free, page)
-        self._table[row, keep:len(pages)] = -1
+        self._table[row, keep : len(pages)] = -1
         del pages[keep:]
         self._table_out = None
 

@@ -78,6 +78,7 @@ def sharded_paged_attention(
       NotImplementedError: a context axis larger than 1.
     """
     mesh = op_mesh(cache, mesh, axes)
+    cache.check_layer(layer)
     _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
     run = functools.partial(

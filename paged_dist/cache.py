@@ -247,27 +247,25 @@ class PagedKVCache:
         key_pages, value_pages = as_kernel_dtype(self.key_pages, self.value_pages)
         return pages(key_pages), pages(value_pages)
 
-    def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer.
-
-        Raises:
-          ValueError: `layer` missing for a stacked cache, given for a lone one, or out of range.
-        """
+    def check_layer(self, layer: jax.Array | int | None) -> None:
+        """Raises ValueError where `layer` is missing for a stacked cache, given for a lone one, or out of range."""
         layers = self.spec.num_layers
         if layers is None:
             require(
                 layer is None, "layer", layer, "must be None: the cache has no layer axis", "CacheSpec(num_layers=...)"
             )
-            return self.key_pages[None], self.value_pages[None], jnp.int32(0)
-        require(
-            layer is not None,
-            "layer",
-            layer,
-            f"must be an int32 scalar in [0, {layers}): the cache stacks {layers} layers",
-        )
+            return
+        rule = f"must be an int32 scalar in [0, {layers}): the cache stacks {layers} layers"
+        require(layer is not None, "layer", layer, rule)
+        require(jnp.ndim(layer) == 0 and jnp.issubdtype(jnp.result_type(layer), jnp.integer), "layer", layer, rule)
         if isinstance(layer, int | np.integer):
-            require(0 <= layer < layers, "layer", int(layer), f"must be in [0, {layers})")
-        require(jnp.ndim(layer) == 0, "layer.shape", jnp.shape(layer), "must be a scalar")
+            require(0 <= layer < layers, "layer", int(layer), rule)
+
+    def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer."""
+        self.check_layer(layer)
+        if layer is None:
+            return self.key_pages[None], self.value_pages[None], jnp.int32(0)
         return self.key_pages, self.value_pages, jnp.asarray(layer, jnp.int32)
 
     def with_pools(self, key_pages: jax.Array, value_pages: jax.Array) -> PagedKVCache:

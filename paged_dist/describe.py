@@ -104,16 +104,30 @@ def mesh_facts(mesh: Mesh) -> MeshFacts:
     sizes = {name: len(np.unique(coordinates[..., i])) for i, name in enumerate(names)}
     physical = tuple((name, size) for name, size in sizes.items() if size > 1)
     axes = tuple(
-        AxisFacts(name, mesh.shape[name], mesh.axis_types[k].name, tuple(
-            run for i, p in enumerate(names) if sizes[p] > 1
-            and (run := _run(p, sizes[p], np.moveaxis(coordinates[..., i], k, -1))) is not None))
-        for k, name in enumerate(mesh.axis_names))
+        AxisFacts(
+            name,
+            mesh.shape[name],
+            mesh.axis_types[k].name,
+            tuple(
+                run
+                for i, p in enumerate(names)
+                if sizes[p] > 1 and (run := _run(p, sizes[p], np.moveaxis(coordinates[..., i], k, -1))) is not None
+            ),
+        )
+        for k, name in enumerate(mesh.axis_names)
+    )
     kinds = collections.Counter(d.device_kind for d in devices)
     return MeshFacts(
-        axes=axes, platform=devices[0].platform, device_kinds=tuple(sorted(kinds.items())),
-        num_devices=len(devices), num_processes=len({d.process_index for d in devices}),
-        num_slices=sizes.get("slice", 1), physical=physical, has_coordinates=has_coordinates,
-        fills_box=int(np.prod([size for _, size in physical], dtype=np.int64)) == len(devices))
+        axes=axes,
+        platform=devices[0].platform,
+        device_kinds=tuple(sorted(kinds.items())),
+        num_devices=len(devices),
+        num_processes=len({d.process_index for d in devices}),
+        num_slices=sizes.get("slice", 1),
+        physical=physical,
+        has_coordinates=has_coordinates,
+        fills_box=int(np.prod([size for _, size in physical], dtype=np.int64)) == len(devices),
+    )
 
 
 def _run(physical: str, size: int, lines: np.ndarray) -> PhysicalRun | None:
@@ -123,8 +137,13 @@ def _run(physical: str, size: int, lines: np.ndarray) -> PhysicalRun | None:
     if counts.max() == 1:
         return None
     strides = steps[steps > 0]
-    return PhysicalRun(physical, int(counts.max()), size, int(strides.min()),
-                       bool((counts == counts[0]).all() and (strides == strides[0]).all()))
+    return PhysicalRun(
+        physical,
+        int(counts.max()),
+        size,
+        int(strides.min()),
+        bool((counts == counts[0]).all() and (strides == strides[0]).all()),
+    )
 
 
 def describe_mesh(mesh: Mesh) -> str:
@@ -141,8 +160,10 @@ def describe_mesh(mesh: Mesh) -> str:
     facts = mesh_facts(mesh)
     shape = " x ".join(f"{axis.name} {axis.size}" for axis in facts.axes)
     kinds = ", ".join(kind if len(facts.device_kinds) == 1 else f"{count} {kind}" for kind, count in facts.device_kinds)
-    head = [f"mesh: {shape} = {_counted(facts.num_devices, 'device')} ({kinds})",
-            _counted(facts.num_processes, "process", "processes")]
+    head = [
+        f"mesh: {shape} = {_counted(facts.num_devices, 'device')} ({kinds})",
+        _counted(facts.num_processes, "process", "processes"),
+    ]
     if facts.num_slices > 1:
         head.append(f"{facts.num_slices} slices")
     if facts.has_coordinates:
@@ -169,16 +190,23 @@ def _counted(n: int, one: str, many: str | None = None) -> str:
 
 
 def _axis_words(physical: str) -> str:
-    return {"slice": "the slices", "core": "the cores of a chip", "process": "the processes",
-            "device": "the devices of a process"}.get(physical, f"physical axis {physical}")
+    return {
+        "slice": "the slices",
+        "core": "the cores of a chip",
+        "process": "the processes",
+        "device": "the devices of a process",
+    }.get(physical, f"physical axis {physical}")
 
 
 def _words(run: PhysicalRun) -> str:
     """One run: what share of the axis, how many positions of how many, how far apart."""
     if run.whole:
-        what = {"slice": f"all {run.size} slices (across the data-centre network)",
-                "core": f"the {run.size} cores of a chip", "process": f"all {run.size} processes",
-                "device": f"all {run.size} devices of a process"}
+        what = {
+            "slice": f"all {run.size} slices (across the data-centre network)",
+            "core": f"the {run.size} cores of a chip",
+            "process": f"all {run.size} processes",
+            "device": f"all {run.size} devices of a process",
+        }
         words = what.get(run.physical, f"all {run.size} of physical axis {run.physical}")
         return words if run.regular else words + " (unevenly)"
     ratio = run.size // run.count

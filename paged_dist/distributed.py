@@ -61,9 +61,15 @@ class _Request:
 _done: tuple[_Request, DistributedInfo] | None = None
 
 
-def initialize_distributed(coordinator_address: str | None = None, num_processes: int | None = None,
-                           process_id: int | None = None, *, local_device_ids: int | Sequence[int] | None = None,
-                           bind_address: str | None = None, timeout_seconds: float = 60) -> DistributedInfo:
+def initialize_distributed(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    local_device_ids: int | Sequence[int] | None = None,
+    bind_address: str | None = None,
+    timeout_seconds: float = 60,
+) -> DistributedInfo:
     """Makes this process one of several that run a JAX program together; call it before any JAX computation.
 
     With the first three arguments, these say what to do. With none of them, JAX's cluster detection does (Cloud TPU
@@ -93,15 +99,22 @@ def initialize_distributed(coordinator_address: str | None = None, num_processes
     if _done is not None:
         if _done[0] == request:
             return _done[1]
-        raise RuntimeError(f"initialize_distributed was called already, with {_done[0]}; a process is initialised "
-                           f"once, it cannot change to {request}")
+        raise RuntimeError(
+            f"initialize_distributed was called already, with {_done[0]}; a process is initialised "
+            f"once, it cannot change to {request}"
+        )
     if jax.distributed.is_initialized():
         raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
     info = _find_out(request, timeout_seconds)
     if info.how == "explicit" or info.num_processes > 1:
         _start(info, request, timeout_seconds)
-    logging.info("distributed: process %d of %d, coordinator %s, %s", info.process_id, info.num_processes,
-                 info.coordinator_address or "none", info.how)
+    logging.info(
+        "distributed: process %d of %d, coordinator %s, %s",
+        info.process_id,
+        info.num_processes,
+        info.coordinator_address or "none",
+        info.how,
+    )
     _done = (request, info)
     return info
 
@@ -111,16 +124,24 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
-        raise bad_value(missing[0], None, f"is missing, while {', '.join(n for n in given if n not in missing)} "
-                        "is given", "give all three, or none to have the cluster detected")
+        raise bad_value(
+            missing[0],
+            None,
+            f"is missing, while {', '.join(n for n in given if n not in missing)} is given",
+            "give all three, or none to have the cluster detected",
+        )
     for name in ("num_processes", "process_id"):
         whole = isinstance(given[name], numbers.Integral) and not isinstance(given[name], bool)
         require(given[name] is None or whole, name, given[name], "must be an integer")
     if not missing:
         split_address("coordinator_address", coordinator_address)
         require(num_processes >= 1, "num_processes", num_processes, "must be at least 1")
-        require(0 <= process_id < num_processes, "process_id", process_id,
-                f"must be from 0 to num_processes - 1 = {num_processes - 1}")
+        require(
+            0 <= process_id < num_processes,
+            "process_id",
+            process_id,
+            f"must be from 0 to num_processes - 1 = {num_processes - 1}",
+        )
         num_processes, process_id = int(num_processes), int(process_id)
     if bind_address is not None:
         split_address("bind_address", bind_address)
@@ -128,8 +149,12 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
         local_device_ids = (int(local_device_ids),)
     elif local_device_ids is not None:
         local_device_ids = tuple(map(int, local_device_ids))
-        require(min(local_device_ids, default=-1) >= 0, "local_device_ids", local_device_ids,
-                "must be one or more device numbers from 0")
+        require(
+            min(local_device_ids, default=-1) >= 0,
+            "local_device_ids",
+            local_device_ids,
+            "must be one or more device numbers from 0",
+        )
     return _Request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
 
 
@@ -138,12 +163,22 @@ def split_address(argument: str, address: str) -> tuple[str, int]:
     example = "write host:port, such as 10.0.0.1:8476 or [::1]:8476"
     require(isinstance(address, str), argument, address, "must be a string", example)
     host, colon, port = address.rpartition(":")
-    require(bool(colon) and bool(host) and not any(c.isspace() or c == "/" for c in host), argument, address,
-            "must be a host and a port", example)
+    require(
+        bool(colon) and bool(host) and not any(c.isspace() or c == "/" for c in host),
+        argument,
+        address,
+        "must be a host and a port",
+        example,
+    )
     bracketed = host.startswith("[") and host.endswith("]")
     require(bracketed or ":" not in host, argument, address, "must have an IPv6 host in brackets", example)
-    require(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535, argument, address,
-            "must have a port from 1 to 65535", example)
+    require(
+        port.isascii() and port.isdigit() and 1 <= int(port) <= 65535,
+        argument,
+        address,
+        "must have a port from 1 to 65535",
+        example,
+    )
     return host[1:-1] if bracketed else host, int(port)
 
 
@@ -163,12 +198,16 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
     try:
         found = detect_cluster(timeout_seconds)
     except Exception as e:
-        raise RuntimeError(f"a cluster was detected, but not this process's place in it: {e!r:.300}; give "
-                           "coordinator_address, num_processes and process_id") from e
+        raise RuntimeError(
+            f"a cluster was detected, but not this process's place in it: {e!r:.300}; give "
+            "coordinator_address, num_processes and process_id"
+        ) from e
     if found is None:
         if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            raise RuntimeError(f"JAX_COORDINATOR_ADDRESS={address} is set, but no cluster was detected that would say "
-                               "which process this is: give coordinator_address, num_processes and process_id")
+            raise RuntimeError(
+                f"JAX_COORDINATOR_ADDRESS={address} is set, but no cluster was detected that would say "
+                "which process this is: give coordinator_address, num_processes and process_id"
+            )
         return DistributedInfo(0, 1, None, "single")
     name, address, num_processes, process_id = found
     return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
@@ -177,8 +216,10 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
 def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> None:
     """Waits until all processes are there, then starts JAX's distributed runtime."""
     if backends_are_initialized():
-        raise RuntimeError("initialize_distributed() must be called before any JAX computation: a back end is running "
-                           "already (jax.devices(), jnp.zeros() and device_put start it too)")
+        raise RuntimeError(
+            "initialize_distributed() must be called before any JAX computation: a back end is running "
+            "already (jax.devices(), jnp.zeros() and device_put start it too)"
+        )
     if jax.config.jax_cpu_collectives_implementation is None:
         # Without one, CPU back ends refuse a program over several processes. gloo is JAX's default, not a must.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -197,11 +238,19 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
     local = None if request.local_device_ids is None else list(request.local_device_ids)
     try:
         jax.distributed.initialize(
-            info.coordinator_address, info.num_processes, info.process_id, local_device_ids=local,
-            initialization_timeout=max(1, math.ceil(timeout_seconds)), coordinator_bind_address=bind, **detection)
+            info.coordinator_address,
+            info.num_processes,
+            info.process_id,
+            local_device_ids=local,
+            initialization_timeout=max(1, math.ceil(timeout_seconds)),
+            coordinator_bind_address=bind,
+            **detection,
+        )
     except Exception as e:
-        raise RuntimeError(f"jax.distributed did not start as process {info.process_id} of {info.num_processes} with "
-                           f"coordinator {info.coordinator_address} (process 0 listens on {bind}): {e}") from e
+        raise RuntimeError(
+            f"jax.distributed did not start as process {info.process_id} of {info.num_processes} with "
+            f"coordinator {info.coordinator_address} (process 0 listens on {bind}): {e}"
+        ) from e
 
 
 # The meeting before JAX's start-up. Each process sends "paged-dist/1 PROCESS_ID NUM_PROCESSES\n" to process 0, which
@@ -213,13 +262,16 @@ def _listen(bind: str) -> socket.socket:
     try:
         if host == "::":  # every interface
             dual = socket.has_dualstack_ipv6()
-            return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                        dualstack_ipv6=dual, backlog=1024)
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=1024
+            )
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as e:
-        raise RuntimeError(f"process 0 cannot listen on {bind}: {e}; check that the host part is this machine's and "
-                           "that no other process (an earlier run?) has the port, or choose another") from e
+        raise RuntimeError(
+            f"process 0 cannot listen on {bind}: {e}; check that the host part is this machine's and "
+            "that no other process (an earlier run?) has the port, or choose another"
+        ) from e
 
 
 def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
@@ -284,8 +336,10 @@ def _admit(line: bytes, peer: socket.socket, here: dict[int, socket.socket], inf
         return None  # a health check or a port scan
     process_id, num_processes = int(words[1]), int(words[2])
     if num_processes != info.num_processes:
-        return (f"process {process_id} was started with num_processes={num_processes}, process 0 with "
-                f"{info.num_processes}: give all the same")
+        return (
+            f"process {process_id} was started with num_processes={num_processes}, process 0 with "
+            f"{info.num_processes}: give all the same"
+        )
     if process_id in here or not 0 < process_id < num_processes:
         return f"two processes were started with process_id={process_id}: give each its own"
     here[process_id] = peer
@@ -295,9 +349,11 @@ def _admit(line: bytes, peer: socket.socket, here: dict[int, socket.socket], inf
 def _who_is_missing(here: dict[int, socket.socket], info: DistributedInfo) -> str:
     missing = [i for i in range(1, info.num_processes) if i not in here]
     listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    return (f"timed out: {len(missing)} of {info.num_processes} processes did not reach the coordinator at "
-            f"{info.coordinator_address}, process {listed}; check that they were started, with this address, and that "
-            "their hosts can reach it")
+    return (
+        f"timed out: {len(missing)} of {info.num_processes} processes did not reach the coordinator at "
+        f"{info.coordinator_address}, process {listed}; check that they were started, with this address, and that "
+        "their hosts can reach it"
+    )
 
 
 def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> None:
@@ -316,12 +372,14 @@ def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> None:
             if answer == _HELLO + b" go":
                 return
             if answer.startswith(_HELLO + b" no "):
-                raise RuntimeError(answer[len(_HELLO) + 4:].decode(errors="replace"))
+                raise RuntimeError(answer[len(_HELLO) + 4 :].decode(errors="replace"))
             last = "something answers there that is not the process 0 of this start-up"
         time.sleep(max(0.0, min(_RETRY_SECONDS, deadline - time.monotonic())))
-    raise RuntimeError(f"timed out: process {info.process_id} of {info.num_processes} waited for the coordinator at "
-                       f"{info.coordinator_address} ({last}); check that process 0 runs and listens there, that the "
-                       "address is the same in all processes, and that no firewall or proxy is between them")
+    raise RuntimeError(
+        f"timed out: process {info.process_id} of {info.num_processes} waited for the coordinator at "
+        f"{info.coordinator_address} ({last}); check that process 0 runs and listens there, that the "
+        "address is the same in all processes, and that no firewall or proxy is between them"
+    )
 
 
 def _read_line(peer: socket.socket, deadline: float) -> bytes:
@@ -330,6 +388,6 @@ def _read_line(peer: socket.socket, deadline: float) -> bytes:
         peer.settimeout(max(0.01, deadline - time.monotonic()))
         received = peer.recv(_MAX_LINE)
         line += received
-        if not received or not line.startswith(_HELLO[:len(line)]):
+        if not received or not line.startswith(_HELLO[: len(line)]):
             break
     return line.strip()

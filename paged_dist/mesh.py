@@ -55,18 +55,33 @@ class MeshAxes:
         for part in ("data", "context", "model"):
             for name in self.names(part):
                 if name not in mesh.shape:
-                    raise bad_value(f"axes.{part}", getattr(self, part), f"the mesh has axes {tuple(mesh.shape)}",
-                                    f"name one of them, or pass MeshAxes({part}=None) where nothing is split so")
+                    raise bad_value(
+                        f"axes.{part}",
+                        getattr(self, part),
+                        f"the mesh has axes {tuple(mesh.shape)}",
+                        f"name one of them, or pass MeshAxes({part}=None) where nothing is split so",
+                    )
                 if name in seen:
-                    raise bad_value(f"axes.{part}", getattr(self, part), f"axis {name!r} is axes.{seen[name]} already",
-                                    "one mesh axis plays one part")
+                    raise bad_value(
+                        f"axes.{part}",
+                        getattr(self, part),
+                        f"axis {name!r} is axes.{seen[name]} already",
+                        "one mesh axis plays one part",
+                    )
                 seen[name] = part
 
 
-def make_pod_mesh(*, data: int | None = None, context: int | None = None, model: int | None = None,
-                  num_kv_heads: int | None = None, model_parallelism: int | None = None,
-                  devices: Sequence[jax.Device] | None = None, topology: str | None = None,
-                  axis_types: AxisType | tuple[AxisType, ...] | None = None) -> Mesh:
+def make_pod_mesh(
+    *,
+    data: int | None = None,
+    context: int | None = None,
+    model: int | None = None,
+    num_kv_heads: int | None = None,
+    model_parallelism: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    topology: str | None = None,
+    axis_types: AxisType | tuple[AxisType, ...] | None = None,
+) -> Mesh:
     """A mesh with axes ('data', 'context', 'model'), outermost first, laid over the pod's physical axes.
 
     Sizes left None are inferred: `model` and `context` from `model_parallelism` where it is given, else 1; `data`
@@ -97,16 +112,20 @@ def make_pod_mesh(*, data: int | None = None, context: int | None = None, model:
     """
     if devices is not None and topology is not None:
         raise bad_value("topology", topology, "devices are given too", "pass one of the two")
-    sizes = {"data": data, "context": context, "model": model, "num_kv_heads": num_kv_heads,
-             "model_parallelism": model_parallelism}
+    sizes = {
+        "data": data,
+        "context": context,
+        "model": model,
+        "num_kv_heads": num_kv_heads,
+        "model_parallelism": model_parallelism,
+    }
     for argument, size in sizes.items():
         if size is not None:
             whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
             require(whole and size >= 1, argument, size, "must be a positive integer or None")
     if axis_types is None or isinstance(axis_types, AxisType):
         axis_types = (axis_types or AxisType.Auto,) * 3
-    require(len(axis_types) == 3, "axis_types", axis_types,
-            "must be one AxisType, or one each of data, context, model")
+    require(len(axis_types) == 3, "axis_types", axis_types, "must be one AxisType, or one each of data, context, model")
 
     if topology is not None:
         found = list(topology_devices(topology))
@@ -123,41 +142,74 @@ def make_pod_mesh(*, data: int | None = None, context: int | None = None, model:
     return Mesh(place_devices(found, shape), AXIS_NAMES, axis_types=tuple(axis_types))
 
 
-def infer_sizes(num_devices: int, *, data: int | None = None, context: int | None = None, model: int | None = None,
-                num_kv_heads: int | None = None, model_parallelism: int | None = None) -> tuple[int, int, int]:
+def infer_sizes(
+    num_devices: int,
+    *,
+    data: int | None = None,
+    context: int | None = None,
+    model: int | None = None,
+    num_kv_heads: int | None = None,
+    model_parallelism: int | None = None,
+) -> tuple[int, int, int]:
     """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments."""
     if model_parallelism is not None:
         if model is None:
             to_split = model_parallelism
             if context is not None:
-                require(model_parallelism % context == 0, "context", context,
-                        f"must divide model_parallelism {model_parallelism}",
-                        _divisors_near(model_parallelism, context))
+                require(
+                    model_parallelism % context == 0,
+                    "context",
+                    context,
+                    f"must divide model_parallelism {model_parallelism}",
+                    _divisors_near(model_parallelism, context),
+                )
                 to_split = model_parallelism // context
             model = to_split if num_kv_heads is None else math.gcd(to_split, num_kv_heads)
-        require(model_parallelism % model == 0, "model", model, f"must divide model_parallelism {model_parallelism}",
-                _divisors_near(model_parallelism, model))
+        require(
+            model_parallelism % model == 0,
+            "model",
+            model,
+            f"must divide model_parallelism {model_parallelism}",
+            _divisors_near(model_parallelism, model),
+        )
         rest = model_parallelism // model
-        require(context in (None, rest), "context", context,
-                f"model {model} x context must be model_parallelism {model_parallelism}",
-                f"leave it out, or pass {rest}")
+        require(
+            context in (None, rest),
+            "context",
+            context,
+            f"model {model} x context must be model_parallelism {model_parallelism}",
+            f"leave it out, or pass {rest}",
+        )
         context = rest
     model, context = model or 1, context or 1
     if num_kv_heads is not None:
-        require(num_kv_heads % model == 0, "model", model, f"must divide num_kv_heads {num_kv_heads}, for heads are "
-                "never repeated", f"model={math.gcd(model, num_kv_heads)}, "
-                f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices")
+        require(
+            num_kv_heads % model == 0,
+            "model",
+            model,
+            f"must divide num_kv_heads {num_kv_heads}, for heads are never repeated",
+            f"model={math.gcd(model, num_kv_heads)}, "
+            f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices",
+        )
     group = context * model
     if num_devices % group:
-        raise bad_value("context x model" if context > 1 else "model", group,
-                        f"must divide the number of devices, {num_devices}", _divisors_near(num_devices, group))
+        raise bad_value(
+            "context x model" if context > 1 else "model",
+            group,
+            f"must divide the number of devices, {num_devices}",
+            _divisors_near(num_devices, group),
+        )
     if data is None:
         data = num_devices // group
     if data * group != num_devices:
-        raise bad_value("data", data, f"data x context x model = {data} x {context} x {model} = {data * group} must be "
-                        f"the number of devices, {num_devices}",
-                        f"data={num_devices // group} (or None) works with context {context} and model {model}"
-                        + (f", and so does a list of {data * group} devices" if data * group < num_devices else ""))
+        raise bad_value(
+            "data",
+            data,
+            f"data x context x model = {data} x {context} x {model} = {data * group} must be "
+            f"the number of devices, {num_devices}",
+            f"data={num_devices // group} (or None) works with context {context} and model {model}"
+            + (f", and so does a list of {data * group} devices" if data * group < num_devices else ""),
+        )
     return data, context, model
 
 
@@ -188,13 +240,20 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
     in_order = sorted(devices, key=lambda d: (_slice_of(d), *reversed(d.coords), d.core_on_chip))
     slices = [list(group) for _, group in itertools.groupby(in_order, key=_slice_of)]
     if len(slices) > 1:
-        require(shape[0] % len(slices) == 0, "data", shape[0],
-                f"must be a multiple of the {len(slices)} slices, over which only data is split")
+        require(
+            shape[0] % len(slices) == 0,
+            "data",
+            shape[0],
+            f"must be a multiple of the {len(slices)} slices, over which only data is split",
+        )
     boxes = [_as_box(group) for group in slices]
     if any(box is None or box.shape != boxes[0].shape for box in boxes):
-        logging.warning("make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "
-                        "coordinates, neighbours in the mesh may lie apart", len(devices),
-                        " on each slice alike" if len(slices) > 1 else "")
+        logging.warning(
+            "make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "
+            "coordinates, neighbours in the mesh may lie apart",
+            len(devices),
+            " on each slice alike" if len(slices) > 1 else "",
+        )
         return _object_array(in_order).reshape(shape)
     in_slice = (shape[0] // len(slices), *shape[1:])
     return np.concatenate([_place_box(box, group, in_slice) for box, group in zip(boxes, slices, strict=True)])
@@ -254,12 +313,21 @@ def split_physical_axes(physical: tuple[int, ...], shape: tuple[int, ...]) -> li
     left = list(physical)
     shares: list[tuple[int, ...]] = []
     for size in reversed(shape):
+
         def cost(share: tuple[int, ...], left=tuple(left)):
             taken = [p for p, n in enumerate(share) if n > 1]
             whole = math.prod(share[p] for p in taken if share[p] == physical[p])
             split = [physical[p] for p in taken if share[p] < physical[p]]
-            return (3 not in taken, sum(left[p] < physical[p] for p in taken), -whole, len(split),
-                    len(split) - len(taken), sum(split), tuple(-n for n in share))
+            return (
+                3 not in taken,
+                sum(left[p] < physical[p] for p in taken),
+                -whole,
+                len(split),
+                len(split) - len(taken),
+                sum(split),
+                tuple(-n for n in share),
+            )
+
         # There always is a choice: the mesh axes still to be laid multiply to exactly what is left.
         best = min(_shares(tuple(left), size), key=cost)
         shares.insert(0, best)

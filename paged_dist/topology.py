@@ -56,6 +56,7 @@ def topology_devices(topology: str) -> tuple[jax.Device, ...]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
     except Exception as e:
-        raise bad_value("topology", topology, f"libtpu refused it: {str(e).splitlines()[0][:200]}",
-                        f"name one as {_EXAMPLES}") from e
+        raise bad_value(
+            "topology", topology, f"libtpu refused it: {str(e).splitlines()[0][:200]}", f"name one as {_EXAMPLES}"
+        ) from e
     return tuple(found.devices)

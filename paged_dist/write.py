@@ -59,6 +59,7 @@ def append_kv(
       NotImplementedError: a context axis larger than 1.
     """
     mesh = op_mesh(cache, mesh, axes)
+    cache.check_layer(layer)
     _check_append(cache, key, value, positions, block_tables, implementation)
     check_batch(key.shape[0], mesh, axes, "key.shape[0]")
     return _append_sharded(
@@ -163,6 +164,7 @@ def write_prefill_kv(
       NotImplementedError: a context axis larger than 1.
     """
     mesh = op_mesh(cache, mesh, axes)
+    cache.check_layer(layer)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     check_batch(block_tables.shape[0], mesh, axes, "block_tables.shape[0]")
     return _prefill_sharded(

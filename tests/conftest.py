@@ -4,5 +4,6 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Pallas' TPU interpret mode on jax 0.10 waits for all simulated devices at once: as many threads as devices.
-os.environ["PJRT_NPROC"] = "8"
+# TPU interpret mode waits for all simulated devices at once, each of them and its callbacks on a thread of this pool:
+# with 8 threads for 8 devices it hung now and then, on both jax versions.
+os.environ["PJRT_NPROC"] = "32"

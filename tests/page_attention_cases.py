@@ -51,14 +51,14 @@ def make(case: Case, seed: int = 0):
     query = jnp.asarray(rng.normal(size=(B, case.Hq, case.D)), case.query_dtype)
     k, v = (rng.normal(size=(case.Hkv, N, case.P, case.D)) for _ in "kv")
     lengths = np.array(case.lengths, np.int32)
-    tables = rng.permutation(N)[:B * case.S].reshape(B, case.S).astype(np.int32)
+    tables = rng.permutation(N)[: B * case.S].reshape(B, case.S).astype(np.int32)
     dead = np.ones((N, case.P), bool)
     for b, length in enumerate(lengths):
         start = 0 if case.sliding_window is None else max(0, length - case.sliding_window)
         tokens = np.arange(start, length)
         dead[tables[b, tokens // case.P], tokens % case.P] = False
-        tables[b, -(-length // case.P):] = rng.choice([-1, 2**31 - 1, 10**6, -2**31])
-        tables[b, :start // case.P] = rng.choice([-1, 2**31 - 1, 10**6, -2**31])
+        tables[b, -(-length // case.P) :] = rng.choice([-1, 2**31 - 1, 10**6, -(2**31)])
+        tables[b, : start // case.P] = rng.choice([-1, 2**31 - 1, 10**6, -(2**31)])
     k[:, dead], v[:, dead] = np.nan, np.nan
     k, v = jnp.asarray(k, case.dtype), jnp.asarray(v, case.dtype)
     expected = attention_oracle(query, k, v, lengths, tables, **case.options)

@@ -49,7 +49,7 @@ class Naive:
         free = self.free_ids(row // (self.rows // self.data))
         if count - len(ids) > len(free):
             return "pages"
-        self.ids[row] = ids[:count] + free[:max(0, count - len(ids))]
+        self.ids[row] = ids[:count] + free[: max(0, count - len(ids))]
         self.length[row] = tokens
         return None
 
@@ -79,13 +79,15 @@ class Naive:
     def tables(self):
         out = np.full((self.rows, self.columns), -1, np.int32)
         for r, ids in self.ids.items():
-            out[r, :len(ids)] = ids
+            out[r, : len(ids)] = ids
         return out
 
 
-GEOMETRIES = [{"data": 1, "rows": 3, "columns": 5, "pages": 11, "page_size": 8},
-              {"data": 2, "rows": 8, "columns": 4, "pages": 14, "page_size": 8},
-              {"data": 4, "rows": 8, "columns": 6, "pages": 32, "page_size": 16}]
+GEOMETRIES = [
+    {"data": 1, "rows": 3, "columns": 5, "pages": 11, "page_size": 8},
+    {"data": 2, "rows": 8, "columns": 4, "pages": 14, "page_size": 8},
+    {"data": 4, "rows": 8, "columns": 6, "pages": 32, "page_size": 16},
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"{g['data']}shards")
@@ -280,13 +282,16 @@ def test_numpy_integers_are_taken_and_fractions_are_not():
     assert a.digest() == b.digest()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"rows": 3}, "num_sequences=3: must be a multiple of the mesh's data size 2"),
-    ({"rows": 0}, "num_sequences=0: must be at least 1"),
-    ({"columns": 0}, "pages_per_sequence=0"),
-    ({"pages": 15}, "num_pages=15: must be a multiple"),
-    ({"columns": 2**28}, "must fit in int32"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 3}, "num_sequences=3: must be a multiple of the mesh's data size 2"),
+        ({"rows": 0}, "num_sequences=0: must be at least 1"),
+        ({"columns": 0}, "pages_per_sequence=0"),
+        ({"pages": 15}, "num_pages=15: must be a multiple"),
+        ({"columns": 2**28}, "must fit in int32"),
+    ],
+)
 def test_a_geometry_that_does_not_divide_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         allocator(**options)
@@ -319,13 +324,29 @@ print(a.digest())
 
 def test_digest_is_the_same_in_another_process_and_differs_after_any_differing_call():
     """PYTHONHASHSEED differs between the processes: an order that came from a set would show."""
-    seen = {subprocess.run([sys.executable, "-c", DIGEST_CALLS], capture_output=True, text=True, timeout=60,
-                           check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"}
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST_CALLS],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    }
     assert len(seen) == 1
     digests = set()
-    for last in (lambda a: None, lambda a: a.allocate(1, 0), lambda a: a.allocate(1, 1),
-                 lambda a: a.allocate(2, 1), lambda a: a.grow(0), lambda a: a.truncate(0, 4),
-                 lambda a: a.truncate(0, 0), lambda a: a.free(0)):
+    for last in (
+        lambda a: None,
+        lambda a: a.allocate(1, 0),
+        lambda a: a.allocate(1, 1),
+        lambda a: a.allocate(2, 1),
+        lambda a: a.grow(0),
+        lambda a: a.truncate(0, 4),
+        lambda a: a.truncate(0, 0),
+        lambda a: a.free(0),
+    ):
         a = allocator()
         a.allocate(0, 5)
         last(a)
@@ -338,10 +359,12 @@ def test_growing_256_rows_takes_well_under_a_millisecond_where_no_page_is_needed
     a = PageAllocator(CacheSpec(8, 128, 4096), mesh_of(4), 256, 64)
     for row in range(256):
         a.allocate(row, 1)
+
     def one_step(step):
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
+
     singly = min(one_step(lambda: [a.grow(row) for row in range(256)]) for _ in range(20))
     together = min(one_step(lambda: a.grow_all(range(256))) for _ in range(20))
     assert a.lengths[0] == 41 and a.used_pages == 256

@@ -24,15 +24,30 @@ from paged_dist.launch.workload import Request
 LIMIT = 240  # seconds until a run under test is killed
 DECODE = [sys.executable, "-m", "paged_dist.launch.decode"]
 POD = [sys.executable, "-m", "paged_dist.launch.local_pod", "--timeout_seconds=200"]
-SMALL = ["--num_requests=20", "--max_context=300", "--max_generated=12", "--batch=8", "--num_q_heads=4",
-         "--num_kv_heads=2", "--head_dim=64", "--page_size=64", "--oracle_samples=6"]
+SMALL = [
+    "--num_requests=20",
+    "--max_context=300",
+    "--max_generated=12",
+    "--batch=8",
+    "--num_q_heads=4",
+    "--num_kv_heads=2",
+    "--head_dim=64",
+    "--page_size=64",
+    "--oracle_samples=6",
+]
 
 
 def run(command, **environment):
     """A finished process; its whole process group is killed where it takes too long."""
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "PJRT_NPROC")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, env=clean | environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=clean | environment,
+    )
     try:
         out, err = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -87,15 +102,25 @@ def test_the_report_is_one_table_of_80_columns_with_the_record_s_numbers(records
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert "Traceback" not in out + err
-    for part in (record["checksum"], f"{record['tokens_per_s']:.1f}", "p99", "a chip", "compile", "prefill",
-                 f"jax {jax.__version__}", "data 4 x context 1 x model 2", "8 x cpu, 2 processes"):
+    for part in (
+        record["checksum"],
+        f"{record['tokens_per_s']:.1f}",
+        "p99",
+        "a chip",
+        "compile",
+        "prefill",
+        f"jax {jax.__version__}",
+        "data 4 x context 1 x model 2",
+        "8 x cpu, 2 processes",
+    ):
         assert part in text
     assert len(lines) == len(said), "only process 0 reports"
 
 
 def test_another_seed_gives_another_checksum(records):
-    code, out, err = run([*DECODE, *SMALL, "--seed=1", "--oracle_samples=0", "--kv_dtype=f32", "--sliding_window=70",
-                          "--soft_cap=20"])
+    code, out, err = run(
+        [*DECODE, *SMALL, "--seed=1", "--oracle_samples=0", "--kv_dtype=f32", "--sliding_window=70", "--soft_cap=20"]
+    )
     assert code == 0, err
     assert records["bare"][0]["checksum"] not in out and "0 outputs checked" in out
 
@@ -190,8 +215,9 @@ def test_the_summary_of_a_hand_computed_run():
         "tally": np.array([[0xFFFFFFFF, 1], [2, 0xFFFFFFFF]], np.uint32),
         "digest": np.array([7, 7], np.uint32),
     }
-    r = report.summarise(gathered, measured, bytes_per_token=1000, num_pages=10, devices={"TPU v5 lite": 4},
-                         dtype="bfloat16")
+    r = report.summarise(
+        gathered, measured, bytes_per_token=1000, num_pages=10, devices={"TPU v5 lite": 4}, dtype="bfloat16"
+    )
     assert (r["tokens"], r["steps"], r["chips"]) == (6, 4, 4)
     assert r["steps_s"] == 9.0 and r["decode_s"] == 10.0 and r["tokens_per_s"] == pytest.approx(0.6)
     assert r["tokens_per_s_per_chip"] == pytest.approx(0.15)
@@ -206,8 +232,13 @@ def test_the_summary_of_a_hand_computed_run():
 
 
 def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_path):
-    gathered = {"step_seconds": np.ones((2, 1)), "seconds": np.ones((2, 4)), "worst_error": np.array([0, np.inf]),
-                "checked": np.array([1, 1]), "tally": np.zeros((2, 2), np.uint32)}
+    gathered = {
+        "step_seconds": np.ones((2, 1)),
+        "seconds": np.ones((2, 4)),
+        "worst_error": np.array([0, np.inf]),
+        "checked": np.array([1, 1]),
+        "tally": np.zeros((2, 2), np.uint32),
+    }
     measured = Measured(live_tokens=[1], live_rows=[1], pages=[1])
     r = report.summarise(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
     assert not r["oracle_passed"] and r["peak_share"] is None
@@ -215,10 +246,20 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
     assert json.loads((tmp_path / "x").read_text())["oracle_worst_error"] is None
 
 
-@pytest.mark.parametrize(("kind", "peak", "devices_a_chip"), [
-    ("TPU v4", 1228e9, 1), ("TPU v5 lite", 819e9, 1), ("TPU v5", 2765e9, 1), ("TPU v5p", 2765e9, 1),
-    ("TPU v6 lite", 1640e9, 1), ("TPU7x", 7380e9, 2), ("TPU v9 mega", None, 1), ("cpu", None, 1),
-    ("NVIDIA H200", None, 1)])
+@pytest.mark.parametrize(
+    ("kind", "peak", "devices_a_chip"),
+    [
+        ("TPU v4", 1228e9, 1),
+        ("TPU v5 lite", 819e9, 1),
+        ("TPU v5", 2765e9, 1),
+        ("TPU v5p", 2765e9, 1),
+        ("TPU v6 lite", 1640e9, 1),
+        ("TPU7x", 7380e9, 2),
+        ("TPU v9 mega", None, 1),
+        ("cpu", None, 1),
+        ("NVIDIA H200", None, 1),
+    ],
+)
 def test_peak_of_a_chip_by_its_device_kind(kind, peak, devices_a_chip):
     assert report.chip_of(kind) == (peak, devices_a_chip)
 
@@ -253,26 +294,29 @@ def refused(tmp_path, *arguments):
     return line
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--data=3"], "data=3"),
-    (["--model=3"], "model=3"),
-    (["--context=2"], "not in this release"),
-    (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
-    (["--kv_dtype=int8"], "--kv_dtype=int8 is not in this release"),
-    (["--kv_dtype=fp8"], "--kv_dtype=fp8 is not in this release"),
-    (["--kv_dtype=f64"], "--kv_dtype='f64'"),
-    (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
-    (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
-    (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
-    (["--head_dim=80"], "head_dim=80"),
-    (["--page_size=20"], "page_size=20"),
-    (["--layers=none"], "--layers=none"),
-    (["--layers=0"], "--layers=0: must be at least 1"),
-    (["--no_such_flag"], "no_such_flag"),
-    (["extra"], "'extra'"),
-    (["--output=/proc/x.jsonl"], "--output='/proc/x.jsonl'"),
-    (["--trace=/proc/none.csv"], "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data=3"], "data=3"),
+        (["--model=3"], "model=3"),
+        (["--context=2"], "not in this release"),
+        (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
+        (["--kv_dtype=int8"], "--kv_dtype=int8 is not in this release"),
+        (["--kv_dtype=fp8"], "--kv_dtype=fp8 is not in this release"),
+        (["--kv_dtype=f64"], "--kv_dtype='f64'"),
+        (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
+        (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
+        (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
+        (["--head_dim=80"], "head_dim=80"),
+        (["--page_size=20"], "page_size=20"),
+        (["--layers=none"], "--layers=none"),
+        (["--layers=0"], "--layers=0: must be at least 1"),
+        (["--no_such_flag"], "no_such_flag"),
+        (["extra"], "'extra'"),
+        (["--output=/proc/x.jsonl"], "--output='/proc/x.jsonl'"),
+        (["--trace=/proc/none.csv"], "cannot be read"),
+    ],
+)
 def test_a_bad_flag_is_one_line_and_exit_code_2_before_anything_is_written(tmp_path, arguments, says):
     assert says in refused(tmp_path, *arguments)
 
@@ -297,16 +341,32 @@ def test_an_output_below_a_file_is_refused(tmp_path):
 
 
 def test_a_trace_runs_and_small_pages_are_a_warning_only(tmp_path):
-    code, out, err = run([*DECODE, f"--trace={write_trace(tmp_path)}", "--page_size=32", "--batch=4", "--cpu_devices=2",
-                          f"--profile_dir={tmp_path}/profile"])
+    code, out, err = run(
+        [
+            *DECODE,
+            f"--trace={write_trace(tmp_path)}",
+            "--page_size=32",
+            "--batch=4",
+            "--cpu_devices=2",
+            f"--profile_dir={tmp_path}/profile",
+        ]
+    )
     assert code == 0, err
     assert "page_size=32" in err and "2 requests of good.csv" in out and "2 x cpu" in out
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a short run is profiled too"
 
 
 def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
-    flags = [f"--trace={write_trace(tmp_path)}", "--implementation=pallas_interpret", "--layers=1", "--batch=2",
-             "--num_q_heads=4", "--num_kv_heads=2", "--page_size=64", "--cpu_devices=2"]
+    flags = [
+        f"--trace={write_trace(tmp_path)}",
+        "--implementation=pallas_interpret",
+        "--layers=1",
+        "--batch=2",
+        "--num_q_heads=4",
+        "--num_kv_heads=2",
+        "--page_size=64",
+        "--cpu_devices=2",
+    ]
     code, out, err = run([*DECODE, *flags])
     assert code == 0, err
     assert "2 outputs checked" in out
@@ -316,9 +376,9 @@ def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
 
 def test_processes_given_different_flags_are_told_so_before_they_hang(tmp_path):
     script = tmp_path / "differ.py"
-    script.write_text("import os, sys\nfrom paged_dist.launch import decode\n"
-                      "sys.argv.append('--seed=' + os.environ['JAX_PROCESS_ID'])\ndecode.cli()\n")
+    script.write_text(
+        "import os, sys\nfrom paged_dist.launch import decode\n"
+        "sys.argv.append('--seed=' + os.environ['JAX_PROCESS_ID'])\ndecode.cli()\n"
+    )
     code, _, err = run([*POD, "--processes=2", "--devices=1", "--", str(script), *SMALL])
     assert code == 2 and "flags='process 1': differ from those of process 0" in err
-
-

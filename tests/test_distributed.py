@@ -23,11 +23,22 @@ def free_port() -> int:
 
 def run_processes(scripts, timeout, **environment):
     """Runs one Python process for each of `scripts`; [(exit code, stdout, stderr)]. All are gone on return."""
-    env = {k: v for k, v in os.environ.items()
-           if not k.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_")) and "proxy" not in k.lower()}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_")) and "proxy" not in k.lower()
+    }
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
-    running = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(s)], env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for s in scripts]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(s)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for s in scripts
+    ]
     deadline = time.monotonic() + timeout
     try:
         out = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in running]
@@ -42,8 +53,10 @@ def run_processes(scripts, timeout, **environment):
 def start(address, count, index, **options):
     """The line of a script that calls initialize_distributed."""
     arguments = ", ".join(f"{k}={v!r}" for k, v in options.items())
-    return (f"from paged_dist.distributed import initialize_distributed\n"
-            f"info = initialize_distributed({address!r}, {count}, {index}, {arguments})\n")
+    return (
+        f"from paged_dist.distributed import initialize_distributed\n"
+        f"info = initialize_distributed({address!r}, {count}, {index}, {arguments})\n"
+    )
 
 
 PSUM = """
@@ -70,18 +83,27 @@ def test_two_processes_of_two_devices_sum_over_all_four():
         assert code == 0, err
         # gloo prints lines of its own before
         assert f"RESULT {i} 2 explicit 10.0 [7, 8]\n" in out
-    described = [out[out.index("mesh:"):] for _, out, _ in results]
-    assert described[0] == described[1] == (
-        "mesh: data 2 x context 1 x model 2 = 4 devices (cpu), 2 processes, no physical coordinates\n"
-        "  data 2: all 2 processes\n"
-        "  context 1: nothing is split\n"
-        "  model 2: all 2 devices of a process\n")
+    described = [out[out.index("mesh:") :] for _, out, _ in results]
+    assert (
+        described[0]
+        == described[1]
+        == (
+            "mesh: data 2 x context 1 x model 2 = 4 devices (cpu), 2 processes, no physical coordinates\n"
+            "  data 2: all 2 processes\n"
+            "  context 1: nothing is split\n"
+            "  model 2: all 2 devices of a process\n"
+        )
+    )
 
 
 def test_a_slurm_step_is_detected_and_the_log_line_says_so():
     port = free_port()
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
-             "JAX_COORDINATOR_PORT": str(port)}
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
     script = """
     import os, sys
     os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = "{i}"
@@ -148,10 +170,13 @@ def test_missing_processes_are_named_to_those_that_came():
         assert f"2 of 4 processes did not reach the coordinator at {address}, process 1, 3; check" in err
 
 
-@pytest.mark.parametrize(("count", "index", "message"), [
-    (3, 2, "process 2 was started with num_processes=3, process 0 with 2"),
-    (2, 0, "cannot listen on 127.0.0.1"),
-])
+@pytest.mark.parametrize(
+    ("count", "index", "message"),
+    [
+        (3, 2, "process 2 was started with num_processes=3, process 0 with 2"),
+        (2, 0, "cannot listen on 127.0.0.1"),
+    ],
+)
 def test_processes_that_disagree_are_told_how(count, index, message):
     address = f"127.0.0.1:{free_port()}"
     scripts = [start(address, 2, 0, timeout_seconds=8), start(address, count, index, timeout_seconds=8)]
@@ -172,8 +197,9 @@ def test_a_stranger_on_the_port_is_not_taken_for_a_process():
     """A port scan, an HTTP probe and a connection that says nothing come first; the start-up goes on."""
     port = free_port()
     info = DistributedInfo(0, 2, f"127.0.0.1:{port}", "explicit")
-    meeting = threading.Thread(target=distributed._await_others,
-                               args=(f"127.0.0.1:{port}", info, time.monotonic() + 20))
+    meeting = threading.Thread(
+        target=distributed._await_others, args=(f"127.0.0.1:{port}", info, time.monotonic() + 20)
+    )
     meeting.start()
     strangers = []
     try:
@@ -189,8 +215,9 @@ def test_a_stranger_on_the_port_is_not_taken_for_a_process():
             s.sendall(said)
             strangers.append(s)
         strangers.pop(0).close()
-        distributed._join("127.0.0.1", port, DistributedInfo(1, 2, info.coordinator_address, "explicit"),
-                          time.monotonic() + 10)
+        distributed._join(
+            "127.0.0.1", port, DistributedInfo(1, 2, info.coordinator_address, "explicit"), time.monotonic() + 10
+        )
         meeting.join(10)
         assert not meeting.is_alive()
     finally:
@@ -202,11 +229,13 @@ def test_a_stranger_on_the_port_is_not_taken_for_a_process():
 def test_a_server_of_another_kind_is_named_as_such():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+
         def serve():
             for _ in range(2):
                 peer, _ = server.accept()
                 peer.sendall(b"220 mail.example.org ESMTP\r\n")
                 peer.close()
+
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         info = DistributedInfo(1, 2, f"127.0.0.1:{port}", "explicit")
@@ -214,13 +243,16 @@ def test_a_server_of_another_kind_is_named_as_such():
             distributed._join("127.0.0.1", port, info, time.monotonic() + 0.15)
 
 
-@pytest.mark.parametrize(("address", "bind", "expected"), [
-    ("127.0.0.1:81", None, "127.0.0.1:81"),
-    ("localhost:81", None, "localhost:81"),
-    ("[::1]:81", None, "[::1]:81"),
-    ("10.0.0.1:81", None, "[::]:81"),
-    ("10.0.0.1:81", "10.0.0.1:82", "10.0.0.1:82"),
-])
+@pytest.mark.parametrize(
+    ("address", "bind", "expected"),
+    [
+        ("127.0.0.1:81", None, "127.0.0.1:81"),
+        ("localhost:81", None, "localhost:81"),
+        ("[::1]:81", None, "[::1]:81"),
+        ("10.0.0.1:81", None, "[::]:81"),
+        ("10.0.0.1:81", "10.0.0.1:82", "10.0.0.1:82"),
+    ],
+)
 def test_process_0_listens_no_wider_than_it_must(monkeypatch, address, bind, expected):
     asked = {}
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
@@ -269,35 +301,41 @@ def test_more_processes_meet_than_the_usual_limit_of_open_files():
     assert code == 0, err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("h:1", None, None), "num_processes=None: is missing, while coordinator_address is given; give all three"),
-    ((None, 2, 0), "coordinator_address=None: is missing, while num_processes, process_id is given"),
-    (("host", 2, 0), "coordinator_address='host': must be a host and a port"),
-    ((":80", 2, 0), "must be a host and a port"),
-    (("http://h:80", 2, 0), "must be a host and a port"),
-    (("h:0", 2, 0), "must have a port from 1 to 65535"),
-    (("h:65536", 2, 0), "must have a port from 1 to 65535"),
-    (("h:x", 2, 0), "must have a port from 1 to 65535"),
-    (("::1:80", 2, 0), "must have an IPv6 host in brackets"),
-    ((80, 2, 0), "coordinator_address=80: must be a string"),
-    (("h:1", 0, 0), "num_processes=0: must be at least 1"),
-    (("h:1", 2.0, 0), "num_processes=2.0: must be an integer"),
-    (("h:1", 2, 2), "process_id=2: must be from 0 to num_processes - 1 = 1"),
-    (("h:1", 2, -1), "process_id=-1: must be from 0"),
-    (("h:1", 2, True), "process_id=True: must be an integer"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h:1", None, None), "num_processes=None: is missing, while coordinator_address is given; give all three"),
+        ((None, 2, 0), "coordinator_address=None: is missing, while num_processes, process_id is given"),
+        (("host", 2, 0), "coordinator_address='host': must be a host and a port"),
+        ((":80", 2, 0), "must be a host and a port"),
+        (("http://h:80", 2, 0), "must be a host and a port"),
+        (("h:0", 2, 0), "must have a port from 1 to 65535"),
+        (("h:65536", 2, 0), "must have a port from 1 to 65535"),
+        (("h:x", 2, 0), "must have a port from 1 to 65535"),
+        (("::1:80", 2, 0), "must have an IPv6 host in brackets"),
+        ((80, 2, 0), "coordinator_address=80: must be a string"),
+        (("h:1", 0, 0), "num_processes=0: must be at least 1"),
+        (("h:1", 2.0, 0), "num_processes=2.0: must be an integer"),
+        (("h:1", 2, 2), "process_id=2: must be from 0 to num_processes - 1 = 1"),
+        (("h:1", 2, -1), "process_id=-1: must be from 0"),
+        (("h:1", 2, True), "process_id=True: must be an integer"),
+    ],
+)
 def test_bad_arguments_are_refused_before_anything_starts(arguments, message):
     with pytest.raises(ValueError, match=message):
         initialize_distributed(*arguments)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"timeout_seconds": 0}, "timeout_seconds=0: must be a positive number"),
-    ({"timeout_seconds": float("nan")}, "timeout_seconds=nan"),
-    ({"bind_address": "10.0.0.1"}, "bind_address='10.0.0.1': must be a host and a port"),
-    ({"local_device_ids": []}, "local_device_ids=.*must be one or more device numbers"),
-    ({"local_device_ids": [-1]}, "local_device_ids=.*must be one or more device numbers"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout_seconds": 0}, "timeout_seconds=0: must be a positive number"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds=nan"),
+        ({"bind_address": "10.0.0.1"}, "bind_address='10.0.0.1': must be a host and a port"),
+        ({"local_device_ids": []}, "local_device_ids=.*must be one or more device numbers"),
+        ({"local_device_ids": [-1]}, "local_device_ids=.*must be one or more device numbers"),
+    ],
+)
 def test_bad_options_are_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
         initialize_distributed("h:1", 2, 0, **options)
@@ -319,6 +357,7 @@ def test_a_coordinator_from_the_environment_alone_is_not_silently_one_process(mo
 def test_a_detection_that_breaks_says_what_to_give_instead(monkeypatch):
     def broken(timeout):
         raise KeyError("TPU_WORKER_ID")
+
     monkeypatch.setattr(distributed, "_done", None)
     monkeypatch.setattr(distributed, "detect_cluster", broken)
     with pytest.raises(RuntimeError, match=r"TPU_WORKER_ID.*give coordinator_address, num_processes and process_id"):

@@ -26,10 +26,13 @@ def pod(tmp_path):
 
     def start(script, *flags):
         path = tmp_path / "launcher.py"
-        path.write_text("import os, signal, subprocess, sys, time\nme = int(os.environ.get('JAX_PROCESS_ID', 0))\n"
-                        f"folder = {str(tmp_path)!r}\n" + textwrap.dedent(script))
-        process = subprocess.Popen([*MODULE, *flags, "--", str(path), "--its=own"], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        path.write_text(
+            "import os, signal, subprocess, sys, time\nme = int(os.environ.get('JAX_PROCESS_ID', 0))\n"
+            f"folder = {str(tmp_path)!r}\n" + textwrap.dedent(script)
+        )
+        process = subprocess.Popen(
+            [*MODULE, *flags, "--", str(path), "--its=own"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         started.append(process)
         return process
 
@@ -72,12 +75,16 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP  # as jax.d
 
 
 def test_lines_are_prefixed_whole_and_keep_their_stream(pod):
-    p = pod("""
+    p = pod(
+        """
         print('out', me, sys.argv[1:], flush=True)
         sys.stdout.write('two '); sys.stdout.flush(); time.sleep(0.2); print('halves', flush=True)
         print('err', me, file=sys.stderr)
         sys.stdout.write('no newline')
-        """, "--processes=2", "--devices=1")
+        """,
+        "--processes=2",
+        "--devices=1",
+    )
     out, err = p.communicate(timeout=LIMIT)
     assert p.returncode == 0
     for i in range(2):
@@ -130,12 +137,16 @@ def test_killing_the_pod_itself_leaves_no_orphan(pod, tmp_path):
 
 
 def test_what_a_process_started_ends_with_the_pod(pod, tmp_path):
-    p = pod(WRITE_PID + """
+    p = pod(
+        WRITE_PID
+        + """
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])
 with open(f'{folder}/pid-child{me}', 'w') as f:
     print(child.pid, file=f)
 sys.exit(0 if me else 3)
-""", "--processes=2")
+""",
+        "--processes=2",
+    )
     p.communicate(timeout=LIMIT)
     assert p.returncode == 3
     assert not any(map(runs, pids(tmp_path, 4)))

@@ -31,47 +31,67 @@ class Chip:
 
 def chips(x, y, z, slices=1, origin=0):
     places = itertools.product(range(slices), range(z), range(y), range(x))
-    return [Chip(i, (a + origin, b + origin, c + origin), slice_index=s, process_index=i // 4)
-            for i, (s, c, b, a) in enumerate(places)]
+    return [
+        Chip(i, (a + origin, b + origin, c + origin), slice_index=s, process_index=i // 4)
+        for i, (s, c, b, a) in enumerate(places)
+    ]
 
 
-@pytest.mark.parametrize(("num_devices", "asked", "shape"), [
-    (512, {"data": 16, "context": 4, "model": 8}, (16, 4, 8)),
-    (512, {}, (512, 1, 1)),
-    (512, {"model": 8}, (64, 1, 8)),
-    (512, {"num_kv_heads": 8, "model_parallelism": 32}, (16, 4, 8)),
-    (512, {"num_kv_heads": 8, "model_parallelism": 4}, (128, 1, 4)),
-    (512, {"num_kv_heads": 2, "model_parallelism": 16}, (32, 8, 2)),
-    (96, {"num_kv_heads": 12, "model_parallelism": 32}, (3, 8, 4)),
-    (64, {"num_kv_heads": 8, "model_parallelism": 16, "context": 4}, (4, 4, 4)),
-    (64, {"num_kv_heads": 8, "model_parallelism": 16, "model": 2}, (4, 8, 2)),
-    (64, {"model_parallelism": 16}, (4, 1, 16)),
-    (64, {"num_kv_heads": 8, "model": 4}, (16, 1, 4)),
-    (64, {"num_kv_heads": 8}, (64, 1, 1)),
-    (1, {}, (1, 1, 1)),
-])
+@pytest.mark.parametrize(
+    ("num_devices", "asked", "shape"),
+    [
+        (512, {"data": 16, "context": 4, "model": 8}, (16, 4, 8)),
+        (512, {}, (512, 1, 1)),
+        (512, {"model": 8}, (64, 1, 8)),
+        (512, {"num_kv_heads": 8, "model_parallelism": 32}, (16, 4, 8)),
+        (512, {"num_kv_heads": 8, "model_parallelism": 4}, (128, 1, 4)),
+        (512, {"num_kv_heads": 2, "model_parallelism": 16}, (32, 8, 2)),
+        (96, {"num_kv_heads": 12, "model_parallelism": 32}, (3, 8, 4)),
+        (64, {"num_kv_heads": 8, "model_parallelism": 16, "context": 4}, (4, 4, 4)),
+        (64, {"num_kv_heads": 8, "model_parallelism": 16, "model": 2}, (4, 8, 2)),
+        (64, {"model_parallelism": 16}, (4, 1, 16)),
+        (64, {"num_kv_heads": 8, "model": 4}, (16, 1, 4)),
+        (64, {"num_kv_heads": 8}, (64, 1, 1)),
+        (1, {}, (1, 1, 1)),
+    ],
+)
 def test_sizes_left_out_are_inferred(num_devices, asked, shape):
     assert infer_sizes(num_devices, **asked) == shape
 
 
-@pytest.mark.parametrize(("asked", "message"), [
-    ({"data": 3}, r"data=3: .*3 x 1 x 1 = 3 must be the number of devices, 8; data=8 \(or None\) works .* list of 3"),
-    ({"data": 4, "model": 4}, r"data=4: .*4 x 1 x 4 = 16 must be the number of devices, 8; data=2 \(or None\) works"),
-    ({"model": 3}, "model=3: must divide the number of devices, 8; the nearest divisors of 8 are 1, 2, 4, 8"),
-    ({"context": 3, "model": 2}, "context x model=6: must divide the number of devices, 8; .* are 2, 4, 8"),
-    ({"model": 16}, "model=16: must divide the number of devices, 8; the nearest divisors of 8 are 4, 8"),
-    ({"model": 8, "num_kv_heads": 2}, "model=8: must divide num_kv_heads 2.*; model=2, context=4 uses as many devices"),
-    ({"model": 3, "model_parallelism": 8}, "model=3: must divide model_parallelism 8"),
-    ({"context": 3, "model_parallelism": 8}, "context=3: must divide model_parallelism 8"),
-    ({"context": 2, "num_kv_heads": 2, "model_parallelism": 8}, "context=2: model 2 x context must be .*, or pass 4"),
-    ({"model": 0}, "model=0: must be a positive integer or None"),
-    ({"data": 2.0}, r"data=2.0: must be a positive integer"),
-    ({"model": True}, "model=True: must be a positive integer"),
-    ({"devices": []}, r"devices=\[\]: is empty"),
-    ({"devices": [0, 0]}, "1 devices are listed more than once"),
-    ({"devices": [0], "topology": "v5p:2x2x1"}, "topology='v5p:2x2x1': devices are given too"),
-    ({"axis_types": (AxisType.Auto,)}, "axis_types=.*: must be one AxisType, or one each"),
-])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"data": 3},
+            r"data=3: .*3 x 1 x 1 = 3 must be the number of devices, 8; data=8 \(or None\) works .* list of 3",
+        ),
+        (
+            {"data": 4, "model": 4},
+            r"data=4: .*4 x 1 x 4 = 16 must be the number of devices, 8; data=2 \(or None\) works",
+        ),
+        ({"model": 3}, "model=3: must divide the number of devices, 8; the nearest divisors of 8 are 1, 2, 4, 8"),
+        ({"context": 3, "model": 2}, "context x model=6: must divide the number of devices, 8; .* are 2, 4, 8"),
+        ({"model": 16}, "model=16: must divide the number of devices, 8; the nearest divisors of 8 are 4, 8"),
+        (
+            {"model": 8, "num_kv_heads": 2},
+            "model=8: must divide num_kv_heads 2.*; model=2, context=4 uses as many devices",
+        ),
+        ({"model": 3, "model_parallelism": 8}, "model=3: must divide model_parallelism 8"),
+        ({"context": 3, "model_parallelism": 8}, "context=3: must divide model_parallelism 8"),
+        (
+            {"context": 2, "num_kv_heads": 2, "model_parallelism": 8},
+            "context=2: model 2 x context must be .*, or pass 4",
+        ),
+        ({"model": 0}, "model=0: must be a positive integer or None"),
+        ({"data": 2.0}, r"data=2.0: must be a positive integer"),
+        ({"model": True}, "model=True: must be a positive integer"),
+        ({"devices": []}, r"devices=\[\]: is empty"),
+        ({"devices": [0, 0]}, "1 devices are listed more than once"),
+        ({"devices": [0], "topology": "v5p:2x2x1"}, "topology='v5p:2x2x1': devices are given too"),
+        ({"axis_types": (AxisType.Auto,)}, "axis_types=.*: must be one AxisType, or one each"),
+    ],
+)
 def test_a_shape_that_cannot_work_explains_itself(asked, message):
     if "devices" in asked:
         asked["devices"] = [jax.devices()[i] for i in asked["devices"]]
@@ -120,8 +140,11 @@ POD_SHAPES = [
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "asked", "shape", "model_runs", "context_runs"), POD_SHAPES,
-                         ids=[f"{t}-{'x'.join(map(str, s))}" for t, _, s, *_ in POD_SHAPES])
+@pytest.mark.parametrize(
+    ("topology", "asked", "shape", "model_runs", "context_runs"),
+    POD_SHAPES,
+    ids=[f"{t}-{'x'.join(map(str, s))}" for t, _, s, *_ in POD_SHAPES],
+)
 def test_model_then_context_run_over_neighbours_of_an_absent_pod(topology, asked, shape, model_runs, context_runs):
     start = time.perf_counter()
     mesh = make_pod_mesh(**asked, topology=topology)
@@ -145,21 +168,35 @@ def test_model_then_context_run_over_neighbours_of_an_absent_pod(topology, asked
 def test_a_program_for_512_absent_chips_puts_its_collective_on_model_alone():
     mesh = make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")
     x = jax.ShapeDtypeStruct((16, 1024), np.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
-    text = compile_on(mesh, jax.shard_map(lambda x: jax.lax.psum(x, "model"), mesh=mesh,
-                                          in_specs=PartitionSpec("data", "model"), out_specs=PartitionSpec("data")),
-                      x).as_text()
+    text = compile_on(
+        mesh,
+        jax.shard_map(
+            lambda x: jax.lax.psum(x, "model"),
+            mesh=mesh,
+            in_specs=PartitionSpec("data", "model"),
+            out_specs=PartitionSpec("data"),
+        ),
+        x,
+    ).as_text()
     assert collectives(text) == ["all-reduce"]
 
 
-@pytest.mark.parametrize(("physical", "shape", "shares"), [
-    ((8, 8, 8, 1), (16, 4, 8), [(1, 2, 8, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),
-    ((16, 16, 1, 1), (8, 4, 8), [(2, 4, 1, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),  # not (2, 2): its steps would be of 8
-    ((4, 4, 8, 1), (8, 1, 16), [(1, 1, 8, 1), (1, 1, 1, 1), (4, 4, 1, 1)]),  # a square of whole axes
-    ((4, 4, 4, 2), (32, 1, 4), [(2, 4, 4, 1), (1, 1, 1, 1), (2, 1, 1, 2)]),  # the cores of a chip stay together
-    ((4, 8, 2, 1), (8, 1, 8), [(1, 8, 1, 1), (1, 1, 1, 1), (4, 1, 2, 1)]),  # two whole axes have more links than one
-    ((14, 3, 1, 1), (3, 7, 2), [(1, 3, 1, 1), (7, 1, 1, 1), (2, 1, 1, 1)]),
-    ((1, 1, 1, 1), (1, 1, 1), [(1, 1, 1, 1)] * 3),
-])
+@pytest.mark.parametrize(
+    ("physical", "shape", "shares"),
+    [
+        ((8, 8, 8, 1), (16, 4, 8), [(1, 2, 8, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),
+        ((16, 16, 1, 1), (8, 4, 8), [(2, 4, 1, 1), (1, 4, 1, 1), (8, 1, 1, 1)]),  # not (2, 2): its steps would be of 8
+        ((4, 4, 8, 1), (8, 1, 16), [(1, 1, 8, 1), (1, 1, 1, 1), (4, 4, 1, 1)]),  # a square of whole axes
+        ((4, 4, 4, 2), (32, 1, 4), [(2, 4, 4, 1), (1, 1, 1, 1), (2, 1, 1, 2)]),  # the cores of a chip stay together
+        (
+            (4, 8, 2, 1),
+            (8, 1, 8),
+            [(1, 8, 1, 1), (1, 1, 1, 1), (4, 1, 2, 1)],
+        ),  # two whole axes have more links than one
+        ((14, 3, 1, 1), (3, 7, 2), [(1, 3, 1, 1), (7, 1, 1, 1), (2, 1, 1, 1)]),
+        ((1, 1, 1, 1), (1, 1, 1), [(1, 1, 1, 1)] * 3),
+    ],
+)
 def test_a_physical_axis_is_split_by_rule(physical, shape, shares):
     assert split_physical_axes(physical, shape) == shares
 
@@ -240,10 +277,12 @@ def test_an_abstract_mesh_has_nothing_to_describe():
 def test_facts_of_several_slices_say_so():
     class Fake:
         """What `mesh_facts` reads of a mesh: jax builds none of stand-in devices."""
+
         devices = place_devices(chips(4, 4, 2, slices=2), (8, 1, 8))
         shape = {"data": 8, "context": 1, "model": 8}  # noqa: RUF012
         axis_names = AXIS_NAMES
         axis_types = (AxisType.Auto,) * 3
+
     facts = mesh_facts(Fake)
     assert facts.num_slices == 2 and facts.fills_box and facts.num_processes == 16
     assert [(r.physical, r.count) for r in facts.axes[0].runs] == [("slice", 2), ("y", 4)]

@@ -14,7 +14,7 @@ def arrays():
     rng = np.random.default_rng(1)
     q = rng.normal(size=(B, HQ, D))
     k, v = (rng.normal(size=(HKV, N, P, D)) for _ in "kv")
-    return q, k, v, LENGTHS, rng.permutation(N)[:B * S].reshape(B, S)
+    return q, k, v, LENGTHS, rng.permutation(N)[: B * S].reshape(B, S)
 
 
 def written_out(q, k, v, lengths, tables, b, h, first=0):
@@ -27,9 +27,15 @@ def written_out(q, k, v, lengths, tables, b, h, first=0):
     return value / total, np.log(total)
 
 
-@pytest.mark.parametrize("options, first", [({}, (0, 0, 0)), ({"starts": [2, 0, 4]}, (2, 0, 4)),
-                                            ({"sliding_window": 3}, (8, 0, 2)),
-                                            ({"sliding_window": 9, "starts": [1, 0, 3]}, (2, 0, 3))])
+@pytest.mark.parametrize(
+    "options, first",
+    [
+        ({}, (0, 0, 0)),
+        ({"starts": [2, 0, 4]}, (2, 0, 4)),
+        ({"sliding_window": 3}, (8, 0, 2)),
+        ({"sliding_window": 9, "starts": [1, 0, 3]}, (2, 0, 3)),
+    ],
+)
 def test_equals_the_softmax_written_out(arrays, options, first):
     output, lse = attention_oracle(*arrays, **options)
     for b in (0, 2):

@@ -13,9 +13,16 @@ from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in (
-    "mqa", "bf16", "page_24", "head_dim_64_page_8", "head_dim_64_bf16", "window_and_cap_bf16", "default_scale")],
-    ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in CASES
+        if c.name
+        in ("mqa", "bf16", "page_24", "head_dim_64_page_8", "head_dim_64_bf16", "window_and_cap_bf16", "default_scale")
+    ],
+    ids=lambda case: case.name,
+)
 def test_page_attention_off_tpu_equals_the_oracle(case):
     arrays, expected = make(case)
     output = page_attention(*arrays, **case.page_attention_options)
@@ -33,8 +40,15 @@ def test_xla_form_equals_the_oracle_in_stacked_pools(case):
     assert_close(case, expected, output, lse)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in (
-    "gqa", "bf16", "soft_cap", "window_under_a_page", "window_over_all", "default_scale")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in CASES
+        if c.name in ("gqa", "bf16", "soft_cap", "window_under_a_page", "window_over_all", "default_scale")
+    ],
+    ids=lambda case: case.name,
+)
 def test_the_plain_reference_equals_the_oracle(case):
     case = Case(**{**vars(case), "sm_scale": 1.0})
     arrays, expected = make(case)
@@ -48,8 +62,16 @@ def test_random_shapes_equal_the_oracle(seed):
     rng = np.random.default_rng(100 + seed)
     Hkv, D, page, S = rng.integers(1, 5), rng.choice([64, 128, 256]), 8 * rng.integers(1, 17), rng.integers(1, 9)
     lengths = rng.integers(0, page * S + 1, rng.integers(1, 12))
-    case = Case("random", int(Hkv * rng.integers(1, 9)), int(Hkv), int(D), int(page), int(S),
-                tuple(int(n) for n in lengths), sliding_window=[None, int(rng.integers(1, page * S))][seed % 2])
+    case = Case(
+        "random",
+        int(Hkv * rng.integers(1, 9)),
+        int(Hkv),
+        int(D),
+        int(page),
+        int(S),
+        tuple(int(n) for n in lengths),
+        sliding_window=[None, int(rng.integers(1, page * S))][seed % 2],
+    )
     arrays, expected = make(case, seed)
     assert_close(case, expected, page_attention(*arrays, **case.page_attention_options))
 
@@ -57,9 +79,18 @@ def test_random_shapes_equal_the_oracle(seed):
 def test_call_sites_of_jax_paged_attention_work():
     case = Case("jax", sm_scale=1.0, soft_cap=2.0)
     (q, k_pages, v_pages, lengths, page_indices), expected = make(case)
-    output = page_attention(q, k_pages, v_pages, lengths, page_indices, mask_value=DEFAULT_MASK_VALUE,
-                            attn_logits_soft_cap=2.0, pages_per_compute_block=2, megacore_mode=None,
-                            inline_seq_dim=True)
+    output = page_attention(
+        q,
+        k_pages,
+        v_pages,
+        lengths,
+        page_indices,
+        mask_value=DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=2.0,
+        pages_per_compute_block=2,
+        megacore_mode=None,
+        inline_seq_dim=True,
+    )
     assert_close(case, expected, output)
 
 
@@ -72,8 +103,9 @@ def test_works_under_jit_with_traced_arrays():
 def test_a_length_beyond_the_table_counts_as_a_full_table():
     case = Case("full", lengths=(32, 32))
     (q, k, v, _, tables), expected = make(case)
-    assert_close(case, expected, page_attention(q, k, v, np.array([33, 10**9], np.int32), tables,
-                                                **case.page_attention_options))
+    assert_close(
+        case, expected, page_attention(q, k, v, np.array([33, 10**9], np.int32), tables, **case.page_attention_options)
+    )
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
@@ -92,8 +124,9 @@ def test_xla_form_copies_no_pool(dtype):
     pools = stack(k, 128, layers=8), stack(v, 128, layers=8)
 
     def attend(q, k, v, n, t):
-        return jax.lax.scan(lambda c, layer: (c, attend_pages_xla(q, k, v, n, t, layer, **case.options)), 0,
-                            jnp.array([1, 1]))[1]
+        return jax.lax.scan(
+            lambda c, layer: (c, attend_pages_xla(q, k, v, n, t, layer, **case.options)), 0, jnp.array([1, 1])
+        )[1]
 
     compiled = jax.jit(attend).lower(query, *pools, *rest).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < pools[0].nbytes // 8, "a layer of a pool is copied"
@@ -107,12 +140,18 @@ def test_xla_form_in_a_shard_map_that_checks_types():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def shard(q, k, v, lengths, tables):
-        return jax.lax.scan(lambda q, layer: (q, attend_pages_xla(q, k, v, lengths, tables, layer, **case.options)),
-                            q, jnp.arange(2))[1]
+        return jax.lax.scan(
+            lambda q, layer: (q, attend_pages_xla(q, k, v, lengths, tables, layer, **case.options)), q, jnp.arange(2)
+        )[1]
 
     # Sequences over data, heads over model; every data shard holds all pages here.
-    output, lse = jax.jit(jax.shard_map(
-        shard, mesh=mesh, check_vma=True,
-        in_specs=(P("data", "model"), P(None, "model"), P(None, "model"), P("data"), P("data")),
-        out_specs=(P(None, "data", "model"),) * 2))(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables)
+    output, lse = jax.jit(
+        jax.shard_map(
+            shard,
+            mesh=mesh,
+            check_vma=True,
+            in_specs=(P("data", "model"), P(None, "model"), P(None, "model"), P("data"), P("data")),
+            out_specs=(P(None, "data", "model"),) * 2,
+        )
+    )(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables)
     assert_close(case, expected, output[1], lse[1])

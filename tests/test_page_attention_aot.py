@@ -18,8 +18,14 @@ on_every_chip = pytest.mark.parametrize("chip", CHIPS)
 def shapes(B=8, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=33, L=2, dtype="bfloat16", query_dtype="bfloat16"):
     """(query, key_pages, value_pages, lengths, block_tables, layer) of stored pools, by shape."""
     pool = jax.ShapeDtypeStruct((L, Hkv, N, R, W), dtype)
-    return (jax.ShapeDtypeStruct((B, Hq, D), query_dtype), pool, pool, jax.ShapeDtypeStruct((B,), jnp.int32),
-            jax.ShapeDtypeStruct((B, S), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32))
+    return (
+        jax.ShapeDtypeStruct((B, Hq, D), query_dtype),
+        pool,
+        pool,
+        jax.ShapeDtypeStruct((B,), jnp.int32),
+        jax.ShapeDtypeStruct((B, S), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
 
 
 def attend(**options):
@@ -40,11 +46,15 @@ SHAPES = {
     "gqa_page_16_window_cap": (dict(R=16, N=2048), dict(sliding_window=100, soft_cap=30.0, inline_seq_dim=False)),
     "mqa_page_8": (dict(Hq=16, Hkv=1, R=8, N=4096), {}),
     "packed_head_dim_64_page_16": (dict(Hq=24, D=64, R=8, N=2048), {}),
-    "packed_head_dim_64_page_128_f32": (dict(Hq=24, D=64, R=64, N=128, dtype="float32", query_dtype="float32"),
-                                        dict(inline_seq_dim=False)),
+    "packed_head_dim_64_page_128_f32": (
+        dict(Hq=24, D=64, R=64, N=128, dtype="float32", query_dtype="float32"),
+        dict(inline_seq_dim=False),
+    ),
     "head_dim_256_page_8_f32": (dict(Hkv=4, D=256, W=256, R=8, N=2048, dtype="float32"), dict(sliding_window=100)),
-    "head_dim_256_page_256": (dict(Hq=64, D=256, W=256, R=256, N=16, query_dtype="float32"),
-                              dict(inline_seq_dim=False, soft_cap=30.0)),
+    "head_dim_256_page_256": (
+        dict(Hq=64, D=256, W=256, R=256, N=16, query_dtype="float32"),
+        dict(inline_seq_dim=False, soft_cap=30.0),
+    ),
 }
 
 
@@ -69,8 +79,10 @@ def test_megacore_is_refused_where_there_is_none(chip):
     query, pool, _, lengths, tables, _ = shapes(L=1)
     pool = jax.ShapeDtypeStruct(pool.shape[1:], pool.dtype)
     mesh = one_chip_mesh(chip)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), \
-            pytest.raises(ValueError, match=r"megacore_mode='batch'.*TPU ?\w.*v4 and v5p only"):
+    with (
+        jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+        pytest.raises(ValueError, match=r"megacore_mode='batch'.*TPU ?\w.*v4 and v5p only"),
+    ):
         jax.jit(lambda *x: page_attention(*x, megacore_mode="batch")).lower(query, pool, pool, lengths, tables)
 
 
@@ -82,9 +94,15 @@ def test_megacore_is_refused_inside_a_shard_map_for_a_chip_without_it():
 
 
 @on_every_chip
-@pytest.mark.parametrize("D, P", [(64, 8), pytest.param(128, 16, marks=pytest.mark.slow),
-                                  pytest.param(64, 16, marks=pytest.mark.slow),
-                                  pytest.param(256, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "D, P",
+    [
+        (64, 8),
+        pytest.param(128, 16, marks=pytest.mark.slow),
+        pytest.param(64, 16, marks=pytest.mark.slow),
+        pytest.param(256, 8, marks=pytest.mark.slow),
+    ],
+)
 def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
     query, _, _, lengths, tables, _ = shapes(D=D)
     cache = jax.ShapeDtypeStruct((8, 64, P, D), jnp.bfloat16)
@@ -100,8 +118,15 @@ def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
 def test_a_launcher_written_for_ejkernel_compiles(chip, body, Hq):
     query, _, _, lengths, tables, _ = shapes(Hq=Hq, S=32)
     cache = jax.ShapeDtypeStruct((8, 64, 16, 128), jnp.bfloat16)
-    compiled = compile_on(one_chip_mesh(chip), lambda *x: drive(body, *x, pages=8, sliding_window=100),
-                          query, cache, cache, lengths, tables)
+    compiled = compile_on(
+        one_chip_mesh(chip),
+        lambda *x: drive(body, *x, pages=8, sliding_window=100),
+        query,
+        cache,
+        cache,
+        lengths,
+        tables,
+    )
     assert "tpu_custom_call" in compiled.as_text()
 
 
@@ -115,8 +140,9 @@ def test_the_largest_table_that_is_let_through_fits_in_scalar_memory(chip):
     assert_one_kernel_and_no_copy(compile_on(one_chip_mesh(chip), attend(), *arrays), arrays[1])
 
 
-@pytest.mark.parametrize("chip", [
-    "v4", "v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v5p", "v7x"))])
+@pytest.mark.parametrize(
+    "chip", ["v4", "v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5e", "v5p", "v7x"))]
+)
 def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, monkeypatch):
     arrays = shapes(B=256, Hq=8, S=1024)  # 1 MiB, all there is
     mesh = one_chip_mesh(chip)
@@ -127,10 +153,15 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
 
 
 @on_every_chip
-@pytest.mark.parametrize("shape", [
-    dict(Hq=128, Hkv=1, R=8), pytest.param(dict(Hq=8), marks=pytest.mark.slow),
-    pytest.param(dict(Hq=256, Hkv=1, R=256, D=256, W=256, N=16), marks=pytest.mark.slow),
-    pytest.param(dict(D=64, R=8, dtype="float32"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(Hq=128, Hkv=1, R=8),
+        pytest.param(dict(Hq=8), marks=pytest.mark.slow),
+        pytest.param(dict(Hq=256, Hkv=1, R=256, D=256, W=256, N=16), marks=pytest.mark.slow),
+        pytest.param(dict(D=64, R=8, dtype="float32"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_largest_block_that_is_let_through_fits_in_vector_memory(chip, shape):
     arrays = shapes(**shape, S=4096, B=4)
     problem = checks.check_pools(*arrays[:5])

@@ -31,8 +31,10 @@ class Call:
 
     @property
     def arrays(self):
-        return tuple(jax.ShapeDtypeStruct(getattr(self, n), getattr(self, f"{n}_dtype"))
-                     for n in ("query", "key", "value", "lens", "tables"))
+        return tuple(
+            jax.ShapeDtypeStruct(getattr(self, n), getattr(self, f"{n}_dtype"))
+            for n in ("query", "key", "value", "lens", "tables")
+        )
 
     def trace(self, fn, **options):
         """Traces `fn`, compiling nothing, so that whatever it raises it raised before a compile."""
@@ -44,15 +46,23 @@ BAD_ARRAYS = {
     "key_rank": (dict(key=(6, 8, 128)), "key_cache.shape=(6, 8, 128): must be [Hkv, N, page_size, head_dim]"),
     "value_rank": (dict(value=(1, 2, 6, 8, 128)), "value_cache.shape=(1, 2, 6, 8, 128): must be [Hkv, N,"),
     "value_shape": (dict(value=(2, 6, 16, 128)), "value_cache.shape=(2, 6, 16, 128): must equal key_cache.shape"),
-    "head_dims_differ": (dict(query=(4, 4, 64)),
-                         "query.shape=(4, 4, 64): its head_dim 64 must be that of key_cache, 128"),
-    "head_dim": (dict(query=(4, 4, 96), key=(2, 6, 8, 96), value=(2, 6, 8, 96)),
-                 "query.shape=(4, 4, 96): head_dim 96 must be 64 or a multiple of 128"),
+    "head_dims_differ": (
+        dict(query=(4, 4, 64)),
+        "query.shape=(4, 4, 64): its head_dim 64 must be that of key_cache, 128",
+    ),
+    "head_dim": (
+        dict(query=(4, 4, 96), key=(2, 6, 8, 96), value=(2, 6, 8, 96)),
+        "query.shape=(4, 4, 96): head_dim 96 must be 64 or a multiple of 128",
+    ),
     "heads": (dict(query=(4, 5, 128)), "query.shape=(4, 5, 128): its 5 heads must be a multiple of the 2 heads"),
-    "page_size": (dict(key=(2, 6, 12, 128), value=(2, 6, 12, 128)),
-                  "key_cache.shape=(2, 6, 12, 128): page_size 12 must be a multiple of 8"),
-    "no_pages": (dict(key=(2, 0, 8, 128), value=(2, 0, 8, 128)),
-                 "key_cache.shape=(2, 0, 8, 128): every axis must be at least 1"),
+    "page_size": (
+        dict(key=(2, 6, 12, 128), value=(2, 6, 12, 128)),
+        "key_cache.shape=(2, 6, 12, 128): page_size 12 must be a multiple of 8",
+    ),
+    "no_pages": (
+        dict(key=(2, 0, 8, 128), value=(2, 0, 8, 128)),
+        "key_cache.shape=(2, 0, 8, 128): every axis must be at least 1",
+    ),
     "no_sequences": (dict(query=(0, 4, 128)), "query.shape=(0, 4, 128): every axis must be at least 1"),
     "lens_shape": (dict(lens=(3,)), "context_lens.shape=(3,): must be (4,), the batch of query"),
     "lens_rank": (dict(lens=(4, 1)), "context_lens.shape=(4, 1): must be (4,)"),
@@ -60,8 +70,11 @@ BAD_ARRAYS = {
     "tables_batch": (dict(tables=(3, 4)), "block_tables.shape=(3, 4): must be (4, pages_per_sequence)"),
     "tables_empty": (dict(tables=(4, 0)), "block_tables.shape=(4, 0): must be (4, pages_per_sequence), at least one"),
     "query_dtype": (dict(query_dtype="float16"), "query.dtype='float16': must be one of ('bfloat16', 'float32')"),
-    "key_dtype": (dict(key_dtype="int8"), "key_cache.dtype='int8': must be one of ('bfloat16', 'float32'); int8 and "
-                  "fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)"),
+    "key_dtype": (
+        dict(key_dtype="int8"),
+        "key_cache.dtype='int8': must be one of ('bfloat16', 'float32'); int8 and "
+        "fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)",
+    ),
     "value_dtype": (dict(value_dtype="bfloat16"), "value_cache.dtype='bfloat16': must be that of key_cache, float32"),
     "lens_dtype": (dict(lens_dtype="float32"), "context_lens.dtype='float32': must be int32"),
     "tables_dtype": (dict(tables_dtype="uint32"), "block_tables.dtype='uint32': must be int32"),
@@ -86,21 +99,36 @@ BAD_OPTIONS = {
     "window_type": ({}, dict(sliding_window=2.5), "sliding_window=2.5: must be None or a whole number"),
     "mask": ({}, dict(mask_value=float("-inf")), "mask_value=-inf: must be a finite negative number"),
     "block": ({}, dict(pages_per_compute_block=0), "pages_per_compute_block=0: must be None or a whole number"),
-    "block_over_vmem": (dict(tables=(4, 4096)), dict(pages_per_compute_block=2048),
-                        # four buffers, K and V in f32, logits thrice, blocks of q, output, m and l
-                        f"pages_per_compute_block=2048: needs {2**25 + 2**24 + 3 * 2**19 + 2**16} bytes of VMEM, "
-                        f"of which there are {15 * 2**20}; 128 is the default here"),
+    "block_over_vmem": (
+        dict(tables=(4, 4096)),
+        dict(pages_per_compute_block=2048),
+        # four buffers, K and V in f32, logits thrice, blocks of q, output, m and l
+        f"pages_per_compute_block=2048: needs {2**25 + 2**24 + 3 * 2**19 + 2**16} bytes of VMEM, "
+        f"of which there are {15 * 2**20}; 128 is the default here",
+    ),
     "megacore": ({}, dict(megacore_mode="heads"), "megacore_mode='heads': must be one of (None, 'kv_head', 'batch')"),
-    "megacore_odd_heads": (ODD_HEADS, dict(megacore_mode="kv_head"),
-                           "megacore_mode='kv_head': needs an even number of kv heads, not 3; None runs on one core"),
-    "megacore_odd_batch": (ODD_BATCH, dict(megacore_mode="batch"),
-                           "megacore_mode='batch': needs an even number of sequences, not 3"),
-    "megacore_one_core": ({}, dict(megacore_mode="batch", interpret=pltpu.InterpretParams()),
-                          "megacore_mode='batch' simulates 2 cores; pass InterpretParams(num_cores_or_threads=2)"),
+    "megacore_odd_heads": (
+        ODD_HEADS,
+        dict(megacore_mode="kv_head"),
+        "megacore_mode='kv_head': needs an even number of kv heads, not 3; None runs on one core",
+    ),
+    "megacore_odd_batch": (
+        ODD_BATCH,
+        dict(megacore_mode="batch"),
+        "megacore_mode='batch': needs an even number of sequences, not 3",
+    ),
+    "megacore_one_core": (
+        {},
+        dict(megacore_mode="batch", interpret=pltpu.InterpretParams()),
+        "megacore_mode='batch' simulates 2 cores; pass InterpretParams(num_cores_or_threads=2)",
+    ),
     "interpret": ({}, dict(interpret="yes"), "interpret='yes': must be None, True, False or a pltpu.InterpretParams"),
-    "smem": (dict(query=(256, 4, 128), lens=(256,), tables=(256, 1024)), {},
-             f"block_tables.shape=(256, 1024): the table and context_lens need {2**20 + 1024 + 3 * 512} bytes of "
-             f"SMEM, of which there are {2**20 - 2**13}; split the batch"),
+    "smem": (
+        dict(query=(256, 4, 128), lens=(256,), tables=(256, 1024)),
+        {},
+        f"block_tables.shape=(256, 1024): the table and context_lens need {2**20 + 1024 + 3 * 512} bytes of "
+        f"SMEM, of which there are {2**20 - 2**13}; split the batch",
+    ),
 }
 
 
@@ -124,11 +152,17 @@ def test_jax_quantized_tensor_is_sent_to_its_replacement():
 
 
 @pytest.mark.parametrize("fn", [attend_pages_xla, attend_pages_pallas], ids=lambda fn: fn.__name__)
-@pytest.mark.parametrize("change, message", [
-    (dict(key=(2, 6, 8, 128)), "key_pages.shape=(2, 6, 8, 128): must be [L, Hkv, N, rows, lanes]; add a leading axis"),
-    (dict(key=(1, 2, 6, 8, 256), value=(1, 2, 6, 8, 256)), "key_pages.shape=(1, 2, 6, 8, 256): a row must hold"),
-    (dict(key=(1, 2, 6, 8, 128), value=(1, 2, 6, 8, 128), lens=(5,)), "lengths.shape=(5,): must be (4,)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(key=(2, 6, 8, 128)),
+            "key_pages.shape=(2, 6, 8, 128): must be [L, Hkv, N, rows, lanes]; add a leading axis",
+        ),
+        (dict(key=(1, 2, 6, 8, 256), value=(1, 2, 6, 8, 256)), "key_pages.shape=(1, 2, 6, 8, 256): a row must hold"),
+        (dict(key=(1, 2, 6, 8, 128), value=(1, 2, 6, 8, 128), lens=(5,)), "lengths.shape=(5,): must be (4,)"),
+    ],
+)
 def test_stored_pools_that_do_not_fit_are_refused(fn, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Call(**change).trace(fn)
@@ -137,13 +171,23 @@ def test_stored_pools_that_do_not_fit_are_refused(fn, change, message):
 STORED = dict(key=(1, 2, 6, 8, 128), value=(1, 2, 6, 8, 128))
 
 
-@pytest.mark.parametrize("change, options, message", [
-    (dict(query=(4, 4, 64), key=(1, 2, 6, 8, 64), value=(1, 2, 6, 8, 64)), {},
-     "key_pages.shape=(1, 2, 6, 8, 64): the kernel takes rows of 128 lanes at head_dim 64; store two tokens a row"),
-    (dict(STORED, tables=(4, 300_000)), {}, "block_tables.shape=(4, 300000): 1 of its rows need 1202176 bytes of SMEM"),
-    (STORED, dict(soft_cap=-1.0), "soft_cap=-1.0: must be None or a positive number"),
-    (STORED, dict(megacore_mode="kv_head", interpret=pltpu.InterpretParams()), "simulates 2 cores"),
-])
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (
+            dict(query=(4, 4, 64), key=(1, 2, 6, 8, 64), value=(1, 2, 6, 8, 64)),
+            {},
+            "key_pages.shape=(1, 2, 6, 8, 64): the kernel takes rows of 128 lanes at head_dim 64; store two tokens a row",
+        ),
+        (
+            dict(STORED, tables=(4, 300_000)),
+            {},
+            "block_tables.shape=(4, 300000): 1 of its rows need 1202176 bytes of SMEM",
+        ),
+        (STORED, dict(soft_cap=-1.0), "soft_cap=-1.0: must be None or a positive number"),
+        (STORED, dict(megacore_mode="kv_head", interpret=pltpu.InterpretParams()), "simulates 2 cores"),
+    ],
+)
 def test_a_launch_that_cannot_work_is_refused(change, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Call(**change).trace(attend_pages_pallas, **options)

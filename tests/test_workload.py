@@ -69,19 +69,22 @@ def test_columns_may_come_in_another_order_with_spaces_and_a_byte_order_mark(tmp
     assert read_trace(path) == [Request(0, 8, 7)]
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    (HEADER + "t,5,6\nt,five,6\n", "line 3 has ContextTokens 'five'"),
-    (HEADER + "t,5,6\n\nt,7\n", "line 4 has GeneratedTokens None"),
-    (HEADER + "t,5,0\n", "line 2 has GeneratedTokens '0'"),
-    (HEADER + "t,-5,1\n", "line 2 has ContextTokens '-5'"),
-    (HEADER + "t,5,1.5\n", "line 2 has GeneratedTokens '1.5'"),
-    (HEADER + f"t,{2**31},1\n", "line 2 has ContextTokens"),
-    (HEADER + 't,"5\n', "is not a CSV text file"),
-    (HEADER, "holds no request"),
-    ("", "no column ContextTokens or GeneratedTokens"),
-    ("a,ContextTokens\n1,2\n", "line 1 is 'a,ContextTokens', no column GeneratedTokens"),
-    (b"\x80\x04\x95\xff\x00", "is not a CSV text file"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (HEADER + "t,5,6\nt,five,6\n", "line 3 has ContextTokens 'five'"),
+        (HEADER + "t,5,6\n\nt,7\n", "line 4 has GeneratedTokens None"),
+        (HEADER + "t,5,0\n", "line 2 has GeneratedTokens '0'"),
+        (HEADER + "t,-5,1\n", "line 2 has ContextTokens '-5'"),
+        (HEADER + "t,5,1.5\n", "line 2 has GeneratedTokens '1.5'"),
+        (HEADER + f"t,{2**31},1\n", "line 2 has ContextTokens"),
+        (HEADER + 't,"5\n', "is not a CSV text file"),
+        (HEADER, "holds no request"),
+        ("", "no column ContextTokens or GeneratedTokens"),
+        ("a,ContextTokens\n1,2\n", "line 1 is 'a,ContextTokens', no column GeneratedTokens"),
+        (b"\x80\x04\x95\xff\x00", "is not a CSV text file"),
+    ],
+)
 def test_what_is_no_trace_is_refused_by_line_and_column(tmp_path, text, says):
     with pytest.raises(ValueError) as e:
         read_trace(write(tmp_path, text, "wb" if isinstance(text, bytes) else "w"))
@@ -109,7 +112,8 @@ def test_numpy_and_a_jitted_program_make_the_same_bits(dtype):
     np.testing.assert_array_equal(np.asarray(made).view(np.uint8), want.view(np.uint8))
     terms = jax.jit(lambda x: checksum_terms(jnp, x, 0, Kind.CHECKSUM_LOW, request, position, 4, heads, channels))(made)
     np.testing.assert_array_equal(
-        np.asarray(terms), checksum_terms(np, want, 0, Kind.CHECKSUM_LOW, request, position, 4, heads, channels))
+        np.asarray(terms), checksum_terms(np, want, 0, Kind.CHECKSUM_LOW, request, position, 4, heads, channels)
+    )
 
 
 def test_values_are_centred_of_variance_four_thirds_and_exact_in_their_dtype():
@@ -148,8 +152,12 @@ def make_schedule(requests, *, batch=4, data=2, pages_per_shard=8, page_size=16,
 
 
 def test_every_token_of_every_request_is_decoded_once_with_its_own_pages():
-    requests = [Request(i, c, g) for i, (c, g) in enumerate(
-        [(5, 3), (16, 1), (40, 30), (1, 17), (31, 2), (90, 38), (8, 8), (15, 1), (17, 40), (64, 64)])]
+    requests = [
+        Request(i, c, g)
+        for i, (c, g) in enumerate(
+            [(5, 3), (16, 1), (40, 30), (1, 17), (31, 2), (90, 38), (8, 8), (15, 1), (17, 40), (64, 64)]
+        )
+    ]
     schedule, allocator, pool = make_schedule(requests)
     decoded, filled, entered, tables = {}, {}, [], None
     for plan in schedule:
@@ -165,7 +173,7 @@ def test_every_token_of_every_request_is_decoded_once_with_its_own_pages():
                 continue
             assert length == position + 1
             decoded.setdefault(request, []).append(position)
-            pages = tables[row, :-(-length // pool.page_size)].tolist()
+            pages = tables[row, : -(-length // pool.page_size)].tolist()
             shard = row // (pool.batch // pool.data)
             assert all(page // pool.pages_per_shard == shard for page in pages)
             owned += pages

@@ -27,11 +27,22 @@ from paged_dist.kernels.paged_attention.megacore import check_target, simulation
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 
 
-def page_attention(query, key_cache, value_cache, context_lens, block_tables, *, sm_scale: float = 1.0,
-                   mask_value: float = DEFAULT_MASK_VALUE, attn_logits_soft_cap: float | None = None,
-                   sliding_window: int | None = None, pages_per_compute_block: int | None = None,
-                   megacore_mode: str | None = None, inline_seq_dim: bool = True,
-                   interpret: Interpret = None) -> jax.Array:
+def page_attention(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    *,
+    sm_scale: float = 1.0,
+    mask_value: float = DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    pages_per_compute_block: int | None = None,
+    megacore_mode: str | None = None,
+    inline_seq_dim: bool = True,
+    interpret: Interpret = None,
+) -> jax.Array:
     """Attention of one query token a sequence over its pages, on one chip.
 
     Call sites of JAX's `paged_attention(q, k_pages, v_pages, lengths, page_indices)` and of ejkernel's
@@ -74,13 +85,22 @@ def page_attention(query, key_cache, value_cache, context_lens, block_tables, *,
     """
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if hasattr(cache, "weight") and hasattr(cache, "scales"):
-            raise not_yet(f"{name} as a QuantizedTensor", "paged_decode_attention(key_scales=..., "
-                          "value_scales=...) will take int8 and fp8 pages; pass bfloat16 or float32 pages here")
+            raise not_yet(
+                f"{name} as a QuantizedTensor",
+                "paged_decode_attention(key_scales=..., "
+                "value_scales=...) will take int8 and fp8 pages; pass bfloat16 or float32 pages here",
+            )
     query, key_cache, value_cache, context_lens, block_tables = map(
-        jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables))
+        jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
+    )
     problem = check_cache(query, key_cache, value_cache, context_lens, block_tables)
-    check_options(sm_scale=sm_scale, soft_cap=attn_logits_soft_cap, sliding_window=sliding_window,
-                  mask_value=mask_value, soft_cap_name="attn_logits_soft_cap")
+    check_options(
+        sm_scale=sm_scale,
+        soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        mask_value=mask_value,
+        soft_cap_name="attn_logits_soft_cap",
+    )
     check_interpret(interpret)
     check_megacore(problem, megacore_mode)
     interpret = simulation(megacore_mode, interpret)
@@ -91,17 +111,48 @@ def page_attention(query, key_cache, value_cache, context_lens, block_tables, *,
         pages_per_compute_block = choose_pages_per_compute_block(stored)
     pages_per_compute_block = check_pages_per_compute_block(stored, pages_per_compute_block)
     return _page_attention(
-        query, key_cache, value_cache, context_lens, block_tables, sm_scale=float(sm_scale),
-        mask_value=float(mask_value), soft_cap=attn_logits_soft_cap, sliding_window=sliding_window,
-        pages_per_compute_block=pages_per_compute_block, megacore_mode=megacore_mode,
-        inline_seq_dim=bool(inline_seq_dim), interpret=interpret)
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        sm_scale=float(sm_scale),
+        mask_value=float(mask_value),
+        soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        pages_per_compute_block=pages_per_compute_block,
+        megacore_mode=megacore_mode,
+        inline_seq_dim=bool(inline_seq_dim),
+        interpret=interpret,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "sm_scale", "mask_value", "soft_cap", "sliding_window", "pages_per_compute_block", "megacore_mode",
-    "inline_seq_dim", "interpret"))
-def _page_attention(query, key_cache, value_cache, context_lens, block_tables, *, interpret,
-                    pages_per_compute_block, megacore_mode, inline_seq_dim, **options):
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "sm_scale",
+        "mask_value",
+        "soft_cap",
+        "sliding_window",
+        "pages_per_compute_block",
+        "megacore_mode",
+        "inline_seq_dim",
+        "interpret",
+    ),
+)
+def _page_attention(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    *,
+    interpret,
+    pages_per_compute_block,
+    megacore_mode,
+    inline_seq_dim,
+    **options,
+):
     head_dim = query.shape[-1]
 
     def kernel(query, key_cache, value_cache, context_lens, block_tables, *, interpret):
@@ -109,12 +160,20 @@ def _page_attention(query, key_cache, value_cache, context_lens, block_tables, *
         if head_dim < lanes and key_cache.shape[2] % (SUBLANES * lanes // head_dim):
             # Pages of 8 tokens would pack into half a tile: each token gets a whole row instead.
             query, key_cache, value_cache = (
-                jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lanes - head_dim)])
-                for x in (query, key_cache, value_cache))
+                jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lanes - head_dim)]) for x in (query, key_cache, value_cache)
+            )
         pools = (cache.reshape(1, *cache.shape[:2], -1, lanes) for cache in (key_cache, value_cache))
         output, _ = attend_pages_pallas(
-            query, *pools, context_lens, block_tables, pages_per_compute_block=pages_per_compute_block,
-            megacore_mode=megacore_mode, inline_seq_dim=inline_seq_dim, interpret=interpret, **options)
+            query,
+            *pools,
+            context_lens,
+            block_tables,
+            pages_per_compute_block=pages_per_compute_block,
+            megacore_mode=megacore_mode,
+            inline_seq_dim=inline_seq_dim,
+            interpret=interpret,
+            **options,
+        )
         return output[..., :head_dim]
 
     def xla(query, key_cache, value_cache, context_lens, block_tables):

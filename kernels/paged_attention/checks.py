@@ -71,21 +71,33 @@ def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Pr
     for name, cache in zip(_CACHE_NAMES[1:3], (key_cache, value_cache), strict=True):
         require(cache.ndim == 4, f"{name}.shape", cache.shape, "must be [Hkv, N, page_size, head_dim]")
     head_dim, width = query.shape[-1] if query.ndim else 0, key_cache.shape[-1]
-    require(query.ndim != 3 or head_dim == width, "query.shape", query.shape,
-            f"its head_dim {head_dim} must be that of key_cache, {width}")
+    require(
+        query.ndim != 3 or head_dim == width,
+        "query.shape",
+        query.shape,
+        f"its head_dim {head_dim} must be that of key_cache, {width}",
+    )
     page_size = key_cache.shape[2]
-    require(page_size >= SUBLANES and page_size % SUBLANES == 0, "key_cache.shape", key_cache.shape,
-            f"page_size {page_size} must be a multiple of {SUBLANES}")
+    require(
+        page_size >= SUBLANES and page_size % SUBLANES == 0,
+        "key_cache.shape",
+        key_cache.shape,
+        f"page_size {page_size} must be a multiple of {SUBLANES}",
+    )
     return _check(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
 
 
 def check_pools(query, key_pages, value_pages, lengths, block_tables) -> Problem:
     """The problem of stored, stacked pools [L, Hkv, N, R, W]; the rest as in `check_cache`."""
     for name, pool in zip(_POOL_NAMES[1:3], (key_pages, value_pages), strict=True):
-        require(pool.ndim == 5, f"{name}.shape", pool.shape, "must be [L, Hkv, N, rows, lanes]",
-                "add a leading axis of 1 to a single layer's pool")
-    return _check(_POOL_NAMES, query, key_pages, value_pages, lengths, block_tables,
-                  layers=key_pages.shape[0])
+        require(
+            pool.ndim == 5,
+            f"{name}.shape",
+            pool.shape,
+            "must be [L, Hkv, N, rows, lanes]",
+            "add a leading axis of 1 to a single layer's pool",
+        )
+    return _check(_POOL_NAMES, query, key_pages, value_pages, lengths, block_tables, layers=key_pages.shape[0])
 
 
 def _check(names, query, keys, values, lengths, tables, *, layers: int) -> Problem:
@@ -95,51 +107,105 @@ def _check(names, query, keys, values, lengths, tables, *, layers: int) -> Probl
     require(min(query.shape) >= 1, f"{q_name}.shape", query.shape, "every axis must be at least 1")
     require(min(keys.shape) >= 1, f"{k_name}.shape", keys.shape, "every axis must be at least 1")
     num_kv_heads, num_pages, rows, width = keys.shape[-4:]
-    require(values.shape == keys.shape, f"{v_name}.shape", values.shape,
-            f"must equal {k_name}.shape {keys.shape}")
-    require(num_q_heads % num_kv_heads == 0, f"{q_name}.shape", query.shape,
-            f"its {num_q_heads} heads must be a multiple of the {num_kv_heads} heads of {k_name}")
-    require(head_dim == 64 or head_dim % LANES == 0, f"{q_name}.shape", query.shape,
-            f"head_dim {head_dim} must be 64 or a multiple of {LANES}", "pad heads with zeros")
-    require(width % head_dim == 0 and width in (head_dim, LANES), f"{k_name}.shape", keys.shape,
-            f"a row must hold head_dim {head_dim} or, packed, {LANES} elements")
-    require(lengths.shape == (batch,), f"{n_name}.shape", lengths.shape,
-            f"must be ({batch},), the batch of {q_name}")
-    require(tables.ndim == 2 and tables.shape[0] == batch and tables.shape[1] >= 1, f"{t_name}.shape",
-            tables.shape,
-            f"must be ({batch}, pages_per_sequence), at least one page, the batch of {q_name}")
+    require(values.shape == keys.shape, f"{v_name}.shape", values.shape, f"must equal {k_name}.shape {keys.shape}")
+    require(
+        num_q_heads % num_kv_heads == 0,
+        f"{q_name}.shape",
+        query.shape,
+        f"its {num_q_heads} heads must be a multiple of the {num_kv_heads} heads of {k_name}",
+    )
+    require(
+        head_dim == 64 or head_dim % LANES == 0,
+        f"{q_name}.shape",
+        query.shape,
+        f"head_dim {head_dim} must be 64 or a multiple of {LANES}",
+        "pad heads with zeros",
+    )
+    require(
+        width % head_dim == 0 and width in (head_dim, LANES),
+        f"{k_name}.shape",
+        keys.shape,
+        f"a row must hold head_dim {head_dim} or, packed, {LANES} elements",
+    )
+    require(lengths.shape == (batch,), f"{n_name}.shape", lengths.shape, f"must be ({batch},), the batch of {q_name}")
+    require(
+        tables.ndim == 2 and tables.shape[0] == batch and tables.shape[1] >= 1,
+        f"{t_name}.shape",
+        tables.shape,
+        f"must be ({batch}, pages_per_sequence), at least one page, the batch of {q_name}",
+    )
     q_dtype, dtype = jnp.dtype(query.dtype).name, jnp.dtype(keys.dtype).name
     require(q_dtype in _FLOATS, f"{q_name}.dtype", q_dtype, f"must be one of {_FLOATS}")
-    require(dtype in _FLOATS, f"{k_name}.dtype", dtype, f"must be one of {_FLOATS}",
-            "int8 and fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)")
-    require(values.dtype == keys.dtype, f"{v_name}.dtype", jnp.dtype(values.dtype).name,
-            f"must be that of {k_name}, {dtype}")
+    require(
+        dtype in _FLOATS,
+        f"{k_name}.dtype",
+        dtype,
+        f"must be one of {_FLOATS}",
+        "int8 and fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)",
+    )
+    require(
+        values.dtype == keys.dtype,
+        f"{v_name}.dtype",
+        jnp.dtype(values.dtype).name,
+        f"must be that of {k_name}, {dtype}",
+    )
     for name, array in ((n_name, lengths), (t_name, tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", jnp.dtype(array.dtype).name, "must be int32")
-    return Problem(batch, num_q_heads, num_kv_heads, head_dim, layers, num_pages, rows, width,
-                   tables.shape[1], q_dtype, dtype)
+    return Problem(
+        batch, num_q_heads, num_kv_heads, head_dim, layers, num_pages, rows, width, tables.shape[1], q_dtype, dtype
+    )
 
 
 def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_name: str = "soft_cap") -> None:
     """Raises ValueError for an option outside its rule; all four are Python numbers, known before tracing."""
-    for name, value in (("sm_scale", sm_scale), (soft_cap_name, soft_cap), ("sliding_window", sliding_window),
-                        ("mask_value", mask_value)):
-        require(not isinstance(value, jax.core.Tracer), name, value,
-                "must be a Python number, not a traced value", "name it in static_argnames")
+    for name, value in (
+        ("sm_scale", sm_scale),
+        (soft_cap_name, soft_cap),
+        ("sliding_window", sliding_window),
+        ("mask_value", mask_value),
+    ):
+        require(
+            not isinstance(value, jax.core.Tracer),
+            name,
+            value,
+            "must be a Python number, not a traced value",
+            "name it in static_argnames",
+        )
     require(_finite(sm_scale), "sm_scale", sm_scale, "must be a finite number")
-    require(soft_cap is None or (_finite(soft_cap) and soft_cap > 0), soft_cap_name, soft_cap,
-            "must be None or a positive number")
-    require(sliding_window is None or (isinstance(sliding_window, int | np.integer) and sliding_window >= 1
-                                       and not isinstance(sliding_window, bool)),
-            "sliding_window", sliding_window, "must be None or a whole number of tokens, at least 1")
-    require(_finite(mask_value) and mask_value < 0, "mask_value", mask_value,
-            "must be a finite negative number", f"DEFAULT_MASK_VALUE is {DEFAULT_MASK_VALUE:.4g}")
+    require(
+        soft_cap is None or (_finite(soft_cap) and soft_cap > 0),
+        soft_cap_name,
+        soft_cap,
+        "must be None or a positive number",
+    )
+    require(
+        sliding_window is None
+        or (
+            isinstance(sliding_window, int | np.integer)
+            and sliding_window >= 1
+            and not isinstance(sliding_window, bool)
+        ),
+        "sliding_window",
+        sliding_window,
+        "must be None or a whole number of tokens, at least 1",
+    )
+    require(
+        _finite(mask_value) and mask_value < 0,
+        "mask_value",
+        mask_value,
+        "must be a finite negative number",
+        f"DEFAULT_MASK_VALUE is {DEFAULT_MASK_VALUE:.4g}",
+    )
 
 
 def check_interpret(interpret) -> None:
     """Raises ValueError unless `interpret` is one of the values that `_dispatch.dispatch` takes."""
-    require(interpret is None or isinstance(interpret, bool | pltpu.InterpretParams), "interpret", interpret,
-            "must be None, True, False or a pltpu.InterpretParams")
+    require(
+        interpret is None or isinstance(interpret, bool | pltpu.InterpretParams),
+        "interpret",
+        interpret,
+        "must be None, True, False or a pltpu.InterpretParams",
+    )
 
 
 def _finite(value) -> bool:
@@ -163,8 +229,13 @@ def check_megacore(problem: Problem, megacore_mode: str | None) -> None:
     """Raises ValueError for an unknown mode, or heads or sequences that two cores cannot share evenly."""
     require(megacore_mode in MEGACORE_MODES, "megacore_mode", megacore_mode, f"must be one of {MEGACORE_MODES}")
     for mode, name, count in (("kv_head", "kv heads", problem.num_kv_heads), ("batch", "sequences", problem.batch)):
-        require(megacore_mode != mode or count % NUM_CORES == 0, "megacore_mode", megacore_mode,
-                f"needs an even number of {name}, not {count}", "None runs on one core")
+        require(
+            megacore_mode != mode or count % NUM_CORES == 0,
+            "megacore_mode",
+            megacore_mode,
+            f"needs an even number of {name}, not {count}",
+            "None runs on one core",
+        )
 
 
 def smem_bytes(batch: int, pages_per_sequence: int) -> int:
@@ -176,10 +247,18 @@ def check_smem(problem: Problem, rows: int | None = None) -> None:
     """Raises ValueError where lengths and table, or `rows` rows of them, do not fit in one launch's scalar memory."""
     rows = problem.batch if rows is None else rows
     need, there = smem_bytes(rows, problem.pages_per_sequence), SMEM_BYTES - SMEM_RESERVED
-    what, works = (("the table and context_lens need", "split the batch, or use larger pages")
-                   if rows == problem.batch else (f"{rows} of its rows need", "use larger pages"))
-    require(need <= there, "block_tables.shape", (problem.batch, problem.pages_per_sequence),
-            f"{what} {need} bytes of SMEM, of which there are {there}", works)
+    what, works = (
+        ("the table and context_lens need", "split the batch, or use larger pages")
+        if rows == problem.batch
+        else (f"{rows} of its rows need", "use larger pages")
+    )
+    require(
+        need <= there,
+        "block_tables.shape",
+        (problem.batch, problem.pages_per_sequence),
+        f"{what} {need} bytes of SMEM, of which there are {there}",
+        works,
+    )
 
 
 def rows_per_launch(problem: Problem, multiple: int) -> int:
@@ -216,9 +295,13 @@ def check_pages_per_compute_block(problem: Problem, pages: int) -> int:
     require(whole and pages >= 1, "pages_per_compute_block", pages, "must be None or a whole number, at least 1")
     pages = min(int(pages), problem.pages_per_sequence)
     need = vmem_bytes(problem, pages)
-    require(need <= VMEM_BYTES, "pages_per_compute_block", pages,
-            f"needs {need} bytes of VMEM, of which there are {VMEM_BYTES}",
-            f"{choose_pages_per_compute_block(problem)} is the default here")
+    require(
+        need <= VMEM_BYTES,
+        "pages_per_compute_block",
+        pages,
+        f"needs {need} bytes of VMEM, of which there are {VMEM_BYTES}",
+        f"{choose_pages_per_compute_block(problem)} is the default here",
+    )
     return pages
 
 

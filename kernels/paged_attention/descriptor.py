@@ -25,8 +25,9 @@ class MultiPageAsyncCopyDescriptor:
       head_index: the kv head, may be traced.
     """
 
-    def __init__(self, pages_hbm_ref, vmem_buffer, sem, block_tables, page_indices_start_offset,
-                 num_pages_to_load, head_index):
+    def __init__(
+        self, pages_hbm_ref, vmem_buffer, sem, block_tables, page_indices_start_offset, num_pages_to_load, head_index
+    ):
         self._pages = pages_hbm_ref if head_index is None else pages_hbm_ref.at[head_index]
         self._buffer = vmem_buffer
         self._sem = sem

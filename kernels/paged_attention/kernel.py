@@ -59,23 +59,52 @@ class _Schedule:
 
     def after(self, b, h, i):
         """(b, h, i) of the block after this one on this core; b >= batch_size after the last."""
+
         def next_sequence():
-            return lax.while_loop(
-                lambda b: (b < self.batch_size) & (self.lengths_ref[jnp.minimum(b, self.batch_size - 1)] <= 0),
-                lambda b: b + self.b_step, b + self.b_step), jnp.int32(self.h_start), jnp.int32(0)
+            return (
+                lax.while_loop(
+                    lambda b: (b < self.batch_size) & (self.lengths_ref[jnp.minimum(b, self.batch_size - 1)] <= 0),
+                    lambda b: b + self.b_step,
+                    b + self.b_step,
+                ),
+                jnp.int32(self.h_start),
+                jnp.int32(0),
+            )
 
         def next_head():
-            return lax.cond(h + self.h_step < self.num_kv_heads,
-                            lambda: (b, h + self.h_step, jnp.int32(0)), next_sequence)
+            return lax.cond(
+                h + self.h_step < self.num_kv_heads, lambda: (b, h + self.h_step, jnp.int32(0)), next_sequence
+            )
 
         return lax.cond(i + 1 < self.num_blocks(b), lambda: (b, h, i + 1), next_head)
 
 
 def paged_flash_attention_kernel(
-    lengths_ref, page_indices_ref, buffer_index_ref, init_flag_ref, q_ref, k_pages_hbm_ref, v_pages_hbm_ref,
-    o_ref, m_ref, l_ref, k_vmem_buffer, v_vmem_buffer, k_sems, v_sems, *, batch_size, pages_per_compute_block,
-    pages_per_sequence, mask_value, attn_logits_soft_cap, megacore_mode, sliding_window=None, program_ids=(),
-    sm_scale=1.0, tokens_per_row=1,
+    lengths_ref,
+    page_indices_ref,
+    buffer_index_ref,
+    init_flag_ref,
+    q_ref,
+    k_pages_hbm_ref,
+    v_pages_hbm_ref,
+    o_ref,
+    m_ref,
+    l_ref,
+    k_vmem_buffer,
+    v_vmem_buffer,
+    k_sems,
+    v_sems,
+    *,
+    batch_size,
+    pages_per_compute_block,
+    pages_per_sequence,
+    mask_value,
+    attn_logits_soft_cap,
+    megacore_mode,
+    sliding_window=None,
+    program_ids=(),
+    sm_scale=1.0,
+    tokens_per_row=1,
 ):
     """One (sequence, kv head, block) a step of the grid (cores, sequences, kv heads, blocks).
 
@@ -99,10 +128,29 @@ def paged_flash_attention_kernel(
       tokens_per_row: 2 for packed pages; each token of a row has an output, m and l of its own, to be merged.
     """
     core, b, h, i = program_ids or tuple(pl.program_id(axis) for axis in range(4))
-    body = _Body(core, lengths_ref, page_indices_ref, buffer_index_ref, init_flag_ref, q_ref, k_pages_hbm_ref,
-                 v_pages_hbm_ref, k_vmem_buffer, v_vmem_buffer, k_sems, v_sems, batch_size,
-                 pages_per_compute_block, pages_per_sequence, mask_value, attn_logits_soft_cap, megacore_mode,
-                 sliding_window, sm_scale, tokens_per_row)
+    body = _Body(
+        core,
+        lengths_ref,
+        page_indices_ref,
+        buffer_index_ref,
+        init_flag_ref,
+        q_ref,
+        k_pages_hbm_ref,
+        v_pages_hbm_ref,
+        k_vmem_buffer,
+        v_vmem_buffer,
+        k_sems,
+        v_sems,
+        batch_size,
+        pages_per_compute_block,
+        pages_per_sequence,
+        mask_value,
+        attn_logits_soft_cap,
+        megacore_mode,
+        sliding_window,
+        sm_scale,
+        tokens_per_row,
+    )
     b, h = body.place(b, h)
     blocks = body.schedule.num_blocks(b)
 
@@ -122,24 +170,66 @@ def paged_flash_attention_kernel(
 
 
 def paged_flash_attention_kernel_inline_seq_dim(
-    lengths_ref, page_indices_ref, buffer_index_ref, init_flag_ref, q_ref, k_pages_hbm_ref, v_pages_hbm_ref,
-    o_ref, m_ref, l_ref, k_vmem_buffer, v_vmem_buffer, k_sems, v_sems, *, batch_size, pages_per_compute_block,
-    pages_per_sequence, mask_value, attn_logits_soft_cap, megacore_mode, sliding_window=None,
-    sm_scale=1.0, tokens_per_row=1,
+    lengths_ref,
+    page_indices_ref,
+    buffer_index_ref,
+    init_flag_ref,
+    q_ref,
+    k_pages_hbm_ref,
+    v_pages_hbm_ref,
+    o_ref,
+    m_ref,
+    l_ref,
+    k_vmem_buffer,
+    v_vmem_buffer,
+    k_sems,
+    v_sems,
+    *,
+    batch_size,
+    pages_per_compute_block,
+    pages_per_sequence,
+    mask_value,
+    attn_logits_soft_cap,
+    megacore_mode,
+    sliding_window=None,
+    sm_scale=1.0,
+    tokens_per_row=1,
 ):
     """`paged_flash_attention_kernel` with the blocks in a loop: one (sequence, kv head) a step of the grid.
 
     The grid is (cores, sequences, kv heads); refs and arguments are those of the other form.
     """
     core, b, h = (pl.program_id(axis) for axis in range(3))
-    body = _Body(core, lengths_ref, page_indices_ref, buffer_index_ref, init_flag_ref, q_ref, k_pages_hbm_ref,
-                 v_pages_hbm_ref, k_vmem_buffer, v_vmem_buffer, k_sems, v_sems, batch_size,
-                 pages_per_compute_block, pages_per_sequence, mask_value, attn_logits_soft_cap, megacore_mode,
-                 sliding_window, sm_scale, tokens_per_row)
+    body = _Body(
+        core,
+        lengths_ref,
+        page_indices_ref,
+        buffer_index_ref,
+        init_flag_ref,
+        q_ref,
+        k_pages_hbm_ref,
+        v_pages_hbm_ref,
+        k_vmem_buffer,
+        v_vmem_buffer,
+        k_sems,
+        v_sems,
+        batch_size,
+        pages_per_compute_block,
+        pages_per_sequence,
+        mask_value,
+        attn_logits_soft_cap,
+        megacore_mode,
+        sliding_window,
+        sm_scale,
+        tokens_per_row,
+    )
     b, h = body.place(b, h)
     rows = q_ref.shape[0]
-    start = (jnp.full((rows, 1), -jnp.inf, jnp.float32), jnp.zeros((rows, 1), jnp.float32),
-             jnp.zeros(q_ref.shape, jnp.float32))
+    start = (
+        jnp.full((rows, 1), -jnp.inf, jnp.float32),
+        jnp.zeros((rows, 1), jnp.float32),
+        jnp.zeros(q_ref.shape, jnp.float32),
+    )
     m, l, acc = lax.fori_loop(0, body.schedule.num_blocks(b), lambda i, carry: body.step(b, h, i, carry), start)
     m_ref[...] = jnp.broadcast_to(m, m_ref.shape)
     l_ref[...] = jnp.broadcast_to(l, l_ref.shape)
@@ -183,9 +273,19 @@ class _Body:
         cores = pl.num_programs(0)
         b_start, b_step = (self.core, cores) if self.megacore_mode == "batch" else (0, 1)
         h_start, h_step = (self.core, cores) if self.megacore_mode == "kv_head" else (0, 1)
-        return _Schedule(self.lengths_ref, self.batch_size, num_kv_heads, rows * self.tokens_per_row,
-                         self.pages_per_block, self.pages_per_sequence, self.sliding_window,
-                         b_start, b_step, h_start, h_step)
+        return _Schedule(
+            self.lengths_ref,
+            self.batch_size,
+            num_kv_heads,
+            rows * self.tokens_per_row,
+            self.pages_per_block,
+            self.pages_per_sequence,
+            self.sliding_window,
+            b_start,
+            b_step,
+            h_start,
+            h_step,
+        )
 
     def place(self, b, h):
         """The absolute sequence and head of the grid's (b, h) on this core."""
@@ -198,8 +298,11 @@ class _Body:
         offset = b * self.pages_per_sequence + first
         return tuple(
             MultiPageAsyncCopyDescriptor(pages, into.at[buffer], sems.at[buffer], self.table_ref, offset, count, h)
-            for pages, into, sems in ((self.k_pages_ref, self.k_buffer, self.k_sems),
-                                      (self.v_pages_ref, self.v_buffer, self.v_sems)))
+            for pages, into, sems in (
+                (self.k_pages_ref, self.k_buffer, self.k_sems),
+                (self.v_pages_ref, self.v_buffer, self.v_sems),
+            )
+        )
 
     def step(self, b, h, i, carry):
         """(m, l [rows, 1], sum [rows, D]) after block i, whose successor's copies are started meanwhile."""
@@ -262,8 +365,9 @@ class _Body:
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=1, keepdims=True)
         v = jnp.where(held, load_v(), 0.0)
-        acc = keep * acc + lax.dot_general(weight, v, (((1,), (0,)), ((), ())), precision=exact,
-                                           preferred_element_type=jnp.float32)
+        acc = keep * acc + lax.dot_general(
+            weight, v, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+        )
         return m_next, l, acc
 
 

@@ -32,10 +32,23 @@ from paged_dist.kernels.paged_attention.kernel import (
 from paged_dist.kernels.paged_attention.megacore import check_target, simulation
 
 
-def attend_pages_pallas(query, key_pages, value_pages, lengths, block_tables, layer=None, *, sm_scale=1.0,
-                        soft_cap=None, sliding_window=None, mask_value=DEFAULT_MASK_VALUE,
-                        pages_per_compute_block=None, megacore_mode=None, inline_seq_dim=True,
-                        interpret: Interpret = False):
+def attend_pages_pallas(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    layer=None,
+    *,
+    sm_scale=1.0,
+    soft_cap=None,
+    sliding_window=None,
+    mask_value=DEFAULT_MASK_VALUE,
+    pages_per_compute_block=None,
+    megacore_mode=None,
+    inline_seq_dim=True,
+    interpret: Interpret = False,
+):
     """`attend_pages_xla` by the Pallas kernel: same arguments, shapes and results, and
 
     Args:
@@ -52,12 +65,17 @@ def attend_pages_pallas(query, key_pages, value_pages, lengths, block_tables, la
       ValueError: what `attend_pages_xla` refuses, an unfit option, or a row of the table over scalar memory.
     """
     query, key_pages, value_pages, lengths, block_tables = map(
-        jnp.asarray, (query, key_pages, value_pages, lengths, block_tables))
+        jnp.asarray, (query, key_pages, value_pages, lengths, block_tables)
+    )
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
-    require(p.width == max(LANES, p.head_dim), "key_pages.shape", key_pages.shape,
-            f"the kernel takes rows of {max(LANES, p.head_dim)} lanes at head_dim {p.head_dim}",
-            "store two tokens a row, as CacheSpec does")
+    require(
+        p.width == max(LANES, p.head_dim),
+        "key_pages.shape",
+        key_pages.shape,
+        f"the kernel takes rows of {max(LANES, p.head_dim)} lanes at head_dim {p.head_dim}",
+        "store two tokens a row, as CacheSpec does",
+    )
     check_megacore(p, megacore_mode)
     interpret = simulation(megacore_mode, interpret)
     check_target(megacore_mode, interpret, query, key_pages)
@@ -70,16 +88,40 @@ def attend_pages_pallas(query, key_pages, value_pages, lengths, block_tables, la
     layer = jnp.zeros((), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32)
     pools = in_hbm(key_pages, value_pages, interpret=interpret)
     launch = functools.partial(
-        _launch, sm_scale=float(sm_scale), soft_cap=soft_cap, sliding_window=sliding_window,
-        mask_value=float(mask_value), pages_per_compute_block=pages_per_compute_block,
-        megacore_mode=megacore_mode, inline_seq_dim=inline_seq_dim, interpret=interpret)
-    parts = [launch(query[i:i + rows], *pools, lengths[i:i + rows], block_tables[i:i + rows], layer)
-             for i in range(0, p.batch, rows)]
+        _launch,
+        sm_scale=float(sm_scale),
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        mask_value=float(mask_value),
+        pages_per_compute_block=pages_per_compute_block,
+        megacore_mode=megacore_mode,
+        inline_seq_dim=inline_seq_dim,
+        interpret=interpret,
+    )
+    parts = [
+        launch(query[i : i + rows], *pools, lengths[i : i + rows], block_tables[i : i + rows], layer)
+        for i in range(0, p.batch, rows)
+    ]
     return parts[0] if len(parts) == 1 else tuple(map(jnp.concatenate, zip(*parts, strict=True)))
 
 
-def _launch(query, key_pages, value_pages, lengths, block_tables, layer, *, sm_scale, soft_cap, sliding_window,
-            mask_value, pages_per_compute_block, megacore_mode, inline_seq_dim, interpret):
+def _launch(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    layer,
+    *,
+    sm_scale,
+    soft_cap,
+    sliding_window,
+    mask_value,
+    pages_per_compute_block,
+    megacore_mode,
+    inline_seq_dim,
+    interpret,
+):
     """One launch: (output [B, Hq, D], lse [B, Hq])."""
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
     cores = 1 if megacore_mode is None else NUM_CORES
@@ -102,10 +144,17 @@ def _launch(query, key_pages, value_pages, lengths, block_tables, layer, *, sm_s
 
     body = paged_flash_attention_kernel_inline_seq_dim if inline_seq_dim else paged_flash_attention_kernel
     body = functools.partial(
-        body, batch_size=p.batch, pages_per_compute_block=pages_per_compute_block,
-        pages_per_sequence=p.pages_per_sequence, mask_value=mask_value, attn_logits_soft_cap=soft_cap,
-        megacore_mode=megacore_mode, sliding_window=sliding_window, sm_scale=sm_scale,
-        tokens_per_row=p.tokens_per_row)
+        body,
+        batch_size=p.batch,
+        pages_per_compute_block=pages_per_compute_block,
+        pages_per_sequence=p.pages_per_sequence,
+        mask_value=mask_value,
+        attn_logits_soft_cap=soft_cap,
+        megacore_mode=megacore_mode,
+        sliding_window=sliding_window,
+        sm_scale=sm_scale,
+        tokens_per_row=p.tokens_per_row,
+    )
 
     def kernel(layer_ref, lengths_ref, table_ref, buffer_index_ref, init_flag_ref, q_ref, k_ref, v_ref, *rest):
         layer = layer_ref[0]
@@ -114,8 +163,16 @@ def _launch(query, key_pages, value_pages, lengths, block_tables, layer, *, sm_s
     buffer = pltpu.VMEM((2, pages_per_compute_block, p.rows, p.width), key_pages.dtype)
     pool_spec = pl.BlockSpec(memory_space=pltpu.HBM)
     stats = (*q.shape[:-1], 1)
-    operands = (layer.reshape(1), lengths, block_tables.reshape(-1), jnp.zeros((1,), jnp.int32),
-                jnp.ones((1,), jnp.int32), q, key_pages, value_pages)
+    operands = (
+        layer.reshape(1),
+        lengths,
+        block_tables.reshape(-1),
+        jnp.zeros((1,), jnp.int32),
+        jnp.ones((1,), jnp.int32),
+        q,
+        key_pages,
+        value_pages,
+    )
     output, m, l = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -125,16 +182,17 @@ def _launch(query, key_pages, value_pages, lengths, block_tables, layer, *, sm_s
             out_specs=[a_head(p.width), a_head(1), a_head(1)],
             scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))],
         ),
-        out_shape=[out_struct(q.shape, out_dtype, *operands), out_struct(stats, jnp.float32, *operands),
-                   out_struct(stats, jnp.float32, *operands)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1))),
+        out_shape=[
+            out_struct(q.shape, out_dtype, *operands),
+            out_struct(stats, jnp.float32, *operands),
+            out_struct(stats, jnp.float32, *operands),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1))),
         interpret=interpret,
         name="paged_attention" + ("" if inline_seq_dim else "_blocks_in_grid"),
     )(*operands)
     output, lse = _merge_streams(p, output, m[..., 0], l[..., 0])
-    return (output.reshape(p.batch, p.num_q_heads, p.head_dim).astype(query.dtype),
-            lse.reshape(p.batch, p.num_q_heads))
+    return (output.reshape(p.batch, p.num_q_heads, p.head_dim).astype(query.dtype), lse.reshape(p.batch, p.num_q_heads))
 
 
 def _block_diagonal(q: jax.Array, streams: int) -> jax.Array:

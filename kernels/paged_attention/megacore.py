@@ -38,9 +38,13 @@ def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.A
     if megacore_mode is None:
         return
     if isinstance(interpret, pltpu.InterpretParams):
-        require(interpret.num_cores_or_threads == NUM_CORES, "interpret", interpret,
-                f"megacore_mode={megacore_mode!r} simulates {NUM_CORES} cores",
-                f"pass InterpretParams(num_cores_or_threads={NUM_CORES})")
+        require(
+            interpret.num_cores_or_threads == NUM_CORES,
+            "interpret",
+            interpret,
+            f"megacore_mode={megacore_mode!r} simulates {NUM_CORES} cores",
+            f"pass InterpretParams(num_cores_or_threads={NUM_CORES})",
+        )
         return
     device = target_device(*arrays)
     kind = getattr(device, "device_kind", "")
@@ -48,8 +52,13 @@ def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.A
         return
     # A v4 may also be set up as two devices of one core each.
     cores = getattr(device, "num_cores", None) or NUM_CORES
-    require(kind in _KINDS and cores == NUM_CORES, "megacore_mode", megacore_mode,
-            f"the program is for a {kind!r} of one core a device; megacore exists on v4 and v5p only", "pass None")
+    require(
+        kind in _KINDS and cores == NUM_CORES,
+        "megacore_mode",
+        megacore_mode,
+        f"the program is for a {kind!r} of one core a device; megacore exists on v4 and v5p only",
+        "pass None",
+    )
 
 
 def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:

@@ -5,8 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 
-def attention_oracle(query, key_pages, value_pages, lengths, block_tables, *, starts=None, sm_scale=1.0,
-                     soft_cap=None, sliding_window=None, sinks=None):
+def attention_oracle(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    *,
+    starts=None,
+    sm_scale=1.0,
+    soft_cap=None,
+    sliding_window=None,
+    sinks=None,
+):
     """Attention of one query token a sequence, straight from the formula, touching live tokens only.
 
     Args:

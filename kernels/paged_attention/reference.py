@@ -8,8 +8,17 @@ import jax.numpy as jnp
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_cache, check_options
 
 
-def ref_paged_attention(query, key_cache, value_cache, context_lens, block_tables, *,
-                        mask_value=DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, sliding_window=None):
+def ref_paged_attention(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    *,
+    mask_value=DEFAULT_MASK_VALUE,
+    attn_logits_soft_cap=None,
+    sliding_window=None,
+):
     """Attention of one query token a sequence over its pages, the plain reference: clear, not fast.
 
     softmax(cap(q k^T)) v over a sequence's live tokens, in f32; the query is not scaled. It gathers every page of
@@ -31,13 +40,21 @@ def ref_paged_attention(query, key_cache, value_cache, context_lens, block_table
       ValueError: shapes, dtypes or options that do not fit.
     """
     query, key_cache, value_cache, context_lens, block_tables = map(
-        jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables))
+        jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
+    )
     p = check_cache(query, key_cache, value_cache, context_lens, block_tables)
-    check_options(sm_scale=1.0, soft_cap=attn_logits_soft_cap, sliding_window=sliding_window,
-                  mask_value=mask_value, soft_cap_name="attn_logits_soft_cap")
+    check_options(
+        sm_scale=1.0,
+        soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        mask_value=mask_value,
+        soft_cap_name="attn_logits_soft_cap",
+    )
     ids = jnp.clip(block_tables, 0, p.num_pages - 1)
-    k, v = (cache[:, ids].reshape(p.num_kv_heads, p.batch, -1, p.head_dim).astype(jnp.float32)
-            for cache in (key_cache, value_cache))  # [Hkv, B, T, D]
+    k, v = (
+        cache[:, ids].reshape(p.num_kv_heads, p.batch, -1, p.head_dim).astype(jnp.float32)
+        for cache in (key_cache, value_cache)
+    )  # [Hkv, B, T, D]
     q = query.reshape(p.batch, p.num_kv_heads, p.group, p.head_dim).astype(jnp.float32)
 
     token = jnp.arange(k.shape[2])

@@ -18,8 +18,19 @@ _CHUNK_TOKENS = 256  # gathered for a sequence at a time: bounds the f32 copy of
 _ROWS = 2  # sequences computed side by side; those of similar length go together
 
 
-def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer=None, *, sm_scale=1.0,
-                     soft_cap=None, sliding_window=None, mask_value=DEFAULT_MASK_VALUE):
+def attend_pages_xla(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    layer=None,
+    *,
+    sm_scale=1.0,
+    soft_cap=None,
+    sliding_window=None,
+    mask_value=DEFAULT_MASK_VALUE,
+):
     """Attention of one query token a sequence over its live pages.
 
     Sequences are sorted by the pages they must read and taken a few at a time; each group loops over chunks
@@ -43,7 +54,8 @@ def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer
       ValueError: shapes, dtypes or options that do not fit.
     """
     query, key_pages, value_pages, lengths, block_tables = map(
-        jnp.asarray, (query, key_pages, value_pages, lengths, block_tables))
+        jnp.asarray, (query, key_pages, value_pages, lengths, block_tables)
+    )
     problem = check_pools(query, *map(_as_float, (key_pages, value_pages)), lengths, block_tables)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
@@ -64,8 +76,18 @@ def attend_pages_xla(query, key_pages, value_pages, lengths, block_tables, layer
         member = jnp.maximum(members, 0)
         length = jnp.where(members < 0, 0, lengths[member])
         q = query[member].reshape(rows, p.num_kv_heads, p.group, p.head_dim)
-        return _attend_rows(p, q, pools, layer, length, jnp.minimum(starts[member], length),
-                            block_tables[member], sm_scale=sm_scale, soft_cap=soft_cap, mask_value=mask_value)
+        return _attend_rows(
+            p,
+            q,
+            pools,
+            layer,
+            length,
+            jnp.minimum(starts[member], length),
+            block_tables[member],
+            sm_scale=sm_scale,
+            soft_cap=soft_cap,
+            mask_value=mask_value,
+        )
 
     output, lse = lax.map(attend, padded)
     place = jnp.argsort(order)  # where each sequence was computed
@@ -93,8 +115,9 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
         page = first[:, None] + i * chunk + jnp.arange(chunk, dtype=jnp.int32)  # [M, C]
         ids = jnp.take_along_axis(tables, jnp.minimum(page, p.pages_per_sequence - 1), axis=1)
         ids = heads[None, :, None] + jnp.clip(ids, 0, p.num_pages - 1)[:, None, :]  # [M, Hkv, C]
-        k, v = (_gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim)
-                for pool in pools)
+        k, v = (
+            _gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim) for pool in pools
+        )
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
         live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]

@@ -221,7 +221,7 @@ def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.
     exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink); an empty sequence (lse -inf) stays 0.
     """
     sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
-    share = jax.nn.sigmoid(lse - sinks)
+    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))  # -inf less a sink of -inf is NaN
     return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, sinks)
 
 

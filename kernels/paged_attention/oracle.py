@@ -51,7 +51,7 @@ def attention_oracle(
             if soft_cap is not None:
                 logits = soft_cap * np.tanh(logits / soft_cap)
             every = logits if sinks is None else np.append(logits, float(sinks[h]))
-            if every.size == 0:
+            if every.size == 0 or every.max() == -np.inf:
                 continue
             top = every.max()
             lse[b, h] = top + np.log(np.exp(every - top).sum())

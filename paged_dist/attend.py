@@ -25,6 +25,7 @@ from paged_dist._shard import (
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels._dispatch import as_kernel_dtype, dispatch
 from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
+from paged_dist.kernels.paged_attention.megacore import best_megacore_mode
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.mesh import MeshAxes
 
@@ -200,7 +201,8 @@ def _local(
 
     def kernel(query, key_pages, value_pages, *rest, interpret):
         pools = as_kernel_dtype(key_pages, value_pages)
-        return attend_pages_pallas(query, *pools, *rest, **options, interpret=interpret)
+        cores = None if interpret else best_megacore_mode(key_pages.shape[1], query.shape[0], query, *pools)
+        return attend_pages_pallas(query, *pools, *rest, **options, megacore_mode=cores, interpret=interpret)
 
     with jax.named_scope("attend"):
         output, lse = dispatch(

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
+from paged_dist._compat import lowering_for
 from paged_dist.attend import add_sinks
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
 from paged_dist.topology import topology_devices
@@ -354,6 +355,29 @@ def test_op_compiles_for_a_pod_with_either_axis_type(kind):
     compiled = aot.compile_on(mesh, run, query, pd.PagedKVCache.abstract(spec, mesh), int32(256), int32(256, 64))
     assert aot.collectives(compiled.as_text()) == []
     assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2) == []
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "local_heads", "rows", "grid"),
+    [
+        ("v4", 2, 4, (2, 4, 1)),  # megacore: kv heads over the two cores
+        ("v5p", 2, 4, (2, 4, 1)),
+        ("v5p", 1, 4, (2, 2, 1)),  # an odd number of heads: sequences
+        ("v5p", 1, 3, (1, 3, 1)),
+        ("v5e", 2, 4, (1, 4, 2)),
+        ("v6e", 2, 4, (1, 4, 2)),
+        ("v7x", 2, 4, (1, 4, 2)),
+    ],
+)
+def test_both_cores_of_a_megacore_chip_work(chip, local_heads, rows, grid):
+    mesh = absent_mesh(chip)
+    cache = pd.PagedKVCache.abstract(pd.CacheSpec(2 * local_heads, 128, 64), mesh)
+    query = jax.ShapeDtypeStruct((2 * rows, 8 * local_heads, 128), jnp.bfloat16)
+    int32 = lambda *dims: jax.ShapeDtypeStruct((2 * rows, *dims), jnp.int32)
+    with lowering_for(mesh):
+        jaxpr = jax.make_jaxpr(pd.sharded_paged_attention)(query, cache, int32(), int32(8))
+    assert f"grid={grid}" in str(jaxpr)
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -33,6 +33,12 @@ def target_device(*arrays: jax.Array):
     return jax.devices()[0] if jax.default_backend() == "tpu" else None
 
 
+def _has_megacore(device) -> bool:
+    # A v4 may also be set up as two devices of one core each.
+    cores = getattr(device, "num_cores", None) or NUM_CORES
+    return getattr(device, "device_kind", "") in _KINDS and cores == NUM_CORES
+
+
 def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.Array) -> None:
     """Raises ValueError where the program would meet a TPU, real or simulated, that has not two cores."""
     if megacore_mode is None:
@@ -50,10 +56,8 @@ def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.A
     kind = getattr(device, "device_kind", "")
     if not kind.startswith("TPU"):
         return
-    # A v4 may also be set up as two devices of one core each.
-    cores = getattr(device, "num_cores", None) or NUM_CORES
     require(
-        kind in _KINDS and cores == NUM_CORES,
+        _has_megacore(device),
         "megacore_mode",
         megacore_mode,
         f"the program is for a {kind!r} of one core a device; megacore exists on v4 and v5p only",
@@ -68,3 +72,14 @@ def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:
         if megacore_mode is not None:
             interpret = dataclasses.replace(interpret, num_cores_or_threads=NUM_CORES)
     return interpret
+
+
+def best_megacore_mode(num_kv_heads: int, batch: int, *arrays: jax.Array) -> str | None:
+    """The mode that puts both cores of the chip to work that `arrays`' program is lowered for.
+
+    By kv head where their number is even (both cores then have the same tokens to read), else by sequence; None
+    where neither divides, on a chip of one core a device, and where the chip is not known.
+    """
+    if not _has_megacore(target_device(*arrays)):
+        return None
+    return "kv_head" if num_kv_heads % NUM_CORES == 0 else "batch" if batch % NUM_CORES == 0 else None

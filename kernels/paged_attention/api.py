@@ -61,7 +61,7 @@ def page_attention(
       mask_value: what a masked logit becomes, finite and negative.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
       sliding_window: attend to the last so many tokens; pages wholly before them are not read.
-      pages_per_compute_block: pages the kernel loads and computes at a time; None picks about a thousand tokens,
+      pages_per_compute_block: pages the kernel loads and computes at a time; None picks about two thousand tokens,
         within VMEM. It need not divide S. It changes speed, and the result only by rounding.
       megacore_mode: None, or 'kv_head' or 'batch' to split these over the two cores of a v4 or v5p chip.
       inline_seq_dim: loop over a sequence's blocks inside the kernel (True), or in its grid.

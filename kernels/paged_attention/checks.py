@@ -221,7 +221,9 @@ NUM_CORES = 2  # of a megacore chip
 SMEM_BYTES = 1 << 20  # on every chip from v4 to v7x
 SMEM_RESERVED = 8 << 10  # Mosaic keeps 2.5 to 3 KiB of it (seen by compiling at the limit); the rest is headroom
 VMEM_BYTES = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
-_BLOCK_TOKENS = 1024  # the default block: long enough to hide a step's latency, short beside a long sequence
+_BLOCK_TOKENS = (
+    2048  # the default block: half the core time a token of 1024 (v6e, projected), short beside long sequences
+)
 _BLOCK_BYTES = 10 << 20  # VMEM the default block may take
 
 
@@ -282,7 +284,7 @@ def vmem_bytes(problem: Problem, pages_per_compute_block: int) -> int:
 
 
 def choose_pages_per_compute_block(problem: Problem) -> int:
-    """Pages a block where the caller names none: about a thousand tokens, less where VMEM is short."""
+    """Pages a block where the caller names none: about two thousand tokens, less where VMEM is short."""
     most = max(1, min(problem.pages_per_sequence, _BLOCK_TOKENS // problem.page_size))
     while most > 1 and vmem_bytes(problem, most) > _BLOCK_BYTES:
         most -= 1

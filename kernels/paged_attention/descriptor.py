@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 
@@ -36,21 +39,37 @@ class MultiPageAsyncCopyDescriptor:
         self._count = num_pages_to_load
 
     def start(self) -> None:
-        """Starts the copies."""
-        self._for_each(lambda i: self._copy(i, self._table[self._offset + i]).start())
+        """Starts the copies. An id outside the pool, which only a wrong table has, reads the pool's nearest page."""
+        last = self._pages.shape[0] - 1
+        self._for_each(lambda i: self._copy(i, jnp.clip(self._table[self._offset + i], 0, last)).start())
 
     def wait_and_get_loaded(self) -> jax.Array:
         """Waits for the copies. Returns the whole buffer as f32 [pages * P, D]."""
-        # A wait only counts bytes, so any page of the pool stands for the source.
-        self._for_each(lambda i: self._copy(i, 0).wait())
+
+        # A wait only counts bytes, so any page of the pool stands for the source, and the buffer for all of them.
+        def wait_for_all():
+            pltpu.make_async_copy(self._buffer, self._buffer, self._sem).wait()
+
+        self._for_each(lambda i: self._copy(i, 0).wait(), wait_for_all)
         return self._buffer[...].astype(jnp.float32).reshape(-1, self._buffer.shape[-1])
 
     def _copy(self, i, page):
         return pltpu.make_async_copy(self._pages.at[page], self._buffer.at[i], self._sem)
 
-    def _for_each(self, do) -> None:
-        if isinstance(self._count, int | np.integer):
-            for i in range(self._count):
+    def _for_each(self, do, do_all=None) -> None:
+        """`do(i)` for each page; a full buffer, the usual case, without a loop, or by `do_all()` where given."""
+        size = self._buffer.shape[0]
+
+        def unrolled(count):
+            for i in range(count):
                 do(i)
-        else:
+
+        full = do_all or functools.partial(unrolled, size)
+        if isinstance(self._count, int | np.integer):
+            full() if self._count == size else unrolled(self._count)
+            return
+        pl.when(self._count == size)(full)
+
+        @pl.when(self._count < size)
+        def _some():
             lax.fori_loop(0, self._count, lambda i, _: do(i), None)

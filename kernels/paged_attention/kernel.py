@@ -9,6 +9,7 @@ fetched, what else lies in a buffer is masked in K's scores and in V, and head_d
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -236,6 +237,23 @@ def paged_flash_attention_kernel_inline_seq_dim(
     o_ref[...] = _divide(acc, l).astype(o_ref.dtype)
 
 
+def _dot(x, y, axis, query_dtype):
+    """x [M, K] times y, contracted over y's `axis`, in f32: as exact as the query and y's dtype deserve.
+
+    The MXU takes bf16: f32 pages go through it in several passes, over bf16 pages an f32 query (and its weights) in
+    two, as the sum of two bf16, and a bf16 query's in one.
+    """
+    dot = functools.partial(
+        lax.dot_general, dimension_numbers=(((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    if y.dtype == jnp.float32:
+        return dot(x.astype(jnp.float32), y, precision=lax.Precision.HIGHEST)
+    high = x.astype(y.dtype)
+    if query_dtype == y.dtype:
+        return dot(high, y)
+    return dot(high, y) + dot((x - high.astype(jnp.float32)).astype(y.dtype), y)
+
+
 def _divide(acc, l):
     """acc / l, 0 where nothing was attended to."""
     return acc / jnp.where(l == 0.0, 1.0, l)
@@ -326,36 +344,53 @@ class _Body:
             self.buffer_index_ref[0] = 1 - buffer
 
         k_copy, v_copy = self.copies(b, h, i, buffer)
-        return self.attend(b, i, k_copy.wait_and_get_loaded, v_copy.wait_and_get_loaded, carry)
+        load_k, load_v = (
+            functools.partial(self.load_clean, b, i, copy, ref.at[buffer])
+            for copy, ref in ((k_copy, self.k_buffer), (v_copy, self.v_buffer))
+        )
+        # Dead rows of K only make dead scores, but packed rows of both are shared.
+        return self.attend(b, i, load_k if self.tokens_per_row > 1 else k_copy.wait_and_get_loaded, load_v, carry)
+
+    def load_clean(self, b, i, copy, ref):
+        """What `copy` loads into `ref` [pages, R, W], as f32 [pages * R, W], with zeros for dead tokens.
+
+        A buffer's dead rows may hold NaN, and 0 x NaN is NaN. They are cleared in the buffer, and only in a block
+        that has some: a select over every block's V takes as long as its matrix product.
+        """
+        copy.wait_and_get_loaded()
+        first, _ = self.schedule.block(b, i)
+        start, end = self.schedule.tokens(b)
+        page_size = self.schedule.page_size
+        has_dead = (first * page_size < start) | ((first + self.pages_per_block) * page_size > end)
+
+        @pl.when(has_dead)
+        def clear():
+            pages, rows, lanes = ref.shape
+            for page in range(pages):
+                row = _iota((rows, lanes), 0) * self.tokens_per_row
+                stream = lax.div(_iota((rows, lanes), 1), jnp.int32(lanes // self.tokens_per_row))
+                token = (first + page) * page_size + row + stream
+                kept = jnp.where((token >= start) & (token < end), ref[page].astype(jnp.float32), 0.0)
+                ref[page] = kept.astype(ref.dtype)
+
+        return ref[...].astype(jnp.float32).reshape(-1, ref.shape[-1])
+
+    def live_scores(self, b, i, shape):
+        """bool [query rows, T]: whether the token that a score belongs to is live."""
+        first, _ = self.schedule.block(b, i)
+        start, end = self.schedule.tokens(b)
+        token = first * self.schedule.page_size + _iota(shape, 1) * self.tokens_per_row
+        if self.tokens_per_row > 1:  # the query rows of a row's first token, then of its second
+            token += lax.div(_iota(shape, 0), jnp.int32(shape[0] // self.tokens_per_row))
+        return (token >= start) & (token < end)
 
     def attend(self, b, i, load_k, load_v, carry):
         """Online softmax (Milakov and Gimelshein, arXiv:1805.02867) over one block, in f32."""
         m, l, acc = carry
-        packed = self.tokens_per_row > 1
-        q = self.q_ref[...].astype(jnp.float32)
-        k = load_k()  # [T, W]: T rows of a block, a token each or two
-        first, _ = self.schedule.block(b, i)
-        start, end = self.schedule.tokens(b)
-        first_row = first * (self.schedule.page_size // self.tokens_per_row)
-
-        def is_live(row, stream):
-            token = (first_row + row) * self.tokens_per_row + stream
-            return (token >= start) & (token < end)
-
-        # Which of a row's tokens a score (by its sublane) and an element of K or V (by its lane) belong to.
-        score_shape, block_shape = (q.shape[0], k.shape[0]), k.shape
-        score_stream = lane_stream = 0
-        if packed:
-            score_stream = lax.div(_iota(score_shape, 0), jnp.int32(q.shape[0] // self.tokens_per_row))
-            lane_stream = lax.div(_iota(block_shape, 1), jnp.int32(k.shape[1] // self.tokens_per_row))
-        live = is_live(_iota(score_shape, 1), score_stream)
-        held = is_live(_iota(block_shape, 0), lane_stream)
-        if packed:  # the query's zeros do not silence a dead neighbour's NaN: 0 x NaN is NaN
-            k = jnp.where(held, k, 0.0)
-
-        exact = lax.Precision.HIGHEST if self.k_buffer.dtype == jnp.float32 else None
-        s = lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
-        s = s * self.sm_scale
+        q = self.q_ref[...]
+        k = load_k().astype(self.k_buffer.dtype)  # [T, W]: T rows of a block, a token each or two
+        live = self.live_scores(b, i, (q.shape[0], k.shape[0]))
+        s = _dot(q, k, 1, q.dtype) * self.sm_scale
         if self.soft_cap is not None:
             s = self.soft_cap * jnp.tanh(s / self.soft_cap)
         s = jnp.where(live, s, self.mask_value)
@@ -364,10 +399,7 @@ class _Body:
         weight = jnp.where(live, jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=1, keepdims=True)
-        v = jnp.where(held, load_v(), 0.0)
-        acc = keep * acc + lax.dot_general(
-            weight, v, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-        )
+        acc = keep * acc + _dot(weight, load_v().astype(self.v_buffer.dtype), 0, q.dtype)
         return m_next, l, acc
 
 

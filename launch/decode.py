@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import warnings
 import zlib
@@ -40,6 +41,7 @@ flags.adopt_module_key_flags(shared)
 NAME = "paged-dist-decode"
 _DRAWN_REQUESTS = 96
 _ROWS_A_SHARD = 16
+_MOST_ROWS = _MOST_COLUMNS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
 
 @contextlib.contextmanager
@@ -151,9 +153,11 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
     mesh = mesh_from_flags(model.num_kv_heads)
     data, context = mesh.shape["data"], mesh.shape["context"]
     batch = shared.BATCH.value or _ROWS_A_SHARD * data
+    require(batch <= _MOST_ROWS, "--batch", batch, f"must be at most {_MOST_ROWS}")
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
     columns = shared.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
+    require(columns <= _MOST_COLUMNS, "--pages_per_sequence", columns, f"must be at most {_MOST_COLUMNS}")
     require(
         columns * page_size >= longest.tokens,
         "--pages_per_sequence",
@@ -165,9 +169,29 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
     pages = shared.NUM_PAGES.value or Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     spec.check_mesh(mesh)
+    check_memory(spec, mesh)
     pool = Pool(batch, data, context, pages // shards, page_size)
     pool.check_fits(requests)
     return Run(model, mesh, spec, pool, requests, workload, columns)
+
+
+def check_memory(spec, mesh) -> None:
+    """Raises ValueError where this process's part of the cache is over the memory it goes to, if that is known."""
+    import jax
+
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    need, where = spec.bytes_per_chip(mesh), "a device has"
+    if here[0].platform == "cpu":  # simulated devices share the host
+        need, have, where = need * len(here), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host has"
+    else:
+        have = (here[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    require(
+        need <= have,
+        "--num_pages",
+        spec.num_pages,
+        f"a cache of {need / 1e9:.1f} GB, where {where} {have / 1e9:.1f} GB",
+        "give fewer pages, layers or heads, or a smaller --batch",
+    )
 
 
 def check_agreement(run: Run) -> None:
@@ -259,7 +283,7 @@ def main(argv) -> int:
 
     from paged_dist import PageAllocator, describe_mesh
     from paged_dist.launch import report
-    from paged_dist.launch.engine import CHUNK_TOKENS, Engine
+    from paged_dist.launch.engine import Engine
     from paged_dist.launch.schedule import Schedule, choose_checks
 
     first = jax.process_index() == 0
@@ -275,7 +299,7 @@ def main(argv) -> int:
         engine = Engine(model, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
         allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
         checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, SEED.value)
-        schedule = Schedule(requests, allocator, run.pool, CHUNK_TOKENS, checks)
+        schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
     say(describe_mesh(run.mesh).partition("\n")[0])
     say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
     engine.compile()

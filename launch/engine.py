@@ -19,8 +19,8 @@ from paged_dist.launch.schedule import Check, Schedule, StepPlan
 from paged_dist.launch.step import Model, decode_step, prefill_chunks, shardings
 from paged_dist.launch.synthetic import Kind, values
 
-CHUNK_TOKENS = 256  # prompt tokens that one chunk writes
 CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
+_CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
 
 # The oracle is exact; what is allowed is the output's own rounding and that of the weights, relative to the
 # largest output of the row.
@@ -113,6 +113,8 @@ class Engine:
     ):
         self.model, self.spec, self.mesh = model, spec, mesh
         self._at = shardings(mesh)
+        # Whole pages: two chunks of one prompt may come in one call, and must not write one page.
+        self.chunk_tokens = max(1, _CHUNK_TOKENS // spec.page_size) * spec.page_size
         self.measured = Measured()
         data, shards = mesh.shape["data"], mesh.shape["model"]
         int32 = lambda name, *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._at[name])
@@ -125,7 +127,7 @@ class Engine:
                 jax.jit(decode_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
                     cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
                 ),
-                jax.jit(prefill_chunks(model, mesh, CHUNK_TOKENS, implementation), donate_argnums=0).lower(
+                jax.jit(prefill_chunks(model, mesh, self.chunk_tokens, implementation), donate_argnums=0).lower(
                     cache, int32("chunks", CHUNKS, 4), tables
                 ),
             )

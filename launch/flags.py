@@ -59,6 +59,7 @@ BIND_ADDRESS = flags.DEFINE_string(
 
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32"}
 _DTYPES_TO_COME = ("int8", "fp8", "fp8_e4m3", "float8_e4m3fn")
+_HELP = frozenset(("-h", "-help", "--help", "-?"))
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -70,6 +71,9 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
     """Parses the flags, runs `main` and exits with its result; bad flags and UsageError give exit code 2."""
 
     def parse(argv):
+        if _HELP.intersection(argv[1:]):  # absl looks for the flags of the console script, which has none, and exits 1
+            print(f"{sys.modules[main.__module__].__doc__}\nFlags:\n{flags.FLAGS.module_help(main.__module__)}")
+            sys.exit(0)
         try:
             rest = flags.FLAGS(argv)
         except flags.Error as e:

@@ -38,9 +38,17 @@ def is_simulated(implementation: Implementation) -> bool:
 
 def op_mesh(cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Mesh | AbstractMesh:
     """The mesh of a sharded op: the argument, else the cache's, else the one in scope; checked against the cache."""
+    require(
+        isinstance(axes, MeshAxes), "axes", axes, "must be a MeshAxes", "MeshAxes(data=..., context=..., model=...)"
+    )
+    scope = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual in scope.axis_types:
+        raise bad_value(
+            "mesh", dict(scope.shape), "is split by a shard_map already", "use the op's _local form in there"
+        )
     mesh = mesh if mesh is not None else cache.mesh
     if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh = scope
         if mesh.empty:
             raise bad_value(
                 "mesh", None, "the cache knows no mesh and none is in scope", "pass mesh=, or enter jax.set_mesh(mesh)"

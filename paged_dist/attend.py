@@ -24,6 +24,7 @@ from paged_dist._shard import (
 )
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels._dispatch import as_kernel_dtype, dispatch
+from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options
 from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
 from paged_dist.kernels.paged_attention.megacore import best_megacore_mode
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
@@ -78,21 +79,27 @@ def sharded_paged_attention(
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
       NotImplementedError: a context axis larger than 1.
     """
+    query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
+    sinks = None if sinks is None else jnp.asarray(sinks)
     mesh = op_mesh(cache, mesh, axes)
     cache.check_layer(layer)
-    _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation)
+    _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
-    run = functools.partial(
-        _sharded,
-        sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
+    return _sharded(
+        query,
+        cache,
+        lengths,
+        block_tables,
+        layer,
+        sinks,
+        sm_scale=float(sm_scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sliding_window=None if sliding_window is None else int(sliding_window),
         return_lse=return_lse,
         mesh=mesh,
         axes=axes,
         implementation=implementation,
     )
-    return run(query, cache, lengths, block_tables, layer, sinks)
 
 
 @functools.partial(
@@ -161,7 +168,7 @@ def paged_attention_local(
     Raises:
       ValueError, NotImplementedError: as `sharded_paged_attention`.
     """
-    _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation)
+    _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
     return _local(
         query,
         cache,
@@ -227,7 +234,7 @@ def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.
     return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, sinks)
 
 
-def _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window, implementation) -> None:
+def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation) -> None:
     """The checks that hold for whole arrays and for one shard's alike."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
@@ -256,7 +263,4 @@ def _check(query, cache, lengths, block_tables, sinks, soft_cap, sliding_window,
         None if sinks is None else sinks.shape,
         f"must be ({heads},)",
     )
-    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "must be None or positive")
-    require(
-        sliding_window is None or sliding_window >= 1, "sliding_window", sliding_window, "must be None or at least 1"
-    )
+    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import warnings
 
 import jax
@@ -15,10 +16,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import not_yet, require
 from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype
+from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.mesh import MeshAxes
-
-LANES = 128  # a TPU register's minor axis: a stored row is a multiple of it, or XLA pads or relayouts the pool
-SUBLANES = 8  # rows of the smallest aligned tile
 
 _DTYPES = ("bfloat16", "float32")
 _DTYPES_TO_COME = ("int8", "float8_e4m3fn")
@@ -57,11 +56,13 @@ class CacheSpec:
             raise not_yet(f"CacheSpec(dtype={name!r})", f"use one of {_DTYPES}")
         require(name in _DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {_DTYPES}")
         object.__setattr__(self, "dtype", name)
-        for field in ("num_kv_heads", "num_pages", "page_size", "head_dim"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
-        require(
-            self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "must be None or at least 1"
-        )
+        for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
+            value = getattr(self, field)
+            if field == "num_layers" and value is None:
+                continue
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            require(whole and value >= 1, field, value, "must be a whole number, at least 1")
+            object.__setattr__(self, field, int(value))
         require(
             self.head_dim == 64 or self.head_dim % LANES == 0,
             "head_dim",
@@ -206,7 +207,8 @@ class PagedKVCache:
         Args:
           key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16 or f32.
           mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
-            NamedSharding if they have one.
+            NamedSharding if they have one. What is in place already is not copied: an eager write then takes
+            the caller's arrays over too.
 
         Raises:
           ValueError: the two disagree, or a shape that CacheSpec refuses.

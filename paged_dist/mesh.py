@@ -35,6 +35,18 @@ class MeshAxes:
     context: AxisNames = "context"  # the pages of one sequence are split
     model: AxisNames = "model"  # heads are split
 
+    def __post_init__(self):
+        for part in ("data", "context", "model"):
+            names = getattr(self, part)
+            if isinstance(names, list):
+                object.__setattr__(self, part, names := tuple(names))
+            if not (
+                names is None
+                or isinstance(names, str)
+                or (isinstance(names, tuple) and all(isinstance(n, str) for n in names))
+            ):
+                raise bad_value(f"axes.{part}", names, "must be a mesh axis's name, a tuple of names, or None")
+
     def names(self, part: str) -> tuple[str, ...]:
         """The mesh axes of `part` ('data', 'context' or 'model'), outermost first; empty for None."""
         axes = getattr(self, part)

@@ -151,9 +151,9 @@ def write_prefill_kv(
       lengths: [R] int32, one past the last token to write; at most starts[r] + T are.
       block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`).
       starts: [R] int32, position of key[r, 0]; None: 0. A negative one writes nothing.
-      rows: [R] int32 indices into block_tables' rows, no row twice; a negative one, or one past B, writes
-        nothing. key, value then are the same on every data shard. None: R = B, row r is sequence r, and all of
-        them are sharded over data.
+      rows: [R] int32 indices into block_tables' rows, one twice only where its chunks share no page; a negative
+        one, or one past B, writes nothing. key, value then are the same on every data shard. None: R = B, row r
+        is sequence r, and all of them are sharded over data.
       layer, mesh, axes, implementation: as in `sharded_paged_attention`.
 
     Returns:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import needs_libtpu
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
 from paged_dist.topology import topology_devices
@@ -88,6 +89,37 @@ def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> None:
     assert aot.collectives(text) == []
     assert memory.temp_size_in_bytes < layer_pool
     assert memory.alias_size_in_bytes >= spec.bytes_per_chip(mesh)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("some_rows", [False, True], ids=["all_rows", "some_rows"])
+@pytest.mark.parametrize("num_layers", [None, 4], ids=["loop", "scan_over_4_layers"])
+@pytest.mark.parametrize("pages", [64, 256])  # 2 and 8 MiB a layer's pool on a chip: such tempt XLA into VMEM
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
+def test_prompts_are_written_in_place(chip, pages, num_layers, some_rows):
+    mesh = pod_mesh(aot.CHIPS[chip], 2, 1)
+    spec = pd.CacheSpec(1, 128, pages * 2, 128, num_layers=num_layers)
+
+    def fill(cache, new, lengths, tables, rows):
+        def write(cache, layer):
+            chosen = rows if some_rows else None
+            return pd.write_prefill_kv(cache, new, new, lengths, tables, rows=chosen, layer=layer), None
+
+        if num_layers is None:
+            return jax.lax.fori_loop(0, 3, lambda _, cache: write(cache, None)[0], cache)
+        return jax.lax.scan(write, cache, jnp.arange(num_layers))[0]
+
+    def shape(dtype, *dims, split=not some_rows):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P("data" if split else None)))
+
+    new, int32 = shape(jnp.bfloat16, 4, 2048, 1, 128), functools.partial(shape, jnp.int32)
+    args = (pd.PagedKVCache.abstract(spec, mesh), new, int32(4), int32(4, 16, split=True), int32(4, split=False))
+    compiled = aot.compile_on(mesh, fill, *args, donate_argnums=0)
+    pool = ",".join(map(str, (*spec.pool_shape[:-3], pages, *spec.pool_shape[-2:])))
+    moved = aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2 // (num_layers or 1))
+    assert [m for m in moved if f"{pool}]" in m] == []  # the prompts themselves may be as large
+    assert aot.collectives(compiled.as_text()) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= spec.bytes_per_chip(mesh)
 
 
 @needs_libtpu

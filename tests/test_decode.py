@@ -140,7 +140,7 @@ def engine_run(model, requests, batch=8, page_size=16):
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
     pool = Pool(batch, 4, 1, spec.num_pages // 4, page_size)
     engine.compile()
-    return engine.run(Schedule(requests, PageAllocator(spec, mesh, batch, columns), pool, 256, checks))
+    return engine.run(Schedule(requests, PageAllocator(spec, mesh, batch, columns), pool, engine.chunk_tokens, checks))
 
 
 REQUESTS = [Request(i, 20 + 37 * i % 300, 3 + i % 4) for i in range(12)]
@@ -158,6 +158,16 @@ def test_outputs_agree_with_the_oracle(model):
     assert measured.checked == len(REQUESTS)
     assert measured.worst_error < ERROR_BOUNDS[model.dtype] / 2
     assert sum(measured.live_rows) == sum(r.generated for r in REQUESTS)
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size")
+@pytest.mark.parametrize("page_size", [48, 96, 512])
+def test_pages_that_no_power_of_two_of_tokens_fills(page_size):
+    """A prompt's chunks are whole pages: several of them are written in one call, and none may undo another."""
+    requests = [Request(i, context, 3) for i, context in enumerate((700, 512, 97, 300))]
+    measured = engine_run(CASES[0], requests, page_size=page_size)
+    assert measured.checked == len(requests)
+    assert measured.worst_error < ERROR_BOUNDS["float32"] / 2
 
 
 def _last_token_lost(attend):
@@ -306,6 +316,9 @@ def refused(tmp_path, *arguments):
         (["--kv_dtype=f64"], "--kv_dtype='f64'"),
         (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
         (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
+        (["--batch=100000000"], "--batch=100000000: must be at most"),
+        (["--pages_per_sequence=99999999"], "--pages_per_sequence=99999999: must be at most"),
+        (["--num_pages=2000000"], "--num_pages=2000000: a cache of"),
         (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
         (["--head_dim=80"], "head_dim=80"),
         (["--page_size=20"], "page_size=20"),

@@ -105,6 +105,20 @@ def test_random_rounds_of_writes_agree_with_numpy(interpret):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+@pytest.mark.parametrize("start", [64, 2**31 - 4, 2**31 - 1, -(2**31)])
+def test_positions_outside_the_table_write_nothing(start, tokens, interpret):
+    """At the table's edge and at int32's."""
+    pool = jnp.ones((1, 1, 8, 16, 128))
+    new = jnp.full((2, tokens, 1, 128), 7.0)
+    starts = jnp.array([start, -1], jnp.int32)
+    tables = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    ends = jnp.array([2**31 - 1, 5], jnp.int32)
+    for pages in write_kv_pages(pool, pool, new, new, starts, ends, tables, interpret=interpret):
+        assert (np.asarray(pages) == 1).all()
+
+
 # kv heads, pages, page_size, head_dim, dtype, batch, new tokens
 COMPILED = [
     (8, 512, 128, 128, "bfloat16", 32, 1),
@@ -131,6 +145,17 @@ def test_compiled_write_is_in_place(chip, heads, pages, page_size, head_dim, dty
     assert "tpu_custom_call" in compiled.as_text()
     assert aot.values_as_large_as(compiled.as_text(), layer_pool) == []
     assert compiled.memory_analysis().alias_size_in_bytes >= 4 * layer_pool
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_lone_write_into_a_pool_that_would_fit_vmem_stays_in_hbm(chip):
+    pool = jax.ShapeDtypeStruct((2, 1, 64, 128, 128), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((4, 2048, 1, 128), jnp.bfloat16)
+    int32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    args = (pool, pool, new, new, int32(4), int32(4), int32(4, 16), int32())
+    compiled = aot.compile_on(aot.one_chip_mesh(chip), write_kv_pages, *args, donate_argnums=(0, 1))
+    assert [v for v in aot.values_as_large_as(compiled.as_text(), 2**21) if "64,128,128]" in v] == []
 
 
 @needs_libtpu

@@ -143,6 +143,9 @@ def test_what_a_process_started_ends_with_the_pod(pod, tmp_path):
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])
 with open(f'{folder}/pid-child{me}', 'w') as f:
     print(child.pid, file=f)
+import glob
+while len([p for p in glob.glob(f'{folder}/pid*') if os.path.getsize(p)]) < 4:  # all have written theirs
+    time.sleep(0.05)
 sys.exit(0 if me else 3)
 """,
         "--processes=2",

@@ -177,7 +177,7 @@ STORED = dict(key=(1, 2, 6, 8, 128), value=(1, 2, 6, 8, 128))
         (
             dict(query=(4, 4, 64), key=(1, 2, 6, 8, 64), value=(1, 2, 6, 8, 64)),
             {},
-            "key_pages.shape=(1, 2, 6, 8, 64): the kernel takes rows of 128 lanes at head_dim 64; store two tokens a row",
+            "key_pages.shape=(1, 2, 6, 8, 64): the kernel takes rows of 128 lanes at head_dim 64",
         ),
         (
             dict(STORED, tables=(4, 300_000)),

@@ -394,6 +394,9 @@ def test_both_cores_of_a_megacore_chip_work(chip, local_heads, rows, grid):
         (dict(block_tables=((4,), "int32")), r"block_tables\.shape=\(4,\).*\[4, pages_per_sequence\]"),
         (dict(sinks=jnp.zeros(4)), r"sinks\.shape=\(4,\).*\(8,\)"),
         (dict(sliding_window=0), "sliding_window=0.*at least 1"),
+        (dict(sliding_window="4"), "sliding_window='4'.*whole number"),
+        (dict(sm_scale=float("nan")), "sm_scale=nan.*finite"),
+        (dict(axes="data"), "axes='data'.*MeshAxes"),
         (dict(soft_cap=-1.0), r"soft_cap=-1\.0.*positive"),
         (dict(implementation="triton"), "implementation='triton'.*one of"),
         (dict(layer=0), "layer=0.*no layer axis"),
@@ -419,6 +422,9 @@ def test_bad_calls_are_refused_before_anything_compiles(changes, names):
         (dict(dtype="float16"), "dtype='float16'.*bfloat16"),
         (dict(num_pages=0), "num_pages=0.*at least 1"),
         (dict(num_layers=0), "num_layers=0"),
+        (dict(num_pages=16.0), r"num_pages=16\.0.*whole number"),
+        (dict(num_layers=2.5), r"num_layers=2\.5.*whole number"),
+        (dict(page_size="16"), "page_size='16'.*whole number"),
     ],
 )
 def test_bad_specs_are_refused(arguments, names):
@@ -442,6 +448,32 @@ def test_quantised_caches_are_not_in_this_release(dtype):
 def test_specs_that_do_not_divide_over_the_mesh_are_refused(spec, names):
     with pytest.raises(ValueError, match=names):
         pd.PagedKVCache.create(spec, pod())
+
+
+def test_the_sharded_op_inside_a_shard_map_names_the_local_form():
+    case, mesh = Case(), pod()
+    cache = case.cache(mesh)
+    step = jax.shard_map(
+        lambda q, c, n, t: pd.sharded_paged_attention(q, c, n, t), mesh=mesh,
+        in_specs=(P("data", "model"), cache.partition_specs(), P("data"), P("data")), out_specs=P("data", "model"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"mesh=.*_local form"):
+        step(case.query, cache, *case.rest)
+
+
+def test_a_wrong_id_in_a_live_entry_reads_the_nearest_page_and_no_further():
+    """Such a table is the caller's fault; what comes out is finite, and other rows are untouched."""
+    case = Case(lengths=(33, 5, 48, 64), dtype="float32")
+    tables = np.array(case.arrays["block_tables"])
+    tables[0, :2] = [2**30, -5]
+    cache = pd.PagedKVCache.from_pages(
+        *(jnp.nan_to_num(jnp.asarray(case.arrays[k])) for k in ("key", "value")), mesh=pod()
+    )
+    args = (case.query, cache, case.rest[0], jnp.asarray(tables))
+    for implementation in (None, "pallas_interpret"):
+        output = pd.sharded_paged_attention(*args, sm_scale=SCALE, implementation=implementation)
+        assert np.isfinite(output).all()
+        np.testing.assert_allclose(output[1:], case.oracle(sm_scale=SCALE)[0][1:], rtol=1e-5, atol=1e-5)
 
 
 def test_context_axis_is_refused_in_the_local_form_too():

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
-from paged_dist.kernels._dispatch import Interpret
+from paged_dist.kernels._dispatch import Interpret, in_hbm
 from paged_dist.kernels.kv_cache_update.tiles import (
     ITEMS_PER_STEP,
     VMEM_BUDGET,
@@ -30,7 +30,7 @@ ITEMS_PER_LAUNCH = 32768  # four int32 a tile in SMEM: half of its 1 MiB
 class _Pool(NamedTuple):
     """One of the two pools inside the kernel."""
 
-    pages: jax.Ref  # [L, Hkv, N, rows, W] in HBM, aliased to the operand
+    pages: jax.Ref  # [1, L, Hkv, N, rows, W] in HBM, aliased to the operand
     new: jax.Ref  # [C, Hkv, tile_rows, W] in the pool's dtype, or [C, Hkv, W] float32: one token a tile
     tile: jax.Ref  # [C, Hkv, tile_rows, W] what was read, then what is written
     read: jax.Ref  # [C] DMA semaphores
@@ -70,7 +70,7 @@ def _update_kernel(
 
     def stored(pool: _Pool, item) -> jax.Ref:
         row = pl.multiple_of(row_ref[item], tile_rows)
-        return pool.pages.at[layer, :, page_ref[item], pl.ds(row, tile_rows), :]
+        return pool.pages.at[0, layer, :, page_ref[item], pl.ds(row, tile_rows), :]
 
     def touched(item):
         return last_ref[item] > first_ref[item]
@@ -163,11 +163,12 @@ def _launch(key_pages, value_pages, tiles: Tiles, layer, pool: PoolShape, tile_r
     new_block = pl.BlockSpec((items, *tiles.key.shape[1:]), lambda i, *_: (i,) + (0,) * (tiles.key.ndim - 1))
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     scalars = (layer, tiles.page, tiles.row, tiles.first, tiles.last)
-    # No memory-space constraint here: jax 0.10 does not carry one over to an aliased result, and XLA leaves an
-    # aliased operand where it is.
-    operands = (*scalars, tiles.key, tiles.value, key_pages, value_pages)
+    # Pinned to HBM, or XLA moves a pool that fits into VMEM there and back. The extra axis is for jax 0.10: its XLA
+    # refuses a pinned operand that is the program's parameter and result as it stands, but takes a reshape of one.
+    pools = in_hbm(key_pages[None], value_pages[None], interpret=interpret)
+    operands = (*scalars, tiles.key, tiles.value, *pools)
     tile = pltpu.VMEM((items, pool.kv_heads, tile_rows, pool.lanes), key_pages.dtype)
-    return pl.pallas_call(
+    written = pl.pallas_call(
         functools.partial(_update_kernel, shape=pool, tile_rows=tile_rows, items=items),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -177,10 +178,11 @@ def _launch(key_pages, value_pages, tiles: Tiles, layer, pool: PoolShape, tile_r
             scratch_shapes=[tile, tile, pltpu.SemaphoreType.DMA((2, items)), pltpu.SemaphoreType.DMA((2, items))],
         ),
         out_shape=[
-            out_struct(key_pages.shape, key_pages.dtype, *operands),
-            out_struct(value_pages.shape, value_pages.dtype, *operands),
+            out_struct(pools[0].shape, key_pages.dtype, *operands),
+            out_struct(pools[1].shape, value_pages.dtype, *operands),
         ],
         input_output_aliases={len(scalars) + 2: 0, len(scalars) + 3: 1},
         interpret=interpret,
         name="kv_cache_update",
     )(*operands)
+    return tuple(pages.reshape(key_pages.shape) for pages in written)

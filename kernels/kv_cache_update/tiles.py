@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SUBLANES = 8  # rows of the smallest tile that a DMA can address
-LANES = 128
+from paged_dist.kernels._tiling import SUBLANES
+
 VMEM_BUDGET = 8 * 2**20  # bytes for a launch's buffers: half of the smallest chip's default scope
 ITEMS_PER_STEP = 32  # tiles whose DMAs are in flight together: enough to hide 600 ns of latency at 1.6 TB/s
 
@@ -109,20 +109,22 @@ def plan_tiles(
     batch, new_tokens, kv_heads, _ = key.shape
     tile = tile_rows * pool.tokens_per_row
     count = 1 if new_tokens == 1 else (new_tokens + tile - 2) // tile + 1  # the start may lie anywhere in a tile
-    live = starts >= 0
+    width = block_tables.shape[1]
+    live = (starts >= 0) & (
+        starts < min(width * pool.page_size, 2**31 - 1)
+    )  # past the table nothing is written, nor int32 overrun
     origin = jnp.where(live, starts, 0) // tile * tile  # [B] first token of the first tile
     tile_start = origin[:, None] + tile * jnp.arange(count, dtype=jnp.int32)  # [B, count]
     end = jnp.where(live, jnp.minimum(ends, starts + new_tokens), 0)
 
     slot = tile_start // pool.page_size
-    width = block_tables.shape[1]
     if count <= 3:  # a fused compare and sum; XLA's gather on TPU is a launch of its own
         hit = slot[:, :, None] == jnp.arange(width, dtype=jnp.int32)
         page = jnp.sum(jnp.where(hit, block_tables[:, None], 0), axis=-1)
     else:
-        page = jnp.take_along_axis(block_tables, jnp.clip(slot, 0, width - 1), axis=1)
+        page = jnp.take_along_axis(block_tables, jnp.clip(slot, 0, width - 1), axis=1, mode="promise_in_bounds")
     owned = (slot < width) & (page >= 0) & (page < pool.pages)
-    first = jnp.clip(starts[:, None] - tile_start, 0, tile)
+    first = jnp.clip(jnp.where(live, starts, 0)[:, None] - tile_start, 0, tile)
     last = jnp.where(owned, jnp.clip(end[:, None] - tile_start, first, tile), first)
 
     def align(new: jax.Array) -> jax.Array:
@@ -131,7 +133,8 @@ def plan_tiles(
             return jnp.tile(new, (1, 1, 1, pool.tokens_per_row))  # [B, Hkv, 1, W]: the mask picks its row and lanes
         # Token j of the aligned rows is new token j - (starts - origin); what that leaves undefined is masked.
         source = jnp.arange(count * tile, dtype=jnp.int32)[None] - (starts - origin)[:, None]
-        rows = jnp.take_along_axis(new, jnp.clip(source, 0, new_tokens - 1)[:, None, :, None], axis=2)
+        source = jnp.clip(source, 0, new_tokens - 1)[:, None, :, None]
+        rows = jnp.take_along_axis(new, source, axis=2, mode="promise_in_bounds")
         rows = rows.reshape(batch, kv_heads, count, tile_rows, pool.lanes)
         return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile_rows, pool.lanes)
 

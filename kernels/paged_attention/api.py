@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from paged_dist._errors import not_yet
 from paged_dist.kernels._dispatch import Interpret, dispatch
+from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
-    LANES,
-    SUBLANES,
     Problem,
     check_cache,
     check_interpret,

@@ -15,11 +15,9 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
+from paged_dist.kernels._tiling import LANES, SUBLANES
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
-
-LANES = 128  # minor axis of a register
-SUBLANES = 8  # its rows, at 4 bytes an element
 
 _FLOATS = ("bfloat16", "float32")
 _CACHE_NAMES = ("query", "key_cache", "value_cache", "context_lens", "block_tables")
@@ -297,6 +295,13 @@ def check_pages_per_compute_block(problem: Problem, pages: int) -> int:
     require(whole and pages >= 1, "pages_per_compute_block", pages, "must be None or a whole number, at least 1")
     pages = min(int(pages), problem.pages_per_sequence)
     need = vmem_bytes(problem, pages)
+    require(
+        vmem_bytes(problem, 1) <= VMEM_BYTES,
+        "page_size",
+        problem.page_size,
+        f"a block of one page needs {vmem_bytes(problem, 1)} bytes of VMEM, of which there are {VMEM_BYTES}",
+        "use smaller pages",
+    )
     require(
         need <= VMEM_BYTES,
         "pages_per_compute_block",

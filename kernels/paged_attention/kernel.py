@@ -123,35 +123,15 @@ def paged_flash_attention_kernel(
       k_sems, v_sems: DMA semaphores [2].
       batch_size, pages_per_sequence: B, and the width of the block table.
       megacore_mode: 'batch' or 'kv_head' split these over the grid's leading axis of cores; None is one core.
+      mask_value: the finite negative number that a dead token's logit becomes, below every live one.
+      attn_logits_soft_cap: logits become cap * tanh(logits / cap); None: they stay.
       sliding_window: attend to the last so many tokens; pages before them are not read.
       program_ids: (core, sequence, kv head, block) where it is called from another body.
       sm_scale: logits are sm_scale * q.k.
       tokens_per_row: 2 for packed pages; each token of a row has an output, m and l of its own, to be merged.
     """
     core, b, h, i = program_ids or tuple(pl.program_id(axis) for axis in range(4))
-    body = _Body(
-        core,
-        lengths_ref,
-        page_indices_ref,
-        buffer_index_ref,
-        init_flag_ref,
-        q_ref,
-        k_pages_hbm_ref,
-        v_pages_hbm_ref,
-        k_vmem_buffer,
-        v_vmem_buffer,
-        k_sems,
-        v_sems,
-        batch_size,
-        pages_per_compute_block,
-        pages_per_sequence,
-        mask_value,
-        attn_logits_soft_cap,
-        megacore_mode,
-        sliding_window,
-        sm_scale,
-        tokens_per_row,
-    )
+    body = _body(core, locals())
     b, h = body.place(b, h)
     blocks = body.schedule.num_blocks(b)
 
@@ -201,29 +181,7 @@ def paged_flash_attention_kernel_inline_seq_dim(
     The grid is (cores, sequences, kv heads); refs and arguments are those of the other form.
     """
     core, b, h = (pl.program_id(axis) for axis in range(3))
-    body = _Body(
-        core,
-        lengths_ref,
-        page_indices_ref,
-        buffer_index_ref,
-        init_flag_ref,
-        q_ref,
-        k_pages_hbm_ref,
-        v_pages_hbm_ref,
-        k_vmem_buffer,
-        v_vmem_buffer,
-        k_sems,
-        v_sems,
-        batch_size,
-        pages_per_compute_block,
-        pages_per_sequence,
-        mask_value,
-        attn_logits_soft_cap,
-        megacore_mode,
-        sliding_window,
-        sm_scale,
-        tokens_per_row,
-    )
+    body = _body(core, locals())
     b, h = body.place(b, h)
     rows = q_ref.shape[0]
     start = (
@@ -259,27 +217,33 @@ def _divide(acc, l):
     return acc / jnp.where(l == 0.0, 1.0, l)
 
 
+def _body(core, arguments: dict) -> _Body:
+    """The `_Body` of a kernel body's arguments, picked from its locals by name."""
+    names = (field.name for field in dataclasses.fields(_Body) if field.name != "core")
+    return _Body(core=core, **{name: arguments[name] for name in names})
+
+
 @dataclasses.dataclass(frozen=True)
 class _Body:
-    """One core's refs and options, in the order of the bodies' arguments, and what one step does with them."""
+    """One core's refs and options, named as the bodies' arguments, and what one step does with them."""
 
     core: jax.Array
     lengths_ref: jax.Array
-    table_ref: jax.Array
+    page_indices_ref: jax.Array
     buffer_index_ref: jax.Array
     init_flag_ref: jax.Array
     q_ref: jax.Array
-    k_pages_ref: jax.Array
-    v_pages_ref: jax.Array
-    k_buffer: jax.Array
-    v_buffer: jax.Array
+    k_pages_hbm_ref: jax.Array
+    v_pages_hbm_ref: jax.Array
+    k_vmem_buffer: jax.Array
+    v_vmem_buffer: jax.Array
     k_sems: jax.Array
     v_sems: jax.Array
     batch_size: int
-    pages_per_block: int
+    pages_per_compute_block: int
     pages_per_sequence: int
     mask_value: float
-    soft_cap: float | None
+    attn_logits_soft_cap: float | None
     megacore_mode: str | None
     sliding_window: int | None
     sm_scale: float
@@ -287,7 +251,7 @@ class _Body:
 
     @property
     def schedule(self) -> _Schedule:
-        num_kv_heads, _, rows, _ = self.k_pages_ref.shape
+        num_kv_heads, _, rows, _ = self.k_pages_hbm_ref.shape
         cores = pl.num_programs(0)
         b_start, b_step = (self.core, cores) if self.megacore_mode == "batch" else (0, 1)
         h_start, h_step = (self.core, cores) if self.megacore_mode == "kv_head" else (0, 1)
@@ -296,7 +260,7 @@ class _Body:
             self.batch_size,
             num_kv_heads,
             rows * self.tokens_per_row,
-            self.pages_per_block,
+            self.pages_per_compute_block,
             self.pages_per_sequence,
             self.sliding_window,
             b_start,
@@ -315,10 +279,12 @@ class _Body:
         first, count = self.schedule.block(b, i)
         offset = b * self.pages_per_sequence + first
         return tuple(
-            MultiPageAsyncCopyDescriptor(pages, into.at[buffer], sems.at[buffer], self.table_ref, offset, count, h)
+            MultiPageAsyncCopyDescriptor(
+                pages, into.at[buffer], sems.at[buffer], self.page_indices_ref, offset, count, h
+            )
             for pages, into, sems in (
-                (self.k_pages_ref, self.k_buffer, self.k_sems),
-                (self.v_pages_ref, self.v_buffer, self.v_sems),
+                (self.k_pages_hbm_ref, self.k_vmem_buffer, self.k_sems),
+                (self.v_pages_hbm_ref, self.v_vmem_buffer, self.v_sems),
             )
         )
 
@@ -346,7 +312,7 @@ class _Body:
         k_copy, v_copy = self.copies(b, h, i, buffer)
         load_k, load_v = (
             functools.partial(self.load_clean, b, i, copy, ref.at[buffer])
-            for copy, ref in ((k_copy, self.k_buffer), (v_copy, self.v_buffer))
+            for copy, ref in ((k_copy, self.k_vmem_buffer), (v_copy, self.v_vmem_buffer))
         )
         # Dead rows of K only make dead scores, but packed rows of both are shared.
         return self.attend(b, i, load_k if self.tokens_per_row > 1 else k_copy.wait_and_get_loaded, load_v, carry)
@@ -361,7 +327,7 @@ class _Body:
         first, _ = self.schedule.block(b, i)
         start, end = self.schedule.tokens(b)
         page_size = self.schedule.page_size
-        has_dead = (first * page_size < start) | ((first + self.pages_per_block) * page_size > end)
+        has_dead = (first * page_size < start) | ((first + self.pages_per_compute_block) * page_size > end)
 
         @pl.when(has_dead)
         def clear():
@@ -388,18 +354,18 @@ class _Body:
         """Online softmax (Milakov and Gimelshein, arXiv:1805.02867) over one block, in f32."""
         m, l, acc = carry
         q = self.q_ref[...]
-        k = load_k().astype(self.k_buffer.dtype)  # [T, W]: T rows of a block, a token each or two
+        k = load_k().astype(self.k_vmem_buffer.dtype)  # [T, W]: T rows of a block, a token each or two
         live = self.live_scores(b, i, (q.shape[0], k.shape[0]))
         s = _dot(q, k, 1, q.dtype) * self.sm_scale
-        if self.soft_cap is not None:
-            s = self.soft_cap * jnp.tanh(s / self.soft_cap)
+        if self.attn_logits_soft_cap is not None:
+            s = self.attn_logits_soft_cap * jnp.tanh(s / self.attn_logits_soft_cap)
         s = jnp.where(live, s, self.mask_value)
         m_next = jnp.maximum(m, s.max(axis=1, keepdims=True))
         # A select, for with every score of the block masked exp(s - m_next) is 1.
         weight = jnp.where(live, jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=1, keepdims=True)
-        acc = keep * acc + _dot(weight, load_v().astype(self.v_buffer.dtype), 0, q.dtype)
+        acc = keep * acc + _dot(weight, load_v().astype(self.v_vmem_buffer.dtype), 0, q.dtype)
         return m_next, l, acc
 
 

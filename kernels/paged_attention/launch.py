@@ -12,9 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_dist._compat import out_struct
 from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, in_hbm
+from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
-    LANES,
     NUM_CORES,
     Problem,
     check_megacore,

@@ -99,12 +99,17 @@ BAD_OPTIONS = {
     "window_type": ({}, dict(sliding_window=2.5), "sliding_window=2.5: must be None or a whole number"),
     "mask": ({}, dict(mask_value=float("-inf")), "mask_value=-inf: must be a finite negative number"),
     "block": ({}, dict(pages_per_compute_block=0), "pages_per_compute_block=0: must be None or a whole number"),
+    "page_over_vmem": (
+        dict(key=(1, 6, 8192, 128), value=(1, 6, 8192, 128)),
+        {},
+        "page_size=8192: a block of one page needs 26017792 bytes of VMEM",
+    ),
     "block_over_vmem": (
         dict(tables=(4, 4096)),
         dict(pages_per_compute_block=2048),
         # four buffers, K and V in f32, logits thrice, blocks of q, output, m and l
         f"pages_per_compute_block=2048: needs {2**25 + 2**24 + 3 * 2**19 + 2**16} bytes of VMEM, "
-        f"of which there are {15 * 2**20}; 128 is the default here",
+        f"of which there are {15 * 2**20}; 256 is the default here",
     ),
     "megacore": ({}, dict(megacore_mode="heads"), "megacore_mode='heads': must be one of (None, 'kv_head', 'batch')"),
     "megacore_odd_heads": (

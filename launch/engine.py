@@ -39,6 +39,7 @@ class Measured:
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     check_seconds: float = 0.0
+    profile_seconds: float = 0.0  # starting and writing the profile
     loop_seconds: float = 0.0  # the whole loop
     checked: int = 0
     worst_error: float = 0.0
@@ -46,8 +47,9 @@ class Measured:
 
     @property
     def host_seconds(self) -> float:
-        """The loop's time but for steps, prompts and oracle checks: the host's bookkeeping between them."""
-        return self.loop_seconds - sum(self.step_seconds) - self.prefill_seconds - self.check_seconds
+        """The loop's time but for steps, prompts, oracle checks and profile: the host's bookkeeping between them."""
+        others = self.prefill_seconds + self.check_seconds + self.profile_seconds
+        return self.loop_seconds - sum(self.step_seconds) - others
 
 
 def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> np.ndarray:
@@ -88,6 +90,27 @@ def relative_error(output: np.ndarray, want: np.ndarray) -> float:
     """The largest |output - want| over the largest |want|; infinite where output is not finite."""
     error = np.abs(output.astype(np.float64) - want).max() / max(np.abs(want).max(), 1e-30)
     return float(error) if np.isfinite(error) else float("inf")
+
+
+class _Profile:
+    """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's."""
+
+    def __init__(self, folder: str | None, measured: Measured):
+        self._folder, self._measured, self._running = folder, measured, False
+
+    def before_step(self, step: int) -> None:
+        start = time.perf_counter()
+        if self._folder and step == 1:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif step == 11:
+            self.stop()
+        self._measured.profile_seconds += time.perf_counter() - start
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class Engine:
@@ -159,17 +182,12 @@ class Engine:
         begin = said = time.perf_counter()
         done = tokens = 0
         plan = next(schedule, None)
-        tables, profiling = None, False
+        tables, profile = None, _Profile(profile_dir, m)
         while plan is not None:
             if plan.block_tables is not None:
                 tables = self._put("rows", plan.block_tables)
             self._prefill(plan, tables)
-            if profile_dir and len(m.step_seconds) == 1:
-                jax.profiler.start_trace(profile_dir)
-                profiling = True
-            elif profiling and len(m.step_seconds) == 11:
-                jax.profiler.stop_trace()
-                profiling = False
+            profile.before_step(len(m.step_seconds))
             start = time.perf_counter()
             sample = self._dispatch(plan, tables)
             following = next(schedule, None)  # planned while the devices work
@@ -187,8 +205,7 @@ class Engine:
                 )
             plan = following
         m.loop_seconds = time.perf_counter() - begin
-        if profiling:
-            jax.profiler.stop_trace()
+        profile.stop()
         shards = [np.asarray(s.data) for s in self._tally.addressable_shards if s.replica_id == 0]
         sums = np.sum([s.reshape(-1, 2).astype(np.uint64).sum(axis=0) for s in shards], axis=0)
         m.tally = (int(sums[0]) & 0xFFFFFFFF, int(sums[1]) & 0xFFFFFFFF) if shards else (0, 0)

@@ -31,11 +31,6 @@ def interpret_of(implementation: Implementation) -> Interpret:
     return _INTERPRET[implementation]
 
 
-def is_simulated(implementation: Implementation) -> bool:
-    """Whether the kernel runs in TPU interpret mode, whose callbacks `check_vma` cannot type."""
-    return implementation == "pallas_interpret" or isinstance(implementation, pltpu.InterpretParams)
-
-
 def op_mesh(cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Mesh | AbstractMesh:
     """The mesh of a sharded op: the argument, else the cache's, else the one in scope; checked against the cache."""
     require(
@@ -71,11 +66,11 @@ def check_batch(batch: int, mesh: Mesh | AbstractMesh, axes: MeshAxes, argument:
     )
 
 
-def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs, *args, check_vma: bool = True):
+def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs, *args):
     """`shard_map(local)(*args)` on `mesh`. Arguments in another sharding are resharded, under Explicit axes too."""
     if has_explicit_axes(mesh):
         args = tuple(_reshard(mesh, specs, x) for specs, x in zip(in_specs, args, strict=True))
-    return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=check_vma)(*args)
+    return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)(*args)
 
 
 def _reshard(mesh: Mesh | AbstractMesh, specs, tree):

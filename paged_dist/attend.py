@@ -17,7 +17,6 @@ from paged_dist._shard import (
     check_context_is_one,
     interpret_of,
     invariant_over_context,
-    is_simulated,
     local_page_ids,
     op_mesh,
     run_sharded,
@@ -132,7 +131,6 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
         block_tables,
         layer,
         sinks,
-        check_vma=not is_simulated(options["implementation"]),
     )
 
 

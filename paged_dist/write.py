@@ -15,7 +15,6 @@ from paged_dist._shard import (
     check_batch,
     check_context_is_one,
     interpret_of,
-    is_simulated,
     local_page_ids,
     op_mesh,
     run_sharded,
@@ -85,7 +84,6 @@ def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, 
         positions,
         block_tables,
         layer,
-        check_vma=not is_simulated(implementation),
     )
 
 
@@ -211,7 +209,6 @@ def _prefill_sharded(cache, key, value, lengths, block_tables, starts, rows, lay
         starts,
         rows,
         layer,
-        check_vma=not is_simulated(implementation),
     )
 
 

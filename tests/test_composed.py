@@ -156,6 +156,7 @@ def _written_tables(mesh: Mesh, spec: pd.CacheSpec) -> np.ndarray:
     return np.stack(ids).reshape(-1, per_shard // 2).astype(np.int32)
 
 
+@pytest.mark.filterwarnings("ignore:.*page_size=16")
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_a_loop_of_steps_equals_steps_one_by_one(head_dim):
     """32 steps in one program give the numbers of the oracle on the tokens that they appended."""

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from page_attention_cases import Case, assert_close, make, stack
+from simulated import assert_no_races, simulated
 
 from paged_dist.kernels.paged_attention import (
     DEFAULT_MASK_VALUE,
@@ -21,18 +21,6 @@ from paged_dist.kernels.paged_attention import (
 )
 from paged_dist.kernels.paged_attention import launch as launch_module
 from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
-
-
-def simulated(cores=1, **options):
-    """TPU interpret mode: DMAs that land when waited for, memory that starts as NaN, races detected."""
-    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores, **options)
-
-
-def assert_no_races():
-    """That the last simulated launch had its races looked for, and none was found."""
-    races = interpret_pallas_call.races
-    assert races is not None and not races.races_found
-
 
 CASES = [
     (Case("gqa"), 2),

@@ -17,4 +17,4 @@ RACES = simulated()
 def assert_no_races() -> None:
     """That the last simulated launch had its races looked for, and none was found (jax 0.12 raises at one)."""
     races = interpret_pallas_call.races
-    assert races is not None and not races.races_found
+    assert races is not None and not races.races_found, "races_found"

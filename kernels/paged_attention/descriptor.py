@@ -43,14 +43,18 @@ class MultiPageAsyncCopyDescriptor:
         last = self._pages.shape[0] - 1
         self._for_each(lambda i: self._copy(i, jnp.clip(self._table[self._offset + i], 0, last)).start())
 
-    def wait_and_get_loaded(self) -> jax.Array:
-        """Waits for the copies. Returns the whole buffer as f32 [pages * P, D]."""
+    def wait(self) -> None:
+        """Waits for the copies."""
 
         # A wait only counts bytes, so any page of the pool stands for the source, and the buffer for all of them.
         def wait_for_all():
             pltpu.make_async_copy(self._buffer, self._buffer, self._sem).wait()
 
         self._for_each(lambda i: self._copy(i, 0).wait(), wait_for_all)
+
+    def wait_and_get_loaded(self) -> jax.Array:
+        """Waits for the copies. Returns the whole buffer as f32 [pages * P, D]."""
+        self.wait()
         return self._buffer[...].astype(jnp.float32).reshape(-1, self._buffer.shape[-1])
 
     def _copy(self, i, page):

@@ -323,7 +323,7 @@ class _Body:
         A buffer's dead rows may hold NaN, and 0 x NaN is NaN. They are cleared in the buffer, and only in a block
         that has some: a select over every block's V takes as long as its matrix product.
         """
-        copy.wait_and_get_loaded()
+        copy.wait()
         first, _ = self.schedule.block(b, i)
         start, end = self.schedule.tokens(b)
         page_size = self.schedule.page_size

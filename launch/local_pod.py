@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import os
 import re
 import selectors
@@ -246,7 +247,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
     parser.error = lambda message: (_say(f"error: {message}"), sys.exit(2))
     args = parser.parse_args(argv)
-    return run_pod(launcher_command(args.launcher, args.arguments), args.processes, args.devices, args.timeout_seconds)
+    command = launcher_command(args.launcher, args.arguments)
+    if not _exists(args.launcher, command):
+        parser.error(f"launcher {args.launcher!r}: there is no {command[-1 - len(args.arguments)]}")
+    return run_pod(command, args.processes, args.devices, args.timeout_seconds)
+
+
+def _exists(launcher: str, command: Sequence[str]) -> bool:
+    """Whether the script or module that `command` runs is there; imports its parent packages."""
+    if launcher.endswith(".py"):
+        return os.path.isfile(launcher)
+    try:
+        return importlib.util.find_spec(command[2]) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _count(text: str) -> int:

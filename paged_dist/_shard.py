@@ -31,8 +31,14 @@ def interpret_of(implementation: Implementation) -> Interpret:
     return _INTERPRET[implementation]
 
 
-def op_mesh(cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes) -> Mesh | AbstractMesh:
-    """The mesh of a sharded op: the argument, else the cache's, else the one in scope; checked against the cache."""
+def op_mesh(
+    cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes, implementation: Implementation
+) -> Mesh | AbstractMesh:
+    """The mesh of a sharded op: the argument, else the cache's, else the one in scope.
+
+    Raises:
+      ValueError: the cache does not divide over it, or the implementation does not run on it.
+    """
     require(
         isinstance(axes, MeshAxes), "axes", axes, "must be a MeshAxes", "MeshAxes(data=..., context=..., model=...)"
     )
@@ -49,6 +55,10 @@ def op_mesh(cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxe
                 "mesh", None, "the cache knows no mesh and none is in scope", "pass mesh=, or enter jax.set_mesh(mesh)"
             )
     cache.spec.check_mesh(mesh, axes)
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "tpu"
+    if implementation == "pallas" and platform != "tpu":
+        works = "pass None, which follows the platform, or 'pallas_interpret'"
+        raise bad_value("implementation", implementation, f"needs a TPU, not {platform}", works)
     if axes.size(mesh, "context") > 1:
         raise not_yet(f"a context axis of size {axes.size(mesh, 'context')}", "use a mesh with context=1")
     return mesh

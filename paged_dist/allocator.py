@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import numbers
 from collections.abc import Iterable
-from operator import index
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -34,6 +34,15 @@ class OutOfPages(RuntimeError):
 
 def _rebuild_out_of_pages(message: str, asked: int, free: int, shard: int | None) -> OutOfPages:
     return OutOfPages(message, asked=asked, free=free, shard=shard)
+
+
+def _whole(argument: str, value: int) -> int:
+    """`value` as an int; raises ValueError for what is no whole number, True and False among it."""
+    if type(value) is int:  # the usual case, first: it is on the decode loop's path
+        return value
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise bad_value(argument, value, "must be a whole number")
+    return int(value)
 
 
 class PageAllocator:
@@ -75,6 +84,8 @@ class PageAllocator:
                 f"PageAllocator on a mesh of context size {context}",
                 "build the mesh with context=1 and more data or model shards",
             )
+        num_sequences = _whole("num_sequences", num_sequences)
+        pages_per_sequence = _whole("pages_per_sequence", pages_per_sequence)
         require(num_sequences >= 1, "num_sequences", num_sequences, "must be at least 1")
         require(
             num_sequences % data == 0,
@@ -91,8 +102,8 @@ class PageAllocator:
             f"at most {(2**31 - 1) // spec.page_size}",
         )
         self.spec = spec
-        self.num_sequences = int(num_sequences)
-        self.pages_per_sequence = int(pages_per_sequence)
+        self.num_sequences = num_sequences
+        self.pages_per_sequence = pages_per_sequence
         self.num_shards = data
         self.rows_per_shard = self.num_sequences // data
         self.pages_per_shard = spec.num_pages // data
@@ -187,7 +198,7 @@ class PageAllocator:
           OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
             beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
         """
-        asked = self._pages_asked(index(num_tokens))
+        asked = self._pages_asked(_whole("num_tokens", num_tokens))
         best: tuple[int, int] | None = None  # (free pages, row)
         for shard, free in enumerate(self._free):
             if best is None or len(free) > best[0]:
@@ -216,7 +227,7 @@ class PageAllocator:
           ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds.
           OutOfPages: the row's shard has too few pages free.
         """
-        num_tokens = index(num_tokens)
+        num_tokens = _whole("num_tokens", num_tokens)
         self._check_row(row)
         if self._pages[row] is not None:
             raise bad_value(
@@ -239,7 +250,7 @@ class PageAllocator:
             table holds.
           OutOfPages: the row's shard has too few pages free.
         """
-        num_tokens = index(num_tokens)
+        num_tokens = _whole("num_tokens", num_tokens)
         pages = self._held(row)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
@@ -257,7 +268,7 @@ class PageAllocator:
           ValueError: as `grow`, or a row named twice.
           OutOfPages: a shard has too few pages free for all its rows together.
         """
-        num_tokens = index(num_tokens)
+        num_tokens = _whole("num_tokens", num_tokens)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         rows = list(rows)
@@ -289,7 +300,7 @@ class PageAllocator:
         Raises:
           ValueError: no such row, the row is free, or num_tokens is not between 0 and its length.
         """
-        num_tokens = index(num_tokens)
+        num_tokens = _whole("num_tokens", num_tokens)
         pages = self._held(row)
         if not 0 <= num_tokens <= self._lengths[row]:
             raise bad_value(
@@ -318,6 +329,7 @@ class PageAllocator:
     # How.
 
     def _check_row(self, row: int) -> None:
+        _whole("row", row)
         if not 0 <= row < self.num_sequences:  # a negative index would silently be another row
             raise bad_value("row", row, f"must be between 0 and {self.num_sequences - 1}")
 

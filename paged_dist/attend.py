@@ -80,7 +80,7 @@ def sharded_paged_attention(
     """
     query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
     sinks = None if sinks is None else jnp.asarray(sinks)
-    mesh = op_mesh(cache, mesh, axes)
+    mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")

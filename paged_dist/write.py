@@ -57,7 +57,7 @@ def append_kv(
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
       NotImplementedError: a context axis larger than 1.
     """
-    mesh = op_mesh(cache, mesh, axes)
+    mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_append(cache, key, value, positions, block_tables, implementation)
     check_batch(key.shape[0], mesh, axes, "key.shape[0]")
@@ -161,7 +161,7 @@ def write_prefill_kv(
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
       NotImplementedError: a context axis larger than 1.
     """
-    mesh = op_mesh(cache, mesh, axes)
+    mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     check_batch(block_tables.shape[0], mesh, axes, "block_tables.shape[0]")

@@ -169,10 +169,11 @@ def test_bad_arguments_give_one_line_and_exit_code_2(arguments):
     assert len(p.stderr.splitlines()) == 1 and "error: " in p.stderr
 
 
-def test_an_unknown_launcher_fails_with_its_own_exit_code():
-    command = [*MODULE, "--processes=1", "--", "no_such_launcher"]
-    p = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    assert p.returncode == 1 and "no_such_launcher" in p.stderr
+@pytest.mark.parametrize("launcher", ["no_such_launcher", "no.such.module", "no_such_script.py"])
+def test_an_unknown_launcher_starts_nothing(launcher):
+    p = subprocess.run([*MODULE, "--processes=1", "--", launcher, "--x"], capture_output=True, text=True, timeout=LIMIT)
+    assert p.returncode == 2 and p.stdout == ""
+    assert len(p.stderr.splitlines()) == 1 and launcher in p.stderr
 
 
 def test_each_process_is_told_its_place_and_its_devices():

@@ -1,5 +1,7 @@
 """Paged attention off the TPU, the XLA form and the plain reference, against the float64 oracle."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from page_attention_cases import CASES, Case, assert_close, make, stack
 
+from paged_dist import kernels
 from paged_dist.kernels.paged_attention import DEFAULT_MASK_VALUE, page_attention, ref_paged_attention
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 
@@ -155,3 +158,45 @@ def test_xla_form_in_a_shard_map_that_checks_types():
         )
     )(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables)
     assert_close(case, expected, output[1], lse[1])
+
+
+_REFS = (
+    "lengths_ref, page_indices_ref, buffer_index_ref, init_flag_ref, q_ref, k_pages_hbm_ref, v_pages_hbm_ref, o_ref, "
+    "m_ref, l_ref, k_vmem_buffer, v_vmem_buffer, k_sems, v_sems, *, batch_size, pages_per_compute_block, "
+    "pages_per_sequence, mask_value, attn_logits_soft_cap, megacore_mode, sliding_window=None"
+)
+_CACHE = "query, key_cache, value_cache, context_lens, block_tables, *"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("paged_flash_attention_kernel", f"{_REFS}, program_ids=()"),
+        ("paged_flash_attention_kernel_inline_seq_dim", _REFS),
+        (
+            "ref_paged_attention",
+            f"{_CACHE}, mask_value=DEFAULT, attn_logits_soft_cap=None, sliding_window=None",
+        ),
+        (
+            "page_attention",
+            f"{_CACHE}, sm_scale=1.0, mask_value=DEFAULT, attn_logits_soft_cap=None, sliding_window=None, "
+            "pages_per_compute_block=None, megacore_mode=None, inline_seq_dim=True, interpret=None",
+        ),
+        (
+            "MultiPageAsyncCopyDescriptor",
+            "pages_hbm_ref, vmem_buffer, sem, block_tables, page_indices_start_offset, num_pages_to_load, head_index",
+        ),
+    ],
+)
+def test_arguments_are_those_that_others_call(name, arguments):
+    """Code written for ejkernel's kernels moves over as is."""
+    parameters = inspect.signature(getattr(kernels, name)).parameters.values()
+    words, keyword_only = [], False
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not keyword_only:
+            words.append("*")
+            keyword_only = True
+        default = "DEFAULT" if p.name == "mask_value" and p.default is not p.empty else p.default
+        words.append(p.name if p.default is p.empty else f"{p.name}={default}")
+    assert ", ".join(words) == arguments
+    assert -0.7 * float(np.finfo(np.float32).max) == kernels.DEFAULT_MASK_VALUE

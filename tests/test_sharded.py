@@ -401,6 +401,7 @@ def test_both_cores_of_a_megacore_chip_work(chip, local_heads, rows, grid):
         (dict(axes="data"), "axes='data'.*MeshAxes"),
         (dict(soft_cap=-1.0), r"soft_cap=-1\.0.*positive"),
         (dict(implementation="triton"), "implementation='triton'.*one of"),
+        (dict(implementation="pallas"), "implementation='pallas': needs a TPU, not cpu.*pallas_interpret"),
         (dict(layer=0), "layer=0.*no layer axis"),
         (dict(axes=pd.MeshAxes(model="tensor")), r"axes\.model='tensor'.*the mesh has axes"),
         (dict(axes=pd.MeshAxes(context="model")), r"axis 'model' is axes\.context already"),

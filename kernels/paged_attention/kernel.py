@@ -104,8 +104,6 @@ def paged_flash_attention_kernel(
     megacore_mode,
     sliding_window=None,
     program_ids=(),
-    sm_scale=1.0,
-    tokens_per_row=1,
 ):
     """One (sequence, kv head, block) a step of the grid (cores, sequences, kv heads, blocks).
 
@@ -113,8 +111,8 @@ def paged_flash_attention_kernel(
       lengths_ref: SMEM int32 [B] live tokens. page_indices_ref: SMEM int32 [B * pages_per_sequence].
       buffer_index_ref, init_flag_ref: SMEM int32 [1], 0 and 1 at launch: which half of the double buffer holds
         the block, and whether no block is in flight yet.
-      q_ref: VMEM [G, D], or, packed, [2G, 128] with q[g] in the lanes of token j of a row in row j * G + g.
-      k_pages_hbm_ref, v_pages_hbm_ref: HBM [Hkv, N, P, D], or, packed, [Hkv, N, P / 2, 128].
+      q_ref: VMEM [G, D], the query times its scale: logits are q.k.
+      k_pages_hbm_ref, v_pages_hbm_ref: HBM [Hkv, N, P, D].
       o_ref: VMEM like q_ref, any float dtype: the output, 0 for an empty sequence. It also holds the sum so far
         between blocks, so a narrow dtype rounds it once a block; the inline form keeps it in f32.
       m_ref, l_ref: VMEM f32 [G, n], any n: the largest logit and the softmax's denominator relative to it,
@@ -127,11 +125,13 @@ def paged_flash_attention_kernel(
       attn_logits_soft_cap: logits become cap * tanh(logits / cap); None: they stay.
       sliding_window: attend to the last so many tokens; pages before them are not read.
       program_ids: (core, sequence, kv head, block) where it is called from another body.
-      sm_scale: logits are sm_scale * q.k.
-      tokens_per_row: 2 for packed pages; each token of a row has an output, m and l of its own, to be merged.
     """
     core, b, h, i = program_ids or tuple(pl.program_id(axis) for axis in range(4))
-    body = _body(core, locals())
+    attend_block(Body.of(core, locals()), b, h, i, o_ref, m_ref, l_ref)
+
+
+def attend_block(body: Body, b, h, i, o_ref, m_ref, l_ref) -> None:
+    """One step of the grid with blocks in it; refs as in `paged_flash_attention_kernel`, but for `Body`'s packing."""
     b, h = body.place(b, h)
     blocks = body.schedule.num_blocks(b)
 
@@ -173,21 +173,23 @@ def paged_flash_attention_kernel_inline_seq_dim(
     attn_logits_soft_cap,
     megacore_mode,
     sliding_window=None,
-    sm_scale=1.0,
-    tokens_per_row=1,
 ):
     """`paged_flash_attention_kernel` with the blocks in a loop: one (sequence, kv head) a step of the grid.
 
     The grid is (cores, sequences, kv heads); refs and arguments are those of the other form.
     """
     core, b, h = (pl.program_id(axis) for axis in range(3))
-    body = _body(core, locals())
+    attend_head(Body.of(core, locals()), b, h, o_ref, m_ref, l_ref)
+
+
+def attend_head(body: Body, b, h, o_ref, m_ref, l_ref) -> None:
+    """One step of the grid without blocks in it: all of a head's; refs as in `attend_block`."""
     b, h = body.place(b, h)
-    rows = q_ref.shape[0]
+    rows, width = body.q_ref.shape
     start = (
         jnp.full((rows, 1), -jnp.inf, jnp.float32),
         jnp.zeros((rows, 1), jnp.float32),
-        jnp.zeros(q_ref.shape, jnp.float32),
+        jnp.zeros((rows, width), jnp.float32),
     )
     m, l, acc = lax.fori_loop(0, body.schedule.num_blocks(b), lambda i, carry: body.step(b, h, i, carry), start)
     m_ref[...] = jnp.broadcast_to(m, m_ref.shape)
@@ -217,15 +219,17 @@ def _divide(acc, l):
     return acc / jnp.where(l == 0.0, 1.0, l)
 
 
-def _body(core, arguments: dict) -> _Body:
-    """The `_Body` of a kernel body's arguments, picked from its locals by name."""
-    names = (field.name for field in dataclasses.fields(_Body) if field.name != "core")
-    return _Body(core=core, **{name: arguments[name] for name in names})
-
-
 @dataclasses.dataclass(frozen=True)
-class _Body:
-    """One core's refs and options, named as the bodies' arguments, and what one step does with them."""
+class Body:
+    """The refs and options of a kernel, named as `paged_flash_attention_kernel`'s arguments, and one step's work.
+
+    Attributes:
+      core: which of the cores this is, the grid's first index.
+      sm_scale: logits are sm_scale * q.k; the public bodies want it in the query.
+      tokens_per_row: 2 for packed pages, [Hkv, N, P / 2, 128]: q_ref then is [2G, 128], with q[g] in the lanes of
+        token j of a row in row j * G + g, and o, m and l have as many rows, one of each for each token of a row, to
+        be merged afterwards.
+    """
 
     core: jax.Array
     lengths_ref: jax.Array
@@ -246,8 +250,14 @@ class _Body:
     attn_logits_soft_cap: float | None
     megacore_mode: str | None
     sliding_window: int | None
-    sm_scale: float
-    tokens_per_row: int
+    sm_scale: float = 1.0
+    tokens_per_row: int = 1
+
+    @classmethod
+    def of(cls, core, arguments: dict) -> Body:
+        """The `Body` of a kernel's arguments, picked from its locals by name."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"core"}
+        return cls(core=core, **{name: value for name, value in arguments.items() if name in names})
 
     @property
     def schedule(self) -> _Schedule:

@@ -25,10 +25,7 @@ from paged_dist.kernels.paged_attention.checks import (
     choose_pages_per_compute_block,
     rows_per_launch,
 )
-from paged_dist.kernels.paged_attention.kernel import (
-    paged_flash_attention_kernel,
-    paged_flash_attention_kernel_inline_seq_dim,
-)
+from paged_dist.kernels.paged_attention.kernel import Body, attend_block, attend_head
 from paged_dist.kernels.paged_attention.megacore import check_target, simulation
 
 
@@ -142,9 +139,7 @@ def _launch(
     def a_head(lanes):
         return pl.BlockSpec((None, None, q.shape[2], lanes), at_head)
 
-    body = paged_flash_attention_kernel_inline_seq_dim if inline_seq_dim else paged_flash_attention_kernel
-    body = functools.partial(
-        body,
+    options = dict(
         batch_size=p.batch,
         pages_per_compute_block=pages_per_compute_block,
         pages_per_sequence=p.pages_per_sequence,
@@ -155,10 +150,13 @@ def _launch(
         sm_scale=sm_scale,
         tokens_per_row=p.tokens_per_row,
     )
+    attend = attend_head if inline_seq_dim else attend_block
 
-    def kernel(layer_ref, lengths_ref, table_ref, buffer_index_ref, init_flag_ref, q_ref, k_ref, v_ref, *rest):
-        layer = layer_ref[0]
-        body(lengths_ref, table_ref, buffer_index_ref, init_flag_ref, q_ref, k_ref.at[layer], v_ref.at[layer], *rest)
+    def kernel(layer_ref, lengths, table, buffer_index, init_flag, q, k_pages, v_pages, o, m, l, *scratch):
+        core, *step = (pl.program_id(axis) for axis in range(len(grid)))
+        pages = (pool.at[layer_ref[0]] for pool in (k_pages, v_pages))
+        body = Body(core, lengths, table, buffer_index, init_flag, q, *pages, *scratch, **options)
+        attend(body, *step, o, m, l)
 
     buffer = pltpu.VMEM((2, pages_per_compute_block, p.rows, p.width), key_pages.dtype)
     pool_spec = pl.BlockSpec(memory_space=pltpu.HBM)

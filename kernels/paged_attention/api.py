@@ -56,7 +56,7 @@ def page_attention(
         table.
       block_tables: [B, S] int32 page ids; entries past a sequence's last page, or before its window, may hold
         anything and are never used.
-      sm_scale: logits are sm_scale * q.k.
+      sm_scale: logits are sm_scale * q.k. ejkernel calls it `attn_scale`, and takes 1 / sqrt(D) where none is given.
       mask_value: what a masked logit becomes, finite and negative.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
       sliding_window: attend to the last so many tokens; pages wholly before them are not read.

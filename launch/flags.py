@@ -175,6 +175,8 @@ def start_jax(name: str) -> None:
             _environment_int("JAX_PROCESS_ID"),
         )
     many = place != (None, None, None)
+    if many:
+        _keep_stdout_to_ourselves()
     if IMPLEMENTATION.value == "pallas_interpret":
         # The simulation waits for every device of the mesh at once: forever for those of another process, and
         # without a thread for each.
@@ -188,6 +190,17 @@ def start_jax(name: str) -> None:
         initialize_distributed(*place, bind_address=BIND_ADDRESS.value)
     except RuntimeError as e:
         _end(name, str(e), 1)
+
+
+def _keep_stdout_to_ourselves() -> None:
+    """Python's stdout stays what it was; what native code writes to file descriptor 1 goes to stderr from now on.
+
+    gloo reports each connection there, in pieces that fall into the middle of a table's lines.
+    """
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def simulate_devices(count: int | None, many_processes: bool) -> None:

@@ -197,21 +197,21 @@ def attend_head(body: Body, b, h, o_ref, m_ref, l_ref) -> None:
     o_ref[...] = _divide(acc, l).astype(o_ref.dtype)
 
 
-def _dot(x, y, axis, query_dtype):
+def dot(x, y, axis, query_dtype):
     """x [M, K] times y, contracted over y's `axis`, in f32: as exact as the query and y's dtype deserve.
 
     The MXU takes bf16: f32 pages go through it in several passes, over bf16 pages an f32 query (and its weights) in
     two, as the sum of two bf16, and a bf16 query's in one.
     """
-    dot = functools.partial(
+    product = functools.partial(
         lax.dot_general, dimension_numbers=(((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
     )
     if y.dtype == jnp.float32:
-        return dot(x.astype(jnp.float32), y, precision=lax.Precision.HIGHEST)
+        return product(x.astype(jnp.float32), y, precision=lax.Precision.HIGHEST)
     high = x.astype(y.dtype)
     if query_dtype == y.dtype:
-        return dot(high, y)
-    return dot(high, y) + dot((x - high.astype(jnp.float32)).astype(y.dtype), y)
+        return product(high, y)
+    return product(high, y) + product((x - high.astype(jnp.float32)).astype(y.dtype), y)
 
 
 def _divide(acc, l):
@@ -366,7 +366,7 @@ class Body:
         q = self.q_ref[...]
         k = load_k().astype(self.k_vmem_buffer.dtype)  # [T, W]: T rows of a block, a token each or two
         live = self.live_scores(b, i, (q.shape[0], k.shape[0]))
-        s = _dot(q, k, 1, q.dtype) * self.sm_scale
+        s = dot(q, k, 1, q.dtype) * self.sm_scale
         if self.attn_logits_soft_cap is not None:
             s = self.attn_logits_soft_cap * jnp.tanh(s / self.attn_logits_soft_cap)
         s = jnp.where(live, s, self.mask_value)
@@ -375,7 +375,7 @@ class Body:
         weight = jnp.where(live, jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=1, keepdims=True)
-        acc = keep * acc + _dot(weight, load_v().astype(self.v_vmem_buffer.dtype), 0, q.dtype)
+        acc = keep * acc + dot(weight, load_v().astype(self.v_vmem_buffer.dtype), 0, q.dtype)
         return m_next, l, acc
 
 

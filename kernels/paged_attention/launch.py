@@ -129,7 +129,7 @@ def _launch(
 
     q = query.reshape(p.batch, p.num_kv_heads, p.group, p.head_dim)
     if p.tokens_per_row > 1:
-        q = _block_diagonal(q, p.tokens_per_row)
+        q = block_diagonal(q, p.tokens_per_row)
     # Between the grid's blocks, and until the tokens of a row are merged, the output is a partial sum.
     out_dtype = query.dtype if inline_seq_dim and p.tokens_per_row == 1 else jnp.float32
 
@@ -196,7 +196,7 @@ def _launch(
     return (output.reshape(p.batch, p.num_q_heads, p.head_dim).astype(query.dtype), lse.reshape(p.batch, p.num_q_heads))
 
 
-def _block_diagonal(q: jax.Array, streams: int) -> jax.Array:
+def block_diagonal(q: jax.Array, streams: int) -> jax.Array:
     """q [B, Hkv, G, D] as [B, Hkv, streams * G, streams * D]: row j * G + g is q[g] in lanes j * D onwards."""
     *lead, group, head_dim = q.shape
     eye = jnp.eye(streams, dtype=bool)[:, None, :, None]
@@ -205,7 +205,7 @@ def _block_diagonal(q: jax.Array, streams: int) -> jax.Array:
 
 
 def _merge_streams(p: Problem, output, m, l):
-    """(output [B, Hkv, G, D], lse [B, Hkv, G]) of the rows of `_block_diagonal`, each with its own m and l."""
+    """(output [B, Hkv, G, D], lse [B, Hkv, G]) of the rows of `block_diagonal`, each with its own m and l."""
     if p.tokens_per_row == 1:
         return output, jnp.where(l == 0.0, -jnp.inf, m + jnp.log(l))
     streams, lead = p.tokens_per_row, m.shape[:-1]

@@ -1,0 +1,421 @@
+"""The fast decode kernel: one pass over a flat list of cells, two stages in flight.
+
+A cell is up to `pages_per_cell` consecutive pages of one sequence, all local kv heads; a step is `cells_per_step`
+cells, of as many sequences as it takes. Iteration s of the kernel's one loop
+
+    weighs   step s-1: exp2(score - max), from scores left in VMEM by the iteration before;
+    scores   step s: q.K, masks, each row's maximum, running maxima;
+    issues   the copies of step s + `steps_ahead`, between the scores of one cell and the next;
+    sums     step s-1: weights times V into the running sums, divided and copied out where a sequence ends.
+
+The four are independent but for step s-1's scores, and stand in one basic block: K and V are pushed into the MXU back
+to back while the copies' scalar work, the lane reductions and the exponentials run beside them. A product's latency
+(some 200 cycles), a reduction's (100) and the exponentials are paid once an iteration, not once a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paged_dist.kernels._tiling import LANES
+from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
+from paged_dist.kernels.paged_attention.decode_plan import Plan
+from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS, Cell, Ring, WorkList
+from paged_dist.kernels.paged_attention.kernel import dot
+
+_LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
+_LN_2 = 0.6931471805599453
+_PAGE_ALONE = 64  # tokens from which on a page's K and V are copied at different times
+
+
+class Refs(NamedTuple):
+    """A launch's operands, results and scratch, in Pallas's order. Shapes in the letters of `Plan`."""
+
+    lengths: jax.Array  # SMEM int32 [B]
+    table: jax.Array  # SMEM int32 [B, S], or [S, B] where `table_is_transposed`
+    layer: jax.Array | None  # SMEM int32 [1]
+    starts: jax.Array | None  # SMEM int32 [B]
+    sinks: jax.Array | None  # SMEM f32 [Hq]
+    query: jax.Array  # HBM [B, H * M, W]
+    key_pages: jax.Array  # HBM [L, Hkv, N, R, W]
+    value_pages: jax.Array
+    output: jax.Array  # HBM [B, Hq, D]
+    lse: jax.Array | None  # HBM f32 [B, 1, Hq]
+    q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
+    k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv, T, W]
+    v: jax.Array  # VMEM [steps_ahead + 2, C, Hkv, T, W]: one more, for a step's V is used an iteration after its K
+    scores: jax.Array  # VMEM f32 [C, H, M, T]
+    top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
+    decay: jax.Array  # VMEM f32 [C, H, M, 128]: what the cell's sequence had summed so far is worth now
+    run_top: jax.Array  # VMEM f32 [H, M, 128], after the last cell scored
+    run_sum: jax.Array  # VMEM f32 [H, M, 128], after the last cell summed: each lane's part of the denominator
+    run_out: jax.Array  # VMEM f32 [H, M, W]
+    sink: jax.Array  # VMEM f32 [H, M, 128]: what `run_top` starts from
+    out_rows: jax.Array  # VMEM [B + 1, Hq, D]: a sequence's row is copied to `output` when it is done
+    lse_rows: jax.Array | None  # VMEM f32 [B + 1, 1, Hq]
+    no_output: jax.Array  # VMEM [Hq, D]: the row of an empty sequence
+    no_lse: jax.Array | None  # VMEM f32 [1, Hq]
+    work: jax.Array  # SMEM int32 [B + 1]
+    cells: jax.Array  # SMEM int32 [(steps_ahead + 2) * C * NUM_FIELDS]
+    pages: jax.Array  # SMEM int32 [2 * (steps_ahead + 2)]
+    q_sem: jax.Array
+    k_sems: jax.Array  # DMA [steps_ahead + 1]
+    v_sems: jax.Array  # DMA [steps_ahead + 2]
+    out_sem: jax.Array
+    lse_sem: jax.Array | None
+
+
+def decode_kernel(plan: Plan, refs: Refs) -> None:
+    """The body of a launch: grid (cores,)."""
+    core = pl.program_id(0)
+    _query_copy(plan, refs).start()
+    work = WorkList.build(plan, refs, core)
+    ring = Ring.start(plan)
+
+    def issue_first(a, cursor):
+        return Body(plan, refs, work, ring).issue_step(a, a, cursor)
+
+    cursor = lax.fori_loop(0, plan.sizes.steps_ahead, issue_first, (jnp.int32(0), jnp.int32(0)))
+    # Everything from here to the first wait hides behind the first copies' latency.
+    rows = _prepare(plan, refs, work, core)
+    _query_copy(plan, refs).wait()
+
+    def step(carry):
+        ring, cursor = carry
+        body = Body(plan, refs, work, ring)
+        body.wait_for_copies()
+        return ring.next(), body.compute(cursor)
+
+    @pl.when(work.rows > 0)
+    def _():
+        ring, _ = lax.while_loop(lambda carry: work.has_step(carry[0].v), step, (Ring.start(plan), cursor))
+        body = Body(plan, refs, work, ring)
+        body.wait_for_values()
+        body.sum_up(body.weigh())
+
+    _wait_for_rows(plan, refs, rows)
+
+
+def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
+    """Initial state, and the rows of empty sequences. Returns the number of rows that this core copies out."""
+    refs.run_top[...] = jnp.full_like(refs.run_top, DEFAULT_MASK_VALUE)
+    refs.run_sum[...] = jnp.zeros_like(refs.run_sum)
+    refs.run_out[...] = jnp.zeros_like(refs.run_out)
+    refs.no_output[...] = jnp.zeros_like(refs.no_output)
+    work.clear_before_first()
+    if plan.rows_per_cell < plan.T:  # rows that no page fills, and that every product meets
+        for ref in (refs.k, refs.v):
+            ref[:, :, :, plan.rows_per_cell :, :] = jnp.zeros_like(ref[:, :, :, plan.rows_per_cell :, :])
+    if plan.has_sinks:
+        for row in range(plan.H * plan.M):
+            head = plan.head_of_row(row)
+            refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), refs.sinks[head] * _LOG2_E)
+        refs.sink[...] = jnp.maximum(refs.sink[...], DEFAULT_MASK_VALUE)  # a sink of -inf is none
+    if plan.return_lse:
+        none = jnp.full((1, plan.Hq), -jnp.inf, jnp.float32)
+        if plan.has_sinks:
+            lane = lax.broadcasted_iota(jnp.int32, none.shape, 1)
+            for head in range(plan.Hq):
+                none = jnp.where(lane == head, refs.sinks[head], none)
+        refs.no_lse[...] = none
+
+    @pl.when((core == 0) & (work.live_rows < plan.B))
+    def _():
+        def copy_empty(b, _):
+            @pl.when(WorkList.span(plan, refs, b)[1] == 0)
+            def _():
+                for copy in _row_copies(plan, refs, b, empty=True):
+                    copy.start()
+
+        lax.fori_loop(0, plan.B, copy_empty, None)
+
+    return work.rows + jnp.where(core == 0, plan.B - work.live_rows, 0)
+
+
+def _query_copy(plan: Plan, refs: Refs):
+    return pltpu.make_async_copy(refs.query, refs.q.at[pl.ds(0, plan.B)], refs.q_sem)
+
+
+def _row_copies(plan: Plan, refs: Refs, b, *, empty=False):
+    copies = [
+        pltpu.make_async_copy(refs.no_output if empty else refs.out_rows.at[b], refs.output.at[b], refs.out_sem)
+    ]
+    if plan.return_lse:
+        source = refs.no_lse if empty else refs.lse_rows.at[b]
+        copies.append(pltpu.make_async_copy(source, refs.lse.at[b], refs.lse_sem))
+    return copies
+
+
+def _wait_for_rows(plan: Plan, refs: Refs, rows) -> None:
+    """Waits for the copies of `rows` rows: a wait only counts bytes, so by powers of two."""
+    pairs = [(refs.out_rows, refs.out_sem)] + ([(refs.lse_rows, refs.lse_sem)] if plan.return_lse else [])
+    for bit in range(plan.B.bit_length()):
+        some = pl.ds(0, 1 << bit)
+
+        @pl.when((rows & (1 << bit)) != 0)
+        def _():
+            for ref, sem in pairs:
+                pltpu.make_async_copy(ref.at[some], ref.at[some], sem).wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """One iteration of the loop, at `ring`'s place."""
+
+    plan: Plan
+    refs: Refs
+    work: WorkList
+    ring: Ring
+
+    def issue_step(self, k_slot, v_slot, cursor):
+        """Starts the copies of the next step into these slots. Returns the cursor behind it."""
+        copies = Copies(self, k_slot, v_slot, cursor)
+        copies.advance(1, 1)
+        copies.advance(2, 1)
+        return copies.cursor
+
+    def wait_for_copies(self) -> None:
+        """Waits for step s's K and step s-1's V."""
+        self._wait(self.work.pages_of(self.ring.v), self.refs.k, self.refs.k_sems, self.ring.k)
+        self.wait_for_values()
+
+    def wait_for_values(self) -> None:
+        before = self.ring.v_before
+        self._wait(self.work.pages_of(before), self.refs.v, self.refs.v_sems, before)
+        pl.when(self.work.dirty_cells_of(before) > 0)(self.clear_dead_values)
+
+    def _wait(self, pages, ref, sems, slot) -> None:
+        plan = self.plan
+        for bit in range((plan.C * plan.pages_per_cell).bit_length()):
+            cells, some = max(1, (1 << bit) // plan.pages_per_cell), min(1 << bit, plan.pages_per_cell)
+            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, some * plan.R)]
+
+            @pl.when((pages & (1 << bit)) != 0)
+            def _(part=part):
+                pltpu.make_async_copy(part, part, sems.at[slot]).wait()
+
+    def clear_dead_values(self) -> None:
+        """Zeros for the dead tokens of step s-1's V: what lies there may be NaN, and 0 x NaN is NaN."""
+        plan, slot = self.plan, self.ring.v_before
+        shape = (plan.R, plan.W)
+        token = plan.token_of_row(lax.broadcasted_iota(jnp.int32, shape, 0))
+        if plan.tokens_per_row > 1:
+            token += lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(plan.D))
+
+        def clear_cell(c, _):
+            cell = Cell.load(self.refs.cells, slot, c, plan)
+
+            def clear_page(p, _):
+                first = p * plan.page_size
+                is_dead = (cell.start > first) | (cell.end < first + plan.page_size)
+
+                @pl.when((cell.end > 0) & is_dead)
+                def _():
+                    live = (token >= cell.start - first) & (token < cell.end - first)
+                    for h in range(plan.Hkv):
+                        part = self.refs.v.at[slot, c, h, pl.ds(pl.multiple_of(p * plan.R, plan.R), plan.R)]
+                        part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
+
+            lax.fori_loop(0, plan.pages_per_cell, clear_page, None)
+
+        lax.fori_loop(0, plan.C, clear_cell, None)
+
+    def compute(self, cursor):
+        """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
+        plan, refs, ring = self.plan, self.refs, self.ring
+        copies = Copies(self, ring.k_ahead, ring.v_ahead, cursor)
+        weights = self.weigh()
+        tops = [refs.run_top[g] for g in range(plan.H)]
+        for c in range(plan.C):
+            self.score(c, tops, copies)
+        for g in range(plan.H):
+            refs.run_top[g] = tops[g]
+        self.sum_up(weights, copies)
+        return copies.cursor
+
+    def score(self, c, tops, copies: Copies) -> None:
+        """Scores of step s's cell c, in base 2, to `refs.scores`; moves the running maxima in `tops`."""
+        plan, refs = self.plan, self.refs
+        cell = Cell.load(refs.cells, self.ring.v, c, plan)
+        row, column = (lax.broadcasted_iota(jnp.int32, (plan.M, plan.T), axis) for axis in (0, 1))
+        token = plan.token_of_row(column)
+        if plan.tokens_per_row > 1:
+            token += lax.div(row, jnp.int32(plan.M // plan.tokens_per_row))
+        live = token < (jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end)
+        if plan.has_starts:
+            live &= token >= cell.start
+        for g in range(plan.H):
+            q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
+            s = self._each_head(
+                g, lambda h: dot(q, refs.k[self.ring.k, c, h], 1, plan.query_dtype), (plan.M, plan.T)
+            )
+            if plan.soft_cap is None:
+                s = s * (plan.sm_scale * _LOG2_E)
+            else:
+                s = (plan.soft_cap * _LOG2_E) * jnp.tanh(s * (plan.sm_scale / plan.soft_cap))
+            s = jnp.where(live, s, DEFAULT_MASK_VALUE)
+            refs.scores[c, g] = s
+            top = jnp.broadcast_to(jnp.max(s, axis=1, keepdims=True), (plan.M, LANES))
+            if plan.tokens_per_row > 1:  # a row's tokens share their maximum, and so can be added up at the end
+                top = jnp.maximum(top, pltpu.roll(top, plan.M // plan.tokens_per_row, 0))
+            before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else DEFAULT_MASK_VALUE, tops[g])
+            tops[g] = jnp.maximum(before, top)
+            refs.top[c, g] = tops[g]
+            refs.decay[c, g] = jnp.exp2(before - tops[g])
+            copies.advance(1, plan.C * plan.H)
+
+    def weigh(self):
+        """(weights [M, T], their lanes' sums, decay, maximum [M, 128]) of each cell and row group of step s-1."""
+        plan, refs = self.plan, self.refs
+        dtype = plan.cache_dtype if plan.query_dtype == plan.cache_dtype else jnp.float32
+        weights = []
+        for c in range(plan.C):
+            for g in range(plan.H):
+                top, parts = refs.top[c, g], []
+                for t in range(0, plan.T, LANES):
+                    parts.append(jnp.exp2(refs.scores[c, g, :, t : t + LANES] - top))
+                weights.append((jnp.concatenate(parts, axis=1).astype(dtype), _sum(parts), refs.decay[c, g], top))
+        return weights
+
+    def sum_up(self, weights, copies: Copies | None = None) -> None:
+        """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
+        plan, refs, slot = self.plan, self.refs, self.ring.v_before
+        outs, sums = ([ref[g] for g in range(plan.H)] for ref in (refs.run_out, refs.run_sum))
+        for c in range(plan.C):
+            cell = Cell.load(refs.cells, slot, c, plan)
+            for g in range(plan.H):
+                weight, lane_sums, decay, _ = weights[c * plan.H + g]
+                new = self._each_head(
+                    g, lambda h: dot(weight, refs.v[slot, c, h], 0, plan.query_dtype), (plan.M, plan.W)
+                )
+                new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
+                first_sum = 0.0
+                if plan.has_sinks:  # each lane holds its part of the denominator
+                    counts = refs.sink[g] > DEFAULT_MASK_VALUE
+                    counts &= lax.broadcasted_iota(jnp.int32, counts.shape, 0) < plan.M // plan.tokens_per_row
+                    first_sum = jnp.where(counts, 1 / LANES, 0.0)
+                # A select, for the sequence before may have left NaN.
+                outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
+                sums[g] = jnp.where(cell.is_first, first_sum, sums[g]) * decay + lane_sums
+                if copies is not None:
+                    copies.advance(2, plan.C * plan.H)
+            self._write_row(cell, outs, sums, [w[3] for w in weights[c * plan.H : (c + 1) * plan.H]])
+        for g in range(plan.H):
+            refs.run_out[g], refs.run_sum[g] = outs[g], sums[g]
+
+    def _write_row(self, cell: Cell, outs, sums, tops) -> None:
+        plan, refs = self.plan, self.refs
+        rows = plan.M // plan.tokens_per_row
+        lse_row = jnp.zeros((1, plan.Hq), jnp.float32)
+        for g in range(plan.H):
+            total = jnp.broadcast_to(jnp.sum(sums[g], axis=1, keepdims=True), (plan.M, LANES))
+            out = outs[g]
+            if plan.tokens_per_row > 1:  # row j's lanes j * D onwards hold token j's part
+                total = total + pltpu.roll(total, rows, 0)
+                out = out + pltpu.roll(pltpu.roll(out, plan.D, 1), rows, 0)
+            out = out / _widen(total, plan.W)
+            refs.out_rows[cell.b, g * rows : (g + 1) * rows, :] = out[:rows, : plan.D].astype(refs.out_rows.dtype)
+            if plan.return_lse:
+                lse_row += _rows_to_lanes((tops[g] * _LN_2 + jnp.log(total))[:rows], g * rows, plan.Hq)
+        if plan.return_lse:
+            refs.lse_rows[cell.b] = lse_row
+
+        @pl.when(cell.is_last)
+        def _():
+            for copy in _row_copies(plan, refs, cell.b):
+                copy.start()
+
+    def _each_head(self, g, product, shape):
+        """`product(h)` of the kv heads that share row group g, each in its own rows."""
+        plan = self.plan
+        row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(plan.M // plan.tokens_per_row))
+        merged = product(g * plan.heads_per_group)
+        for t in range(1, plan.heads_per_group):
+            merged = jnp.where(row < t * plan.G, merged, product(g * plan.heads_per_group + t))
+        return merged
+
+
+class Copies:
+    """The copies of one step's pages, started a few at a time between the vector work of another step.
+
+    In two passes, one for each half of an iteration: large pages' K, then their V, so that a last step's scores need
+    not wait for its V; small pages, whose copies' scalar work sets the pace, K and V together, half the cells each.
+    """
+
+    def __init__(self, body: Body, k_slot, v_slot, cursor):
+        self._body, self._k_slot, self._v_slot = body, k_slot, v_slot
+        self.cursor = cursor
+        plan = body.plan
+        self._pages, self._dirty = jnp.int32(0), jnp.int32(0)
+        self._cells: list[tuple] = []
+        together = plan.page_size < _PAGE_ALONE and plan.C > 1
+        half = plan.C // 2 if together else plan.C
+        passes = [(range(half), True, together), (range(half, plan.C) if together else range(plan.C), together, True)]
+        self._passes = {i + 1: self._start_pages(*x) for i, x in enumerate(passes)}
+        self._sizes = {i + 1: len(x[0]) * plan.pages_per_cell for i, x in enumerate(passes)}
+        self._steps = {1: 0, 2: 0}
+
+    def advance(self, which: int, points: int) -> None:
+        """Starts the next of `points` equal parts of a pass."""
+        done, size = self._steps[which], self._sizes[which]
+        self._steps[which] += 1
+        for _ in range(size * (done + 1) // points - size * done // points):
+            next(self._passes[which])
+        if done + 1 == points and len(self._cells) == self._body.plan.C:
+            self._body.work.note_step(self._v_slot, self._pages, self._dirty)
+
+    def _start_pages(self, cells, keys: bool, values: bool):
+        plan, refs, work = self._body.plan, self._body.refs, self._body.work
+        layer = 0 if refs.layer is None else refs.layer[0]
+        pools = [(refs.key_pages, refs.k, self._k_slot, refs.k_sems)] if keys else []
+        pools += [(refs.value_pages, refs.v, self._v_slot, refs.v_sems)] if values else []
+        for c in cells:
+            if c == len(self._cells):
+                self._take(c)
+            row, column, count = self._cells[c]
+            for p in range(plan.pages_per_cell):
+                page = work.page_id(row, column, p)
+                to = pl.ds(p * plan.R, plan.R)
+
+                @pl.when(p < count)  # small enough to become a predicate, not a branch
+                def _(page=page, to=to, c=c):
+                    for pool, ref, slot, sems in pools:
+                        pltpu.make_async_copy(pool.at[layer, :, page], ref.at[slot, c, :, to], sems.at[slot]).start()
+
+                yield
+
+    def _take(self, c: int) -> None:
+        plan = self._body.plan
+        cell, row, column, count, self.cursor = self._body.work.take(self.cursor)
+        cell.store(self._body.refs.cells, self._v_slot, c, plan)
+        self._cells.append((row, column, count))
+        has_dead = (count > 0) & ((cell.end < plan.tokens_per_cell) | (cell.start > 0))
+        self._pages += count
+        self._dirty += jnp.where(has_dead, 1, 0)
+
+
+def _sum(parts):
+    """A balanced sum: its chain is log2 as long as a running one's."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
+    return parts[0]
+
+
+def _widen(x, width):
+    """[M, 128], the same in all lanes, as [M, width]."""
+    return x if width == LANES else jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def _rows_to_lanes(x, offset, lanes):
+    """x [rows, 128], the same in all lanes, as [1, lanes] with x[r] in lane offset + r and 0 elsewhere."""
+    rows = x.shape[0]
+    x = jnp.concatenate([x] * pl.cdiv(lanes, LANES), axis=1)[:, :lanes]
+    row, lane = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(lane == row + offset, x, 0.0), axis=0, keepdims=True)

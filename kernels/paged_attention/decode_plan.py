@@ -1,0 +1,227 @@
+"""What a launch of the decode kernel looks like: block sizes, row groups, bytes. Nothing here compiles or allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+
+from paged_dist._errors import require
+from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels.paged_attention.checks import SMEM_BYTES, SMEM_RESERVED, Problem
+
+_STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
+_CELL_TOKENS = 512  # tokens in a cell of few heads
+_ROW_BYTES = 4 << 20  # VMEM that a launch's query may take; its output as much again
+VMEM_LIMIT = 40 << 20  # what the kernel asks for at most; the smallest of the chips has 64 MiB but v4 (32, no limit met)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """How a launch cuts its work. It changes speed, and results only by f32 rounding.
+
+    Attributes:
+      pages_per_cell: consecutive pages of one sequence that share a softmax step; a power of two.
+      cells_per_step: cells, of one sequence or several, in one iteration of the kernel's loop; a power of two.
+      steps_ahead: steps whose pages are in flight while one is computed, at least 2.
+
+    Raises:
+      ValueError: a value outside these rules.
+    """
+
+    pages_per_cell: int
+    cells_per_step: int
+    steps_ahead: int = 2
+
+    def __post_init__(self):
+        for name, least in (("pages_per_cell", 1), ("cells_per_step", 1), ("steps_ahead", 1)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            require(whole, name, value, f"must be a whole number, at least {least}")
+            require(name == "steps_ahead" or value & (value - 1) == 0, name, value, "must be a power of two")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch. B, Hq, Hkv, G, D, S, R, W as in `Problem`; and
+
+    Attributes:
+      C: cells a step.
+      T: rows of a head that a cell's buffer holds, `rows_per_cell` of them filled by pages.
+      H: row groups; `heads_per_group` kv heads share one, so that few query heads still fill a register's rows.
+      M: query rows of a group; with two tokens a stored row, first the rows of the first token, then the second's.
+    """
+
+    problem: Problem
+    sizes: BlockSizes
+    sm_scale: float = 1.0
+    soft_cap: float | None = None
+    sliding_window: int | None = None
+    has_starts_operand: bool = False
+    has_sinks: bool = False
+    return_lse: bool = False
+    num_cores: int = 1
+
+    B = property(lambda self: self.problem.batch)
+    Hq = property(lambda self: self.problem.num_q_heads)
+    Hkv = property(lambda self: self.problem.num_kv_heads)
+    G = property(lambda self: self.problem.group)
+    D = property(lambda self: self.problem.head_dim)
+    S = property(lambda self: self.problem.pages_per_sequence)
+    R = property(lambda self: self.problem.rows)
+    W = property(lambda self: self.problem.width)
+    page_size = property(lambda self: self.problem.page_size)
+    tokens_per_row = property(lambda self: self.problem.tokens_per_row)
+    query_dtype = property(lambda self: jnp.dtype(self.problem.query_dtype))
+    cache_dtype = property(lambda self: jnp.dtype(self.problem.cache_dtype))
+    C = property(lambda self: self.sizes.cells_per_step)
+    pages_per_cell = property(lambda self: self.sizes.pages_per_cell)
+    rows_per_cell = property(lambda self: self.pages_per_cell * self.R)
+    tokens_per_cell = property(lambda self: self.pages_per_cell * self.page_size)
+    T = property(lambda self: _round_up(self.rows_per_cell, LANES))
+    heads_per_group = property(lambda self: heads_per_group(self.problem))
+    H = property(lambda self: self.Hkv // self.heads_per_group)
+    M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
+    has_starts = property(lambda self: self.has_starts_operand or self.sliding_window is not None)
+    table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
+
+    def token_of_row(self, row):
+        """The first token of a stored row, counted as the row is."""
+        return row if self.tokens_per_row == 1 else row * self.tokens_per_row
+
+    def head_of_row(self, row: int) -> int:
+        """The query head of one of the H * M rows."""
+        group, row = divmod(row, self.M)
+        rows = self.M // self.tokens_per_row
+        return group * rows + row % rows
+
+    @property
+    def scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], object]]:
+        """(shape, dtype) of each VMEM scratch buffer, by its name in `Refs`."""
+        p, ahead, f32 = self.problem, self.sizes.steps_ahead, jnp.float32
+        block = (self.C, self.Hkv, self.T, self.W)
+        stat = (self.H, self.M, LANES)
+        shapes = dict(
+            q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),
+            k=((ahead + 1, *block), p.cache_dtype),
+            v=((ahead + 2, *block), p.cache_dtype),
+            scores=((self.C, self.H, self.M, self.T), f32),
+            top=((self.C, *stat), f32),
+            decay=((self.C, *stat), f32),
+            run_top=(stat, f32),
+            run_sum=(stat, f32),
+            run_out=((self.H, self.M, self.W), f32),
+            sink=(stat, f32),
+            out_rows=((self.B + 1, self.Hq, self.D), p.query_dtype),
+            lse_rows=((self.B + 1, 1, self.Hq), f32),
+            no_output=((self.Hq, self.D), p.query_dtype),
+            no_lse=((1, self.Hq), f32),
+        )
+        if not self.return_lse:
+            shapes["lse_rows"] = shapes["no_lse"] = None
+        return shapes
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Vector memory of the launch: the buffers, padded to whole tiles, and room for what the compiler spills."""
+        spilled = 2 * self.C * self.H * _round_up(self.M, SUBLANES) * self.T * 4
+        return sum(_padded_bytes(*x) for x in self.scratch_shapes.values() if x is not None) + spilled + (1 << 20)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Scalar memory of the launch."""
+        table = (self.S, self.B) if self.table_is_transposed else (self.B, self.S)
+        cells = (self.sizes.steps_ahead + 2) * self.C * 3
+        flat = (self.B, self.B, self.Hq, 1, self.B + 1, cells, 64)
+        return 4 * _round_up(table[0], SUBLANES) * _round_up(table[1], LANES) + sum(_round_up(4 * n, 512) for n in flat)
+
+
+def heads_per_group(p: Problem) -> int:
+    """How many kv heads' query rows share a register of 8 rows."""
+    rows = p.group * p.tokens_per_row
+    return next(n for n in range(max(1, SUBLANES // rows), 0, -1) if p.num_kv_heads % n == 0)
+
+
+def xla_transposes(rows: int, columns: int) -> bool:
+    """Whether XLA stores an int32 [rows, columns] argument column by column, as it does where that pads less.
+
+    The kernel then takes the transpose, which is no copy, where a fixed order would cost a relayout on each call.
+    """
+    return _tiled(columns, rows) < _tiled(rows, columns)
+
+
+def _tiled(major: int, minor: int) -> int:
+    sublanes = next((n for n in (1, 2, 4) if major <= n), _round_up(major, SUBLANES))
+    return sublanes * _round_up(minor, LANES)
+
+
+def choose_block_sizes(problem: Problem, num_cores: int = 1) -> BlockSizes:
+    """The sizes where the caller names none: about a MiB of K a step, in cells of about 512 tokens."""
+    p = problem
+    row_bytes = p.num_kv_heads * p.width * jnp.dtype(p.cache_dtype).itemsize
+    rows = max(1, _STEP_BYTES // row_bytes)  # of a step
+    pages = _power_of_two(min(rows, _CELL_TOKENS // p.tokens_per_row) // p.rows)
+    pages = min(pages, _power_of_two_above(p.pages_per_sequence))
+    cells = _power_of_two(rows // max(LANES, pages * p.rows))
+    sequences = _power_of_two_above(-(-p.batch // num_cores))
+    cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
+    return BlockSizes(pages, cells, 2)
+
+
+def check_block_sizes(plan: Plan) -> None:
+    """Raises ValueError where a launch of one sequence at a time would not fit in the chip's memories."""
+    need = dataclasses.replace(plan, problem=plan.problem.replace(batch=1)).vmem_bytes
+    require(
+        need <= VMEM_LIMIT,
+        "block_sizes",
+        plan.sizes,
+        f"needs {need} bytes of VMEM, of which the kernel may take {VMEM_LIMIT}",
+        f"{choose_block_sizes(plan.problem)} is the default here",
+    )
+
+
+@functools.lru_cache
+def rows_per_launch(plan: Plan) -> int:
+    """The most sequences that one launch holds: their page table in SMEM, their queries and outputs in VMEM."""
+    rows, least = plan.B, plan.num_cores
+
+    def fits(rows):
+        part = dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
+        query = part.scratch_shapes["q"]
+        return part.smem_bytes <= SMEM_BYTES - SMEM_RESERVED and (
+            _padded_bytes(*query) <= _ROW_BYTES or part.vmem_bytes <= VMEM_LIMIT // 2
+        )
+
+    while rows > least and not fits(rows):
+        rows = -(-rows // 2)
+    require(
+        fits(rows),
+        "block_tables.shape",
+        (plan.B, plan.S),
+        f"one row needs more than the {SMEM_BYTES - SMEM_RESERVED} bytes of SMEM that there are",
+        "use larger pages",
+    )
+    return rows
+
+
+def _padded_bytes(shape, dtype) -> int:
+    size = jnp.dtype(dtype).itemsize
+    *lead, rows, lanes = shape
+    count = _round_up(rows, SUBLANES * 4 // size) * _round_up(lanes, LANES)
+    for n in lead:
+        count *= n
+    return count * size
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two not above n, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _power_of_two_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -3,8 +3,10 @@
 from paged_dist.kernels.kv_cache_update import write_kv_pages
 from paged_dist.kernels.paged_attention import (
     DEFAULT_MASK_VALUE,
+    BlockSizes,
     MultiPageAsyncCopyDescriptor,
     page_attention,
+    paged_decode_attention,
     paged_flash_attention_kernel,
     paged_flash_attention_kernel_inline_seq_dim,
     ref_paged_attention,
@@ -12,8 +14,10 @@ from paged_dist.kernels.paged_attention import (
 
 __all__ = [
     "DEFAULT_MASK_VALUE",
+    "BlockSizes",
     "MultiPageAsyncCopyDescriptor",
     "page_attention",
+    "paged_decode_attention",
     "paged_flash_attention_kernel",
     "paged_flash_attention_kernel_inline_seq_dim",
     "ref_paged_attention",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AxisType, ManualAxisType, Mesh
 
 
@@ -48,6 +52,36 @@ def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     sharding = jax.typeof(x).sharding
     explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
     return jax.lax.reshape(x, tuple(shape), out_sharding=sharding if explicit else None)
+
+
+def lowered_for(test: Callable[[object], bool]) -> jax.Array:
+    """A scalar bool, constant in the lowered program: `test` of a device that it is lowered for, absent ones too.
+
+    As `jax.lax.platform_dependent` knows the platform, but a platform is all that jax tells in public. False where
+    the lowering has no device (an export, say).
+    """
+    return _lowered_for_p.bind(test=test)
+
+
+def _lowering_device(ctx):
+    axis_context = ctx.module_context.axis_context
+    devices = getattr(axis_context, "device_assignment", None)
+    if devices is None and isinstance(getattr(axis_context, "mesh", None), Mesh):
+        devices = axis_context.mesh.devices.flat
+    return next(iter(devices or ()), None)
+
+
+_lowered_for_p = Primitive("paged_dist_lowered_for")
+_lowered_for_p.def_abstract_eval(lambda *, test: ShapedArray((), np.bool_))
+_lowered_for_p.def_impl(lambda *, test: jax.jit(lambda: _lowered_for_p.bind(test=test))())
+
+
+def _lower_lowered_for(ctx, *, test):
+    device = _lowering_device(ctx)
+    return [mlir.ir_constant(np.bool_(device is not None and test(device)))]
+
+
+mlir.register_lowering(_lowered_for_p, _lower_lowered_for)
 
 
 def backends_are_initialized() -> bool:

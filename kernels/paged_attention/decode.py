@@ -2,31 +2,127 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist._compat import out_struct
-from paged_dist.kernels._dispatch import Interpret, in_hbm
-from paged_dist.kernels.paged_attention.checks import check_pools
-from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
-from paged_dist.kernels.paged_attention.decode_plan import (
-    VMEM_LIMIT,
-    BlockSizes,
-    Plan,
-    check_block_sizes,
-    choose_block_sizes,
-    rows_per_launch,
+from paged_dist._errors import not_yet, require
+from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, dispatch
+from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels.paged_attention.checks import (
+    DEFAULT_MASK_VALUE,
+    check_interpret,
+    check_options,
 )
-from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS
-from paged_dist.kernels.paged_attention.launch import block_diagonal
+from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
+from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
+from paged_dist.kernels.paged_attention.megacore import on_each_core
+from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 
 
-def decode_pages_pallas(
+def paged_decode_attention(
+    query,
+    key_cache,
+    value_cache,
+    lengths,
+    block_tables,
+    *,
+    key_scales=None,
+    value_scales=None,
+    starts=None,
+    layer=None,
+    sm_scale: float = 1.0,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks=None,
+    return_lse: bool = False,
+    block_sizes: BlockSizes | None = None,
+    interpret: Interpret = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of one new token a sequence over its pages, on one chip: each live page is read once.
+
+    out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over tokens starts[b] <= t < lengths[b].
+
+    Args:
+      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128. bf16 pages are multiplied in
+        bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16.
+      key_cache, value_cache: [Hkv, N, P, D] bf16 or f32, or [L, Hkv, N, P, D] with `layer`; P a multiple of 8. At
+        D = 64 two tokens may share a row, [.., P / 2, 128], which is read in place; [.., P, 64] is copied on a TPU.
+      lengths: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full table.
+      block_tables: [B, S] int32 page ids. Entries past a sequence's last page, or before its first, may hold
+        anything. On a TPU the others are used unchecked: an id outside the pool reads outside it.
+      key_scales, value_scales: of int8 and fp8 pages; not in this release.
+      starts: [B] int32, first token attended to, default 0. Pages wholly before it are not read.
+      layer: int32 scalar, may be traced, for caches with a layer axis: the kernel's own copies pick it.
+      sm_scale: logits are sm_scale * q.k.
+      soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
+      sliding_window: attend to the last so many tokens; pages wholly before them are not read.
+      sinks: [Hq] f32 logits added to the softmax denominator.
+      return_lse: also return the natural log of the softmax denominator, sinks included.
+      block_sizes: a `BlockSizes`, which changes speed only; None picks by shape.
+      interpret: None follows the platform that the program is lowered for: the Pallas kernel on TPU (on both cores
+        of a v4 or v5p chip), plain XLA elsewhere. False is the kernel; True or a `pltpu.InterpretParams` simulates it.
+
+    Returns:
+      [B, Hq, D] in the query's dtype; with `return_lse`, also [B, Hq] f32. An empty sequence gives 0 and -inf, with
+      sinks the sink.
+
+    Raises:
+      ValueError: arguments that disagree or are outside the rules above; block sizes that do not fit in VMEM; a row
+        of the table that does not fit in SMEM. (A whole table need not: the batch is split into several launches.)
+      NotImplementedError: key_scales or value_scales.
+
+    Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
+    `decode_kernel.py` describes.
+    """
+    if key_scales is not None or value_scales is not None:
+        raise not_yet("key_scales, value_scales", "pass bfloat16 or float32 pages")
+    query, key_cache, value_cache, lengths, block_tables = map(
+        jnp.asarray, (query, key_cache, value_cache, lengths, block_tables)
+    )
+    rank = 4 if layer is None else 5
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        rule = "[Hkv, N, P, D]" if layer is None else "[L, Hkv, N, P, D], for a layer was given"
+        require(cache.ndim == rank, f"{name}.shape", cache.shape, f"must be {rule}")
+    if layer is not None:
+        layer = jnp.asarray(layer)
+        whole = layer.ndim == 0 and jnp.issubdtype(layer.dtype, jnp.integer)
+        require(whole, "layer", layer, "must be an int32 scalar")
+        layer = layer.astype(jnp.int32)
+    starts, sinks = (None if x is None else jnp.asarray(x) for x in (starts, sinks))
+    check_starts_and_sinks(starts, sinks, query)
+    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
+    check_interpret(interpret)
+    require(
+        block_sizes is None or isinstance(block_sizes, BlockSizes),
+        "block_sizes",
+        block_sizes,
+        "must be None or a BlockSizes",
+    )
+    pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
+    return decode_stored_pages(
+        query,
+        *pools,
+        lengths,
+        block_tables,
+        layer,
+        starts,
+        sinks,
+        sm_scale=float(sm_scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sliding_window=None if sliding_window is None else int(sliding_window),
+        return_lse=bool(return_lse),
+        block_sizes=block_sizes,
+        interpret=interpret,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("sm_scale", "soft_cap", "sliding_window", "return_lse", "block_sizes", "interpret"),
+)
+def decode_stored_pages(
     query,
     key_pages,
     value_pages,
@@ -36,101 +132,70 @@ def decode_pages_pallas(
     starts=None,
     sinks=None,
     *,
-    sm_scale=1.0,
-    soft_cap=None,
-    sliding_window=None,
-    return_lse=True,
-    block_sizes: BlockSizes | None = None,
-    num_cores: int = 1,
-    interpret: Interpret = False,
+    return_lse,
+    block_sizes=None,
+    interpret: Interpret = None,
+    **options,
 ):
-    p = check_pools(query, key_pages, value_pages, lengths, block_tables)
-    plan = Plan(
-        p,
-        choose_block_sizes(p, num_cores) if block_sizes is None else block_sizes,
-        sm_scale=float(sm_scale),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=sliding_window,
-        has_starts_operand=starts is not None,
-        has_sinks=sinks is not None,
-        return_lse=return_lse,
-        num_cores=num_cores,
-    )
-    check_block_sizes(plan)
-    rows = rows_per_launch(plan)
-    pools = in_hbm(key_pages, value_pages, interpret=interpret)
-    part = lambda x, i: None if x is None else x[i : i + rows]
-    parts = [
-        _launch(
-            dataclasses.replace(plan, problem=p.replace(batch=min(rows, p.batch - i))),
-            part(query, i),
-            *pools,
-            part(lengths, i),
-            part(block_tables, i),
-            layer,
-            part(starts, i),
-            sinks,
-            interpret=interpret,
-        )
-        for i in range(0, p.batch, rows)
-    ]
-    output, lse = parts[0] if len(parts) == 1 else (
-        None if x[0] is None else jnp.concatenate(x) for x in zip(*parts, strict=True)
-    )
-    return (output, lse) if return_lse else output
+    """`paged_decode_attention` over stored, stacked pools [L, Hkv, N, R, W], its options checked.
+
+    W is D, or 128 at head_dim 64 with two tokens a row; bf16 pools may come as their bits, as on CPU.
+    """
+    given = {name: x for name, x in (("layer", layer), ("starts", starts), ("sinks", sinks)) if x is not None}
+    operands = (query, key_pages, value_pages, lengths, block_tables, *given.values())
+
+    def kernel(query, key_pages, value_pages, *rest, interpret):
+        head_dim = query.shape[-1]
+        query, *pools = _whole_rows(query, *as_kernel_dtype(key_pages, value_pages))
+
+        def launch(*operands, num_cores):
+            query, key_pages, value_pages, lengths, block_tables, *rest = operands
+            made = decode_pages_pallas(
+                query,
+                key_pages,
+                value_pages,
+                lengths,
+                block_tables,
+                **dict(zip(given, rest, strict=True)),
+                **options,
+                return_lse=return_lse,
+                block_sizes=block_sizes,
+                num_cores=num_cores,
+                interpret=interpret,
+            )
+            return made if return_lse else (made,)
+
+        output, *lse = on_each_core(launch, query, *pools, *rest, interpret=interpret)
+        return (output[..., :head_dim], *lse)
+
+    def xla(*operands):
+        *pages, rest = *operands[:5], dict(zip(given, operands[5:], strict=True))
+        output, lse = attend_pages_xla(*pages, **rest, **options)
+        return (output, lse) if return_lse else (output,)
+
+    made = dispatch(kernel, xla, *operands, interpret=interpret)
+    return made if return_lse else made[0]
 
 
-def _launch(
-    plan: Plan, query, key_pages, value_pages, lengths, block_tables, layer, starts, sinks, *, interpret
-):
-    q = query
-    if plan.tokens_per_row > 1:
-        q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.G, plan.D)
-        q = block_diagonal(q, plan.tokens_per_row).reshape(plan.B, plan.H * plan.M, plan.W)
-    table = block_tables.T if plan.table_is_transposed else block_tables
-    layer = None if key_pages.shape[0] == 1 else layer.reshape(1)
-    scalars = dict(lengths=lengths, table=table, layer=layer, starts=starts, sinks=sinks)
-    scalars = {name: x for name, x in scalars.items() if x is not None}
-    arrays = dict(query=q, key_pages=key_pages, value_pages=value_pages)
-    operands = (*scalars.values(), *arrays.values())
-    results = dict(output=out_struct((plan.B, plan.Hq, plan.D), query.dtype, *operands))
-    if plan.return_lse:
-        results["lse"] = out_struct((plan.B, 1, plan.Hq), jnp.float32, *operands)
-    ahead = plan.sizes.steps_ahead
-    scratch = {name: pltpu.VMEM(*x) for name, x in plan.scratch_shapes.items() if x is not None}
-    scratch |= dict(
-        work=pltpu.SMEM((plan.B + 1,), jnp.int32),
-        cells=pltpu.SMEM(((ahead + 2) * plan.C * NUM_FIELDS,), jnp.int32),
-        pages=pltpu.SMEM((2 * (ahead + 2),), jnp.int32),
-        q_sem=pltpu.SemaphoreType.DMA,
-        k_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
-        v_sems=pltpu.SemaphoreType.DMA((ahead + 2,)),
-        out_sem=pltpu.SemaphoreType.DMA,
-    )
-    if plan.return_lse:
-        scratch["lse_sem"] = pltpu.SemaphoreType.DMA
-    names = (*scalars, *arrays, *results, *scratch)
+def check_starts_and_sinks(starts, sinks, query) -> None:
+    """Raises ValueError for shapes or dtypes that do not go with `query` [B, Hq, D]."""
+    if query.ndim != 3:
+        return  # refused, by name, with the pools
+    for name, x, shape, dtypes in (
+        ("starts", starts, query.shape[:1], ("int32",)),
+        ("sinks", sinks, query.shape[1:2], ("float32", "bfloat16")),
+    ):
+        if x is not None:
+            require(x.shape == shape, f"{name}.shape", x.shape, f"must be {shape}")
+            require(x.dtype.name in dtypes, f"{name}.dtype", x.dtype.name, f"must be one of {dtypes}")
 
-    def kernel(*refs):
-        given = dict(zip(names, refs, strict=True))
-        decode_kernel(plan, Refs(**{name: given.get(name) for name in Refs._fields}))
 
-    whole = pl.BlockSpec(memory_space=pltpu.HBM)
-    made = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(plan.num_cores,),
-            in_specs=[whole] * len(arrays),
-            out_specs=[whole] * len(results),
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=list(results.values()),
-        # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
-        ),
-        interpret=interpret,
-        name="paged_decode_attention",
-    )(*operands)
-    return made[0], made[1].reshape(plan.B, plan.Hq) if plan.return_lse else None
+def _whole_rows(query, *pools):
+    """Query and pools with rows of at least 128 lanes: two tokens of head_dim 64 a row, or one and zeros."""
+    head_dim, rows, width = query.shape[-1], *pools[0].shape[-2:]
+    if width >= LANES:
+        return query, *pools
+    if rows % (SUBLANES * LANES // head_dim):  # pages of 8 tokens would pack into half a tile
+        widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, LANES - head_dim)])
+        return tuple(map(widen, (query, *pools)))
+    return query, *(pool.reshape(*pool.shape[:-2], -1, LANES) for pool in pools)

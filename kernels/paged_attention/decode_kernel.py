@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_plan import Plan
-from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS, Cell, Ring, WorkList
+from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList
 from paged_dist.kernels.paged_attention.kernel import dot
 
 _LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
@@ -144,9 +144,7 @@ def _query_copy(plan: Plan, refs: Refs):
 
 
 def _row_copies(plan: Plan, refs: Refs, b, *, empty=False):
-    copies = [
-        pltpu.make_async_copy(refs.no_output if empty else refs.out_rows.at[b], refs.output.at[b], refs.out_sem)
-    ]
+    copies = [pltpu.make_async_copy(refs.no_output if empty else refs.out_rows.at[b], refs.output.at[b], refs.out_sem)]
     if plan.return_lse:
         source = refs.no_lse if empty else refs.lse_rows.at[b]
         copies.append(pltpu.make_async_copy(source, refs.lse.at[b], refs.lse_sem))
@@ -253,9 +251,7 @@ class Body:
             live &= token >= cell.start
         for g in range(plan.H):
             q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
-            s = self._each_head(
-                g, lambda h: dot(q, refs.k[self.ring.k, c, h], 1, plan.query_dtype), (plan.M, plan.T)
-            )
+            s = self._each_head(g, lambda h: dot(q, refs.k[self.ring.k, c, h], 1, plan.query_dtype), (plan.M, plan.T))
             if plan.soft_cap is None:
                 s = s * (plan.sm_scale * _LOG2_E)
             else:

@@ -14,7 +14,9 @@ from paged_dist.kernels.paged_attention.checks import SMEM_BYTES, SMEM_RESERVED,
 _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 _CELL_TOKENS = 512  # tokens in a cell of few heads
 _ROW_BYTES = 4 << 20  # VMEM that a launch's query may take; its output as much again
-VMEM_LIMIT = 40 << 20  # what the kernel asks for at most; the smallest of the chips has 64 MiB but v4 (32, no limit met)
+VMEM_LIMIT = (
+    40 << 20
+)  # what the kernel asks for at most; the smallest of the chips has 64 MiB but v4 (32, no limit met)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from paged_dist._compat import lowered_for
 from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret
 from paged_dist.kernels.paged_attention.checks import NUM_CORES
@@ -83,3 +85,24 @@ def best_megacore_mode(num_kv_heads: int, batch: int, *arrays: jax.Array) -> str
     if not _has_megacore(target_device(*arrays)):
         return None
     return "kv_head" if num_kv_heads % NUM_CORES == 0 else "batch" if batch % NUM_CORES == 0 else None
+
+
+def on_each_core(launch, *operands, interpret: Interpret):
+    """`launch(*operands, num_cores)` with as many cores as a device has of the chip that the program is lowered for.
+
+    Where the chip is not known when this is traced (a plain `jit`, lowered for an absent TPU), it is asked for while
+    the program is lowered, and the branch not taken is gone from the compiled program.
+    """
+    if isinstance(interpret, pltpu.InterpretParams):
+        return launch(*operands, num_cores=interpret.num_cores_or_threads or 1)
+    if interpret:
+        return launch(*operands, num_cores=1)
+    device = target_device(*(x for x in operands if x is not None))
+    if device is not None:
+        return launch(*operands, num_cores=NUM_CORES if _has_megacore(device) else 1)
+    return jax.lax.cond(
+        lowered_for(_has_megacore),
+        functools.partial(launch, num_cores=NUM_CORES),
+        functools.partial(launch, num_cores=1),
+        *operands,
+    )

@@ -1,0 +1,153 @@
+"""Launches the decode kernel over stored, stacked pools, in as many launches as scalar memory asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paged_dist._compat import out_struct
+from paged_dist.kernels._dispatch import Interpret, in_hbm
+from paged_dist.kernels.paged_attention.checks import check_pools
+from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
+from paged_dist.kernels.paged_attention.decode_plan import (
+    VMEM_LIMIT,
+    BlockSizes,
+    Plan,
+    check_block_sizes,
+    choose_block_sizes,
+    rows_per_launch,
+)
+from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS
+from paged_dist.kernels.paged_attention.launch import block_diagonal
+from paged_dist.kernels.paged_attention.megacore import simulation
+
+
+def decode_pages_pallas(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    layer=None,
+    starts=None,
+    sinks=None,
+    *,
+    sm_scale=1.0,
+    soft_cap=None,
+    sliding_window=None,
+    return_lse=True,
+    block_sizes: BlockSizes | None = None,
+    num_cores: int = 1,
+    interpret: Interpret = False,
+):
+    """(output [B, Hq, D], lse [B, Hq] f32), or the output alone, by the decode kernel.
+
+    Args:
+      query, key_pages, value_pages, lengths, block_tables, layer: as `attend_pages_xla` takes them, bf16 pages as bf16.
+      starts: [B] int32, first token attended to; with a window the later of the two counts.
+      sinks: [Hq] f32 logits added to the softmax denominator.
+      block_sizes: None for `choose_block_sizes`.
+      num_cores: 2 puts both cores of a megacore chip to work.
+      interpret: False compiles; True or an InterpretParams simulates.
+
+    A batch whose table does not fit in scalar memory, or whose queries take too much vector memory, becomes several
+    launches.
+
+    Raises:
+      ValueError: shapes that do not fit together, or block sizes that do not fit in VMEM.
+    """
+    p = check_pools(query, key_pages, value_pages, lengths, block_tables)
+    plan = Plan(
+        p,
+        choose_block_sizes(p, num_cores) if block_sizes is None else block_sizes,
+        sm_scale=float(sm_scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sliding_window=sliding_window,
+        has_starts_operand=starts is not None,
+        has_sinks=sinks is not None,
+        return_lse=return_lse,
+        num_cores=num_cores,
+    )
+    check_block_sizes(plan)
+    rows = rows_per_launch(plan)
+    layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    pools = in_hbm(key_pages, value_pages, interpret=interpret)
+    part = lambda x, i: None if x is None else x[i : i + rows]
+    parts = [
+        _launch(
+            dataclasses.replace(plan, problem=p.replace(batch=min(rows, p.batch - i))),
+            part(query, i),
+            *pools,
+            part(lengths, i),
+            part(block_tables, i),
+            layer,
+            part(starts, i),
+            sinks,
+            interpret=interpret,
+        )
+        for i in range(0, p.batch, rows)
+    ]
+    output, lse = (
+        parts[0]
+        if len(parts) == 1
+        else (None if x[0] is None else jnp.concatenate(x) for x in zip(*parts, strict=True))
+    )
+    return (output, lse) if return_lse else output
+
+
+def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, layer, starts, sinks, *, interpret):
+    q = query
+    if plan.tokens_per_row > 1:
+        q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.G, plan.D)
+        q = block_diagonal(q, plan.tokens_per_row).reshape(plan.B, plan.H * plan.M, plan.W)
+    table = block_tables.T if plan.table_is_transposed else block_tables
+    layer = None if key_pages.shape[0] == 1 else layer.reshape(1)
+    scalars = dict(lengths=lengths, table=table, layer=layer, starts=starts, sinks=sinks)
+    scalars = {name: x for name, x in scalars.items() if x is not None}
+    arrays = dict(query=q, key_pages=key_pages, value_pages=value_pages)
+    operands = (*scalars.values(), *arrays.values())
+    results = dict(output=out_struct((plan.B, plan.Hq, plan.D), query.dtype, *operands))
+    if plan.return_lse:
+        results["lse"] = out_struct((plan.B, 1, plan.Hq), jnp.float32, *operands)
+    ahead = plan.sizes.steps_ahead
+    scratch = {name: pltpu.VMEM(*x) for name, x in plan.scratch_shapes.items() if x is not None}
+    scratch |= dict(
+        work=pltpu.SMEM((plan.B + 1,), jnp.int32),
+        cells=pltpu.SMEM(((ahead + 2) * plan.C * NUM_FIELDS,), jnp.int32),
+        pages=pltpu.SMEM((2 * (ahead + 2),), jnp.int32),
+        q_sem=pltpu.SemaphoreType.DMA,
+        k_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
+        v_sems=pltpu.SemaphoreType.DMA((ahead + 2,)),
+        out_sem=pltpu.SemaphoreType.DMA,
+    )
+    if plan.return_lse:
+        scratch["lse_sem"] = pltpu.SemaphoreType.DMA
+    names = (*scalars, *arrays, *results, *scratch)
+
+    def kernel(*refs):
+        given = dict(zip(names, refs, strict=True))
+        decode_kernel(plan, Refs(**{name: given.get(name) for name in Refs._fields}))
+
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
+    made = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(plan.num_cores,),
+            in_specs=[whole] * len(arrays),
+            out_specs=[whole] * len(results),
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=list(results.values()),
+        # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=simulation("batch" if plan.num_cores > 1 else None, interpret),
+        name="paged_decode_attention",
+    )(*operands)
+    return made[0], made[1].reshape(plan.B, plan.Hq) if plan.return_lse else None

@@ -5,7 +5,7 @@ cells, of as many sequences as it takes. Iteration s of the kernel's one loop
 
     weighs   step s-1: exp2(score - max), from scores left in VMEM by the iteration before;
     scores   step s: q.K, masks, each row's maximum, running maxima;
-    issues   the copies of step s + `steps_ahead`, between the scores of one cell and the next;
+    issues   the copies of step s + `steps_ahead`'s K, between the scores, and of V one step behind, between the sums;
     sums     step s-1: weights times V into the running sums, divided and copied out where a sequence ends.
 
 The four are independent but for step s-1's scores, and stand in one basic block: K and V are pushed into the MXU back
@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_plan import Plan
-from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList
+from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.paged_attention.kernel import dot
 
 _LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
@@ -50,7 +50,7 @@ class Refs(NamedTuple):
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
     k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv, T, W]
-    v: jax.Array  # VMEM [steps_ahead + 2, C, Hkv, T, W]: one more, for a step's V is used an iteration after its K
+    v: jax.Array  # VMEM [steps_ahead + 1, C, Hkv, T, W]
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
     decay: jax.Array  # VMEM f32 [C, H, M, 128]: what the cell's sequence had summed so far is worth now
@@ -64,10 +64,10 @@ class Refs(NamedTuple):
     no_lse: jax.Array | None  # VMEM f32 [1, Hq]
     work: jax.Array  # SMEM int32 [B + 1]
     cells: jax.Array  # SMEM int32 [(steps_ahead + 2) * C * NUM_FIELDS]
-    pages: jax.Array  # SMEM int32 [2 * (steps_ahead + 2)]
+    tiles: jax.Array  # SMEM int32 [steps_ahead + 2]
     q_sem: jax.Array
     k_sems: jax.Array  # DMA [steps_ahead + 1]
-    v_sems: jax.Array  # DMA [steps_ahead + 2]
+    v_sems: jax.Array  # DMA [steps_ahead + 1]
     out_sem: jax.Array
     lse_sem: jax.Array | None
 
@@ -77,12 +77,15 @@ def decode_kernel(plan: Plan, refs: Refs) -> None:
     core = pl.program_id(0)
     _query_copy(plan, refs).start()
     work = WorkList.build(plan, refs, core)
-    ring = Ring.start(plan)
-
-    def issue_first(a, cursor):
-        return Body(plan, refs, work, ring).issue_step(a, a, cursor)
-
-    cursor = lax.fori_loop(0, plan.sizes.steps_ahead, issue_first, (jnp.int32(0), jnp.int32(0)))
+    ring, ahead = Ring.start(plan), plan.sizes.steps_ahead
+    cursor = (jnp.int32(0), jnp.int32(0))
+    for a in range(ahead):  # V a step behind K, here as in the loop
+        copies = Copies(plan, refs, work, cursor)
+        copies.start_keys(ring.plus(a))
+        cursor = copies.cursor
+    pl.when(work.is_ragged)(lambda: _clear_values(plan, refs))  # while the first K is on its way
+    for a in range(ahead - 1):
+        Copies(plan, refs, work, None).start_values(ring.plus(a))
     # Everything from here to the first wait hides behind the first copies' latency.
     rows = _prepare(plan, refs, work, core)
     _query_copy(plan, refs).wait()
@@ -91,16 +94,30 @@ def decode_kernel(plan: Plan, refs: Refs) -> None:
         ring, cursor = carry
         body = Body(plan, refs, work, ring)
         body.wait_for_copies()
-        return ring.next(), body.compute(cursor)
+        return ring.plus(1), body.compute(cursor)
 
     @pl.when(work.rows > 0)
     def _():
-        ring, _ = lax.while_loop(lambda carry: work.has_step(carry[0].v), step, (Ring.start(plan), cursor))
-        body = Body(plan, refs, work, ring)
+        behind, _ = lax.while_loop(lambda carry: work.has_step(carry[0].cells), step, (ring, cursor))
+        body = Body(plan, refs, work, behind)
         body.wait_for_values()
+        body.clear_edges()
         body.sum_up(body.weigh())
 
     _wait_for_rows(plan, refs, rows)
+
+
+def _clear_values(plan: Plan, refs: Refs) -> None:
+    """Zeros in V's buffers, for rows that no copy fills are summed too, with weight 0, and 0 x NaN is NaN.
+
+    From then on all that a buffer holds are rows of live tiles, whose dead tokens `Body.clear_edges` clears.
+    """
+
+    def clear(i, _):
+        part = refs.v.at[lax.div(i, jnp.int32(plan.C)), lax.rem(i, jnp.int32(plan.C))]
+        part[...] = jnp.zeros_like(part)
+
+    lax.fori_loop(0, refs.v.shape[0] * plan.C, clear, None)
 
 
 def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
@@ -110,9 +127,6 @@ def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
     refs.run_out[...] = jnp.zeros_like(refs.run_out)
     refs.no_output[...] = jnp.zeros_like(refs.no_output)
     work.clear_before_first()
-    if plan.rows_per_cell < plan.T:  # rows that no page fills, and that every product meets
-        for ref in (refs.k, refs.v):
-            ref[:, :, :, plan.rows_per_cell :, :] = jnp.zeros_like(ref[:, :, :, plan.rows_per_cell :, :])
     if plan.has_sinks:
         for row in range(plan.H * plan.M):
             head = plan.head_of_row(row)
@@ -172,76 +186,71 @@ class Body:
     work: WorkList
     ring: Ring
 
-    def issue_step(self, k_slot, v_slot, cursor):
-        """Starts the copies of the next step into these slots. Returns the cursor behind it."""
-        copies = Copies(self, k_slot, v_slot, cursor)
-        copies.advance(1, 1)
-        copies.advance(2, 1)
-        return copies.cursor
-
     def wait_for_copies(self) -> None:
         """Waits for step s's K and step s-1's V."""
-        self._wait(self.work.pages_of(self.ring.v), self.refs.k, self.refs.k_sems, self.ring.k)
+        self._wait(self.ring, self.refs.k, self.refs.k_sems)
         self.wait_for_values()
 
     def wait_for_values(self) -> None:
-        before = self.ring.v_before
-        self._wait(self.work.pages_of(before), self.refs.v, self.refs.v_sems, before)
-        pl.when(self.work.dirty_cells_of(before) > 0)(self.clear_dead_values)
+        """Waits for step s-1's V."""
+        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_sems)
 
-    def _wait(self, pages, ref, sems, slot) -> None:
-        plan = self.plan
-        for bit in range((plan.C * plan.pages_per_cell).bit_length()):
-            cells, some = max(1, (1 << bit) // plan.pages_per_cell), min(1 << bit, plan.pages_per_cell)
-            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, some * plan.R)]
+    def _wait(self, ring: Ring, ref, sems) -> None:
+        """A wait only counts bytes: one for each power of two in the step's number of tiles."""
+        plan, tiles = self.plan, self.work.tiles_of(ring.cells)
+        per_cell = plan.rows_per_cell // plan.tile
+        for bit in range((plan.C * per_cell).bit_length()):
+            # As many bytes as 2^bit tiles, in any shape that the buffer has.
+            cells = next(n for n in (1, *range(2, plan.C + 1)) if (1 << bit) % n == 0 and (1 << bit) // n <= per_cell)
+            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, (1 << bit) // cells * plan.tile)]
 
-            @pl.when((pages & (1 << bit)) != 0)
+            @pl.when((tiles & (1 << bit)) != 0)
             def _(part=part):
-                pltpu.make_async_copy(part, part, sems.at[slot]).wait()
+                pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
 
-    def clear_dead_values(self) -> None:
-        """Zeros for the dead tokens of step s-1's V: what lies there may be NaN, and 0 x NaN is NaN."""
-        plan, slot = self.plan, self.ring.v_before
-        shape = (plan.R, plan.W)
-        token = plan.token_of_row(lax.broadcasted_iota(jnp.int32, shape, 0))
+    def clear_edges(self) -> None:
+        """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
+        for c in range(self.plan.C):
+            cell = Cell.load(self.refs.cells, self.ring.plus(-1).cells, c, self.plan)
+            self._clear_tile(c, cell, cell.end)
+            if self.plan.has_starts:
+                self._clear_tile(c, cell, cell.start)
+
+    def _clear_tile(self, c, cell, edge) -> None:
+        plan, slot = self.plan, self.ring.plus(-1).here
+        tile = div(jnp.clip(edge, 0, plan.tokens_per_cell - 1), plan.tile * plan.tokens_per_row)
+        shape = (plan.tile, plan.W)
+        token = tile * (plan.tile * plan.tokens_per_row)
+        token += plan.token_of_row(lax.broadcasted_iota(jnp.int32, shape, 0))
         if plan.tokens_per_row > 1:
             token += lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(plan.D))
-
-        def clear_cell(c, _):
-            cell = Cell.load(self.refs.cells, slot, c, plan)
-
-            def clear_page(p, _):
-                first = p * plan.page_size
-                is_dead = (cell.start > first) | (cell.end < first + plan.page_size)
-
-                @pl.when((cell.end > 0) & is_dead)
-                def _():
-                    live = (token >= cell.start - first) & (token < cell.end - first)
-                    for h in range(plan.Hkv):
-                        part = self.refs.v.at[slot, c, h, pl.ds(pl.multiple_of(p * plan.R, plan.R), plan.R)]
-                        part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
-
-            lax.fori_loop(0, plan.pages_per_cell, clear_page, None)
-
-        lax.fori_loop(0, plan.C, clear_cell, None)
+        live = token < cell.end
+        if plan.has_starts:
+            live &= token >= cell.start
+        for h in range(plan.Hkv):
+            part = self.refs.v.at[slot, c, h, pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)]
+            part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
 
     def compute(self, cursor):
         """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
         plan, refs, ring = self.plan, self.refs, self.ring
-        copies = Copies(self, ring.k_ahead, ring.v_ahead, cursor)
+        copies = Copies(plan, refs, self.work, cursor)
+        keys = copies.keys(ring.plus(plan.sizes.steps_ahead))
+        values = copies.values(ring.plus(plan.sizes.steps_ahead - 1))
+        self.clear_edges()
         weights = self.weigh()
         tops = [refs.run_top[g] for g in range(plan.H)]
         for c in range(plan.C):
-            self.score(c, tops, copies)
+            self.score(c, tops, keys)
         for g in range(plan.H):
             refs.run_top[g] = tops[g]
-        self.sum_up(weights, copies)
+        self.sum_up(weights, values)
         return copies.cursor
 
-    def score(self, c, tops, copies: Copies) -> None:
+    def score(self, c, tops, copies: Paced) -> None:
         """Scores of step s's cell c, in base 2, to `refs.scores`; moves the running maxima in `tops`."""
         plan, refs = self.plan, self.refs
-        cell = Cell.load(refs.cells, self.ring.v, c, plan)
+        cell = Cell.load(refs.cells, self.ring.cells, c, plan)
         row, column = (lax.broadcasted_iota(jnp.int32, (plan.M, plan.T), axis) for axis in (0, 1))
         token = plan.token_of_row(column)
         if plan.tokens_per_row > 1:
@@ -251,7 +260,7 @@ class Body:
             live &= token >= cell.start
         for g in range(plan.H):
             q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
-            s = self._each_head(g, lambda h: dot(q, refs.k[self.ring.k, c, h], 1, plan.query_dtype), (plan.M, plan.T))
+            s = self._each_head(g, lambda h: dot(q, refs.k[self.ring.here, c, h], 1, plan.query_dtype), (plan.M, plan.T))
             if plan.soft_cap is None:
                 s = s * (plan.sm_scale * _LOG2_E)
             else:
@@ -265,7 +274,7 @@ class Body:
             tops[g] = jnp.maximum(before, top)
             refs.top[c, g] = tops[g]
             refs.decay[c, g] = jnp.exp2(before - tops[g])
-            copies.advance(1, plan.C * plan.H)
+            copies.advance(plan.C * plan.H)
 
     def weigh(self):
         """(weights [M, T], their lanes' sums, decay, maximum [M, 128]) of each cell and row group of step s-1."""
@@ -280,16 +289,16 @@ class Body:
                 weights.append((jnp.concatenate(parts, axis=1).astype(dtype), _sum(parts), refs.decay[c, g], top))
         return weights
 
-    def sum_up(self, weights, copies: Copies | None = None) -> None:
+    def sum_up(self, weights, copies: Paced | None = None) -> None:
         """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
-        plan, refs, slot = self.plan, self.refs, self.ring.v_before
+        plan, refs, before = self.plan, self.refs, self.ring.plus(-1)
         outs, sums = ([ref[g] for g in range(plan.H)] for ref in (refs.run_out, refs.run_sum))
         for c in range(plan.C):
-            cell = Cell.load(refs.cells, slot, c, plan)
+            cell = Cell.load(refs.cells, before.cells, c, plan)
             for g in range(plan.H):
                 weight, lane_sums, decay, _ = weights[c * plan.H + g]
                 new = self._each_head(
-                    g, lambda h: dot(weight, refs.v[slot, c, h], 0, plan.query_dtype), (plan.M, plan.W)
+                    g, lambda h: dot(weight, refs.v[before.here, c, h], 0, plan.query_dtype), (plan.M, plan.W)
                 )
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
                 first_sum = 0.0
@@ -301,7 +310,7 @@ class Body:
                 outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
                 sums[g] = jnp.where(cell.is_first, first_sum, sums[g]) * decay + lane_sums
                 if copies is not None:
-                    copies.advance(2, plan.C * plan.H)
+                    copies.advance(plan.C * plan.H)
             self._write_row(cell, outs, sums, [w[3] for w in weights[c * plan.H : (c + 1) * plan.H]])
         for g in range(plan.H):
             refs.run_out[g], refs.run_sum[g] = outs[g], sums[g]
@@ -338,63 +347,100 @@ class Body:
         return merged
 
 
+class Paced:
+    """A stream of small pieces of scalar work, done in equal parts between pieces of vector work."""
+
+    def __init__(self, pieces, count: int):
+        self._pieces, self._count, self._parts = pieces, count, 0
+
+    def advance(self, parts: int) -> None:
+        """Does the next of `parts` parts."""
+        before, self._parts = self._parts, self._parts + 1
+        for _ in range(self._count * self._parts // parts - self._count * before // parts):
+            next(self._pieces)
+
+
+@dataclasses.dataclass
 class Copies:
-    """The copies of one step's pages, started a few at a time between the vector work of another step.
+    """Starts the copies of pages: the next step's K, and the V of a step whose K was taken before."""
 
-    In two passes, one for each half of an iteration: large pages' K, then their V, so that a last step's scores need
-    not wait for its V; small pages, whose copies' scalar work sets the pace, K and V together, half the cells each.
-    """
+    plan: Plan
+    refs: Refs
+    work: WorkList
+    cursor: tuple | None
 
-    def __init__(self, body: Body, k_slot, v_slot, cursor):
-        self._body, self._k_slot, self._v_slot = body, k_slot, v_slot
-        self.cursor = cursor
-        plan = body.plan
-        self._pages, self._dirty = jnp.int32(0), jnp.int32(0)
-        self._cells: list[tuple] = []
-        together = plan.page_size < _PAGE_ALONE and plan.C > 1
-        half = plan.C // 2 if together else plan.C
-        passes = [(range(half), True, together), (range(half, plan.C) if together else range(plan.C), together, True)]
-        self._passes = {i + 1: self._start_pages(*x) for i, x in enumerate(passes)}
-        self._sizes = {i + 1: len(x[0]) * plan.pages_per_cell for i, x in enumerate(passes)}
-        self._steps = {1: 0, 2: 0}
+    def start_keys(self, ring: Ring) -> None:
+        self.keys(ring).advance(1)
 
-    def advance(self, which: int, points: int) -> None:
-        """Starts the next of `points` equal parts of a pass."""
-        done, size = self._steps[which], self._sizes[which]
-        self._steps[which] += 1
-        for _ in range(size * (done + 1) // points - size * done // points):
-            next(self._passes[which])
-        if done + 1 == points and len(self._cells) == self._body.plan.C:
-            self._body.work.note_step(self._v_slot, self._pages, self._dirty)
+    def start_values(self, ring: Ring) -> None:
+        self.values(ring).advance(1)
 
-    def _start_pages(self, cells, keys: bool, values: bool):
-        plan, refs, work = self._body.plan, self._body.refs, self._body.work
-        layer = 0 if refs.layer is None else refs.layer[0]
-        pools = [(refs.key_pages, refs.k, self._k_slot, refs.k_sems)] if keys else []
-        pools += [(refs.value_pages, refs.v, self._v_slot, refs.v_sems)] if values else []
-        for c in cells:
-            if c == len(self._cells):
-                self._take(c)
-            row, column, count = self._cells[c]
-            for p in range(plan.pages_per_cell):
-                page = work.page_id(row, column, p)
-                to = pl.ds(p * plan.R, plan.R)
+    def keys(self, ring: Ring) -> Paced:
+        """The next step's cells are taken from the cursor into `ring`'s slots."""
 
-                @pl.when(p < count)  # small enough to become a predicate, not a branch
-                def _(page=page, to=to, c=c):
-                    for pool, ref, slot, sems in pools:
-                        pltpu.make_async_copy(pool.at[layer, :, page], ref.at[slot, c, :, to], sems.at[slot]).start()
+        def cells():
+            tiles = jnp.int32(0)
+            for c in range(self.plan.C):
+                cell, self.cursor = self.work.take(self.cursor)
+                cell.store(self.refs.cells, ring.cells, c, self.plan)
+                tiles += div(cell.rows - cell.rows_skipped(self.plan), self.plan.tile)
+                if c + 1 == self.plan.C:
+                    self.work.note_step(ring.cells, tiles)
+                yield cell
 
-                yield
+        return self._paced(cells(), self.refs.key_pages, self.refs.k, self.refs.k_sems, ring.here)
 
-    def _take(self, c: int) -> None:
-        plan = self._body.plan
-        cell, row, column, count, self.cursor = self._body.work.take(self.cursor)
-        cell.store(self._body.refs.cells, self._v_slot, c, plan)
-        self._cells.append((row, column, count))
-        has_dead = (count > 0) & ((cell.end < plan.tokens_per_cell) | (cell.start > 0))
-        self._pages += count
-        self._dirty += jnp.where(has_dead, 1, 0)
+    def values(self, ring: Ring) -> Paced:
+        """The cells that `keys` noted in `ring`'s slots."""
+        cells = (Cell.load(self.refs.cells, ring.cells, c, self.plan) for c in range(self.plan.C))
+        return self._paced(cells, self.refs.value_pages, self.refs.v, self.refs.v_sems, ring.here)
+
+    def _paced(self, cells, pool, ref, sems, slot) -> Paced:
+        plan = self.plan
+        pool = pool.at[0 if self.refs.layer is None else self.refs.layer[0]]
+
+        def pieces():
+            for c, cell in enumerate(cells):
+                for p in range(plan.pages_per_cell):
+                    self._start_page(cell, p, pool, ref.at[slot, c], sems.at[slot])
+                    yield
+
+        return Paced(pieces(), plan.C * plan.pages_per_cell)
+
+    def _start_page(self, cell: Cell, p: int, pool, to, sem) -> None:
+        plan = self.plan
+        page = self.work.page_id(cell, p)
+        is_whole = cell.rows >= (p + 1) * plan.R
+        skipped = cell.rows_skipped(plan) if p == 0 else jnp.int32(0)
+        if p == 0 and plan.has_starts:
+            is_whole &= skipped == 0
+
+        @pl.when(is_whole)  # small enough to become a predicate, not a branch
+        def _():
+            pltpu.make_async_copy(pool.at[:, page], to.at[:, pl.ds(p * plan.R, plan.R)], sem).start()
+
+        if plan.tile == plan.R:
+            return
+        if p == 0 and plan.has_starts:
+            self._start_tiles(page, skipped, jnp.minimum(cell.rows, plan.R) - skipped, 0, pool, to, sem, skipped > 0)
+        if p + 1 == plan.pages_per_cell:  # the live tiles of the last page, where they are not all
+            last, some = div(cell.rows, plan.R), rem(cell.rows, plan.R)
+            starts_here = some > 0
+            if plan.has_starts:
+                starts_here &= (last > 0) | (cell.start < plan.tile * plan.tokens_per_row)
+            page = self.work.page_id(cell, last)
+            self._start_tiles(page, 0, some, last * plan.R, pool, to, sem, starts_here)
+
+    def _start_tiles(self, page, first, rows, at, pool, to, sem, condition) -> None:
+        """Rows [first, first + rows) of a page to row `at` + `first` on, both multiples of a tile."""
+        tile = self.plan.tile
+        rows = pl.multiple_of(rows, tile)
+        source = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, tile), rows)
+        there = pl.ds(pl.multiple_of(at + first, tile), rows)
+
+        @pl.when(condition)
+        def _():
+            pltpu.make_async_copy(pool.at[:, page, source], to.at[:, there], sem).start()
 
 
 def _sum(parts):

@@ -118,10 +118,10 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
     scratch |= dict(
         work=pltpu.SMEM((plan.B + 1,), jnp.int32),
         cells=pltpu.SMEM(((ahead + 2) * plan.C * NUM_FIELDS,), jnp.int32),
-        pages=pltpu.SMEM((2 * (ahead + 2),), jnp.int32),
+        tiles=pltpu.SMEM((ahead + 2,), jnp.int32),
         q_sem=pltpu.SemaphoreType.DMA,
         k_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
-        v_sems=pltpu.SemaphoreType.DMA((ahead + 2,)),
+        v_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
         out_sem=pltpu.SemaphoreType.DMA,
     )
     if plan.return_lse:
@@ -137,7 +137,7 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(plan.num_cores,),
+            grid=(plan.num_cores, 1),
             in_specs=[whole] * len(arrays),
             out_specs=[whole] * len(results),
             scratch_shapes=list(scratch.values()),
@@ -145,7 +145,7 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
         out_shape=list(results.values()),
         # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=simulation("batch" if plan.num_cores > 1 else None, interpret),
         name="paged_decode_attention",

@@ -51,6 +51,7 @@ class Plan:
     Attributes:
       C: cells a step.
       T: rows of a head that a cell's buffer holds, `rows_per_cell` of them filled by pages.
+      tile: rows that a sequence's last page is fetched in.
       H: row groups; `heads_per_group` kv heads share one, so that few query heads still fill a register's rows.
       M: query rows of a group; with two tokens a stored row, first the rows of the first token, then the second's.
     """
@@ -82,6 +83,7 @@ class Plan:
     rows_per_cell = property(lambda self: self.pages_per_cell * self.R)
     tokens_per_cell = property(lambda self: self.pages_per_cell * self.page_size)
     T = property(lambda self: _round_up(self.rows_per_cell, LANES))
+    tile = property(lambda self: tile_rows(self.problem))
     heads_per_group = property(lambda self: heads_per_group(self.problem))
     H = property(lambda self: self.Hkv // self.heads_per_group)
     M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
@@ -107,7 +109,7 @@ class Plan:
         shapes = dict(
             q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),
             k=((ahead + 1, *block), p.cache_dtype),
-            v=((ahead + 2, *block), p.cache_dtype),
+            v=((ahead + 1, *block), p.cache_dtype),
             scores=((self.C, self.H, self.M, self.T), f32),
             top=((self.C, *stat), f32),
             decay=((self.C, *stat), f32),
@@ -134,9 +136,14 @@ class Plan:
     def smem_bytes(self) -> int:
         """Scalar memory of the launch."""
         table = (self.S, self.B) if self.table_is_transposed else (self.B, self.S)
-        cells = (self.sizes.steps_ahead + 2) * self.C * 3
+        cells = (self.sizes.steps_ahead + 2) * self.C * 5
         flat = (self.B, self.B, self.Hq, 1, self.B + 1, cells, 64)
         return 4 * _round_up(table[0], SUBLANES) * _round_up(table[1], LANES) + sum(_round_up(4 * n, 512) for n in flat)
+
+
+def tile_rows(p: Problem) -> int:
+    """Rows that a copy, or a store into V, moves at least: a register's, or a whole page of half as many."""
+    return SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize if p.rows % 16 == 0 else p.rows
 
 
 def heads_per_group(p: Problem) -> int:

@@ -23,67 +23,60 @@ class Cell(NamedTuple):
     """Up to `pages_per_cell` pages of one sequence. `start` and `end` count tokens from the cell's first."""
 
     b: jax.Array  # the sequence; B where there is none
-    start: jax.Array  # first live token: 0 or less but in a sequence's first cell
-    end: jax.Array  # behind the last live token, beyond the cell where the sequence goes on; 0 where there is none
     is_first: jax.Array  # of its sequence
     is_last: jax.Array
+    end: jax.Array  # behind the last live token, beyond the cell where the sequence goes on; 0 where there is none
+    column: jax.Array  # the first page's place in the block table
+    rows: jax.Array  # stored rows up to the end of the last live tile
+    start: jax.Array  # first live token: 0 or less but in a sequence's first cell
 
     @classmethod
     def load(cls, ref, slot, c: int | jax.Array, plan: Plan) -> Cell:
         """The cell `c` of the step in `slot`, from SMEM."""
         at = slot * (plan.C * NUM_FIELDS)
-        packed, end = (ref[at + (c * NUM_FIELDS + i)] for i in range(2))
-        start = ref[at + (c * NUM_FIELDS + 2)] if plan.has_starts else jnp.int32(0)
-        return cls(lax.shift_right_logical(packed, 2), start, end, (packed & 1) != 0, (packed & 2) != 0)
+        packed, end, column, rows = (ref[at + (c * NUM_FIELDS + i)] for i in range(4))
+        start = ref[at + (c * NUM_FIELDS + 4)] if plan.has_starts else jnp.int32(0)
+        return cls(div(packed, 4), (packed & 1) != 0, (packed & 2) != 0, end, column, rows, start)
 
     def store(self, ref, slot, c: int, plan: Plan) -> None:
         at = slot * (plan.C * NUM_FIELDS)
-        flags = jnp.where(self.is_first, 1, 0) + jnp.where(self.is_last, 2, 0)
-        ref[at + (c * NUM_FIELDS)] = self.b * 4 + flags
-        ref[at + (c * NUM_FIELDS + 1)] = self.end
-        if plan.has_starts:
-            ref[at + (c * NUM_FIELDS + 2)] = self.start
+        packed = self.b * 4 + jnp.where(self.is_first, 1, 0) + jnp.where(self.is_last, 2, 0)
+        fields = (packed, self.end, self.column, self.rows, self.start)
+        for i, value in enumerate(fields if plan.has_starts else fields[:-1]):
+            ref[at + (c * NUM_FIELDS + i)] = value
+
+    def rows_skipped(self, plan: Plan):
+        """Stored rows before the first live tile; only the first page has some."""
+        if not plan.has_starts:
+            return jnp.int32(0)
+        tile_tokens = plan.tile * plan.tokens_per_row
+        return div(jnp.maximum(self.start, 0), tile_tokens) * plan.tile
 
 
-NUM_FIELDS = 3
+NUM_FIELDS = 5
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("ahead",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of step s: K's ring has `ahead` + 1 of them; V's, and the cells', one more."""
+    """Slots of step s: `here` in K's and V's buffers, of which there are `ahead` + 1, `cells` in the `ahead` + 2 notes."""
 
-    k: jax.Array
-    v: jax.Array
+    here: jax.Array
+    cells: jax.Array
     ahead: int
 
     @classmethod
     def start(cls, plan: Plan) -> Ring:
         return cls(jnp.int32(0), jnp.int32(0), plan.sizes.steps_ahead)
 
-    def next(self) -> Ring:
-        """Step s + 1's."""
-        return Ring(_wrap(self.k, 1, self.ahead + 1), _wrap(self.v, 1, self.ahead + 2), self.ahead)
-
-    @property
-    def k_ahead(self):
-        """K's slot of step s + ahead."""
-        return _wrap(self.k, self.ahead, self.ahead + 1)
-
-    @property
-    def v_ahead(self):
-        """V's slot of step s + ahead."""
-        return _wrap(self.v, self.ahead, self.ahead + 2)
-
-    @property
-    def v_before(self):
-        """V's slot of step s - 1."""
-        return _wrap(self.v, self.ahead + 1, self.ahead + 2)
+    def plus(self, by: int) -> Ring:
+        """Step s + by's."""
+        wrap = lambda slot, size: slot if by % size == 0 else _wrap(slot + by % size, size)
+        return Ring(wrap(self.here, self.ahead + 1), wrap(self.cells, self.ahead + 2), self.ahead)
 
 
-def _wrap(slot, by: int, size: int):
-    moved = slot + by
-    return jnp.where(moved >= size, moved - size, moved)
+def _wrap(slot, size: int):
+    return jnp.where(slot >= size, slot - size, slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +87,21 @@ class WorkList:
     refs: NamedTuple
     rows: jax.Array  # this core's live sequences
     live_rows: jax.Array  # those of all cores
+    is_ragged: jax.Array  # whether any cell of any core has a token that is not live
 
     @staticmethod
     def span(plan: Plan, refs, b):
         """(first page, pages, start, end) of sequence b, the two counted in tokens from that page; no pages if empty."""
         end = jnp.minimum(refs.lengths[b], plan.S * plan.page_size)
         if not plan.has_starts:
-            return jnp.int32(0), _div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size), jnp.int32(0), end
+            return jnp.int32(0), div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size), jnp.int32(0), end
         start = jnp.int32(0)
         if refs.starts is not None:
             start = jnp.maximum(refs.starts[b], start)
         if plan.sliding_window is not None:
             start = jnp.maximum(end - plan.sliding_window, start)
-        first = _div(start, plan.page_size)
-        pages = _div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size) - first
+        first = div(start, plan.page_size)
+        pages = div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size) - first
         skipped = first * plan.page_size
         return first, jnp.where(end > start, pages, 0), start - skipped, end - skipped
 
@@ -122,12 +116,13 @@ class WorkList:
                 carry = look_at_one(turn * at_once + i, *carry)
             return carry
 
-        def look_at_one(b, rows, live_rows, mine, others):
+        def look_at_one(b, rows, live_rows, mine, others, dead):
             inside = b < plan.B
             b = b if plan.B % at_once == 0 else jnp.minimum(b, plan.B - 1)
-            live = refs.lengths[b] > 0
+            start, end = jnp.int32(0), refs.lengths[b]
+            live = end > 0
             if plan.has_starts or plan.num_cores > 1:
-                pages = cls.span(plan, refs, b)[1]
+                _, pages, start, end = cls.span(plan, refs, b)
                 live = pages > 0
             if plan.B % at_once:
                 live &= inside
@@ -139,20 +134,17 @@ class WorkList:
                 others = jnp.where(live & ~takes, others + pages, others)
                 live_rows += live.astype(jnp.int32)
             refs.work[rows] = b
-            return rows + takes.astype(jnp.int32), live_rows, mine, others
+            dead |= (end | start) if plan.T == plan.rows_per_cell else jnp.int32(1)
+            return rows + takes.astype(jnp.int32), live_rows, mine, others, dead
 
-        carry = (zero, zero, zero, zero)
+        carry = (zero,) * 5
         turns = pl.cdiv(plan.B, at_once)
         carry = look_at(0, carry) if turns == 1 else lax.fori_loop(0, turns, look_at, carry)
-        rows, live_rows, *_ = carry
-        return cls(plan, refs, rows, live_rows if plan.num_cores > 1 else rows)
+        rows, live_rows, _, _, dead = carry
+        return cls(plan, refs, rows, live_rows if plan.num_cores > 1 else rows, (dead & (plan.tokens_per_cell - 1)) != 0)
 
     def take(self, cursor):
-        """The next cell from `cursor` (sequence's place in the list, its pages taken so far).
-
-        Returns:
-          (cell, its row and first column in the block table, its pages, the cursor behind it).
-        """
+        """(next cell, cursor behind it) from `cursor`: a sequence's place in the list, its pages taken so far."""
         plan = self.plan
         j, done = cursor
         live = j < self.rows
@@ -160,37 +152,35 @@ class WorkList:
         first, pages, start, end = self.span(plan, self.refs, b)
         left = pages - done
         tokens_done = done * plan.page_size
+        end = jnp.where(live, end - tokens_done, 0)
+        tile_tokens = plan.tile * plan.tokens_per_row
         cell = Cell(
             b=jnp.where(live, b, plan.B),
-            start=start - tokens_done,
-            end=jnp.where(live, end - tokens_done, 0),
             is_first=live & (done == 0),
             is_last=live & (left <= plan.pages_per_cell),
+            end=end,
+            column=first + done,
+            rows=div(jnp.minimum(end, plan.tokens_per_cell) + (tile_tokens - 1), tile_tokens) * plan.tile,
+            start=start - tokens_done,
         )
-        count = jnp.where(live, jnp.minimum(left, plan.pages_per_cell), 0)
         more = left > plan.pages_per_cell
-        cursor = jnp.where(more, j, j + 1), jnp.where(more, done + plan.pages_per_cell, 0)
-        return cell, b, first + done, count, cursor
+        return cell, (jnp.where(more, j, j + 1), jnp.where(more, done + plan.pages_per_cell, 0))
 
-    def page_id(self, b, column, p: int):
+    def page_id(self, cell: Cell, p: int | jax.Array):
         """The id of the cell's page p; of some page of the table where the cell has fewer."""
-        plan, column = self.plan, column + p
+        plan, b, column = self.plan, jnp.minimum(cell.b, self.plan.B - 1), cell.column + p
         if plan.has_starts or plan.S % plan.pages_per_cell:
             column = jnp.minimum(column, plan.S - 1)
         if plan.table_is_transposed:
             return self.refs.table[column, b]
         return self.refs.table.at[b][column]  # half the scalar work of [b, column]
 
-    def note_step(self, slot, pages, dirty) -> None:
-        """Keeps a step's pages, and its cells with dead tokens, until it is computed."""
-        self.refs.pages[2 * slot] = pages
-        self.refs.pages[2 * slot + 1] = dirty
+    def note_step(self, slot, tiles) -> None:
+        """Keeps how many tiles a step fetches of K, and of V, until it is waited for."""
+        self.refs.tiles[slot] = tiles
 
-    def pages_of(self, slot):
-        return self.refs.pages[2 * slot]
-
-    def dirty_cells_of(self, slot):
-        return self.refs.pages[2 * slot + 1]
+    def tiles_of(self, slot):
+        return self.refs.tiles[slot]
 
     def has_step(self, slot):
         """Whether the step in this slot has any cell: its first is taken first."""
@@ -199,10 +189,16 @@ class WorkList:
     def clear_before_first(self) -> None:
         """The step before the first: cells of no sequence."""
         zero, no, slot = jnp.int32(0), jnp.bool_(False), self.plan.sizes.steps_ahead + 1
-        self.note_step(slot, zero, zero)
+        self.note_step(slot, zero)
         for c in range(self.plan.C):
-            Cell(jnp.int32(self.plan.B), zero, zero, no, no).store(self.refs.cells, slot, c, self.plan)
+            Cell(jnp.int32(self.plan.B), no, no, zero, zero, zero, zero).store(self.refs.cells, slot, c, self.plan)
 
 
-def _div(x, by: int):
-    return lax.div(x, jnp.int32(by))
+def div(x, by: int):
+    """x // by for x >= 0: a shift where it can be, for a signed division takes six scalar operations even then."""
+    return lax.shift_right_logical(x, jnp.int32(by.bit_length() - 1)) if by & (by - 1) == 0 else lax.div(x, jnp.int32(by))
+
+
+def rem(x, by: int):
+    """x % by for x >= 0."""
+    return x & (by - 1) if by & (by - 1) == 0 else lax.rem(x, jnp.int32(by))

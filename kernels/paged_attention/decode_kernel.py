@@ -16,6 +16,7 @@ to back while the copies' scalar work, the lane reductions and the exponentials 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -49,8 +50,8 @@ class Refs(NamedTuple):
     output: jax.Array  # HBM [B, Hq, D]
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
-    k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv, T, W]
-    v: jax.Array  # VMEM [steps_ahead + 1, C, Hkv, T, W]
+    k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]: a wider row is several, by Mosaic's choice of tiles
+    v: jax.Array  # VMEM, the same shape
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
     decay: jax.Array  # VMEM f32 [C, H, M, 128]: what the cell's sequence had summed so far is worth now
@@ -210,16 +211,23 @@ class Body:
 
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
-        for c in range(self.plan.C):
-            cell = Cell.load(self.refs.cells, self.ring.plus(-1).cells, c, self.plan)
-            self._clear_tile(c, cell, cell.end)
-            if self.plan.has_starts:
-                self._clear_tile(c, cell, cell.start)
+        self._clear_edges(self.refs.v, self.ring.plus(-1))
 
-    def _clear_tile(self, c, cell, edge) -> None:
-        plan, slot = self.plan, self.ring.plus(-1).here
+    def clear_key_edges(self) -> None:
+        """The same for step s's K where two tokens share a row; elsewhere a dead K only makes a dead score."""
+        if self.plan.tokens_per_row > 1:
+            self._clear_edges(self.refs.k, self.ring)
+
+    def _clear_edges(self, ref, ring: Ring) -> None:
+        for c in range(self.plan.C):
+            cell = Cell.load(self.refs.cells, ring.cells, c, self.plan)
+            for edge in (cell.end, cell.start) if self.plan.has_starts else (cell.end,):
+                self._clear_tile(ref.at[ring.here, c], cell, edge)
+
+    def _clear_tile(self, ref, cell: Cell, edge) -> None:
+        plan = self.plan
         tile = div(jnp.clip(edge, 0, plan.tokens_per_cell - 1), plan.tile * plan.tokens_per_row)
-        shape = (plan.tile, plan.W)
+        shape = (plan.tile, LANES)
         token = tile * (plan.tile * plan.tokens_per_row)
         token += plan.token_of_row(lax.broadcasted_iota(jnp.int32, shape, 0))
         if plan.tokens_per_row > 1:
@@ -227,8 +235,8 @@ class Body:
         live = token < cell.end
         if plan.has_starts:
             live &= token >= cell.start
-        for h in range(plan.Hkv):
-            part = self.refs.v.at[slot, c, h, pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)]
+        for h in range(ref.shape[0]):
+            part = ref.at[h, pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)]
             part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
 
     def compute(self, cursor):
@@ -238,6 +246,7 @@ class Body:
         keys = copies.keys(ring.plus(plan.sizes.steps_ahead))
         values = copies.values(ring.plus(plan.sizes.steps_ahead - 1))
         self.clear_edges()
+        self.clear_key_edges()
         weights = self.weigh()
         tops = [refs.run_top[g] for g in range(plan.H)]
         for c in range(plan.C):
@@ -260,7 +269,7 @@ class Body:
             live &= token >= cell.start
         for g in range(plan.H):
             q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
-            s = self._each_head(g, lambda h: dot(q, refs.k[self.ring.here, c, h], 1, plan.query_dtype), (plan.M, plan.T))
+            s = self._each_head(g, functools.partial(self._times_keys, c, q), (plan.M, plan.T))
             if plan.soft_cap is None:
                 s = s * (plan.sm_scale * _LOG2_E)
             else:
@@ -297,9 +306,7 @@ class Body:
             cell = Cell.load(refs.cells, before.cells, c, plan)
             for g in range(plan.H):
                 weight, lane_sums, decay, _ = weights[c * plan.H + g]
-                new = self._each_head(
-                    g, lambda h: dot(weight, refs.v[before.here, c, h], 0, plan.query_dtype), (plan.M, plan.W)
-                )
+                new = self._each_head(g, functools.partial(self._times_values, c, weight), (plan.M, plan.W))
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
                 first_sum = 0.0
                 if plan.has_sinks:  # each lane holds its part of the denominator
@@ -336,6 +343,23 @@ class Body:
         def _():
             for copy in _row_copies(plan, refs, cell.b):
                 copy.start()
+
+    def _times_keys(self, c, q, h):
+        """q [M, W] times step s's K of kv head h: [M, T]."""
+        blocks = self.plan.W // LANES
+        part = lambda i: dot(
+            q[:, i * LANES : (i + 1) * LANES],
+            self.refs.k[self.ring.here, c, h * blocks + i],
+            1,
+            self.plan.query_dtype,
+        )
+        return functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
+
+    def _times_values(self, c, weight, h):
+        """weight [M, T] times step s-1's V of kv head h: [M, W]."""
+        blocks, slot = self.plan.W // LANES, self.ring.plus(-1).here
+        parts = [dot(weight, self.refs.v[slot, c, h * blocks + i], 0, self.plan.query_dtype) for i in range(blocks)]
+        return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
 
     def _each_head(self, g, product, shape):
         """`product(h)` of the kv heads that share row group g, each in its own rows."""
@@ -417,7 +441,7 @@ class Copies:
 
         @pl.when(is_whole)  # small enough to become a predicate, not a branch
         def _():
-            pltpu.make_async_copy(pool.at[:, page], to.at[:, pl.ds(p * plan.R, plan.R)], sem).start()
+            self._start(pool, page, pl.ds(0, plan.R), to, pl.ds(p * plan.R, plan.R), sem)
 
         if plan.tile == plan.R:
             return
@@ -440,7 +464,19 @@ class Copies:
 
         @pl.when(condition)
         def _():
+            self._start(pool, page, source, to, there, sem)
+
+    def _start(self, pool, page, source, to, there, sem) -> None:
+        """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
+        plan = self.plan
+        if plan.W == LANES:
             pltpu.make_async_copy(pool.at[:, page, source], to.at[:, there], sem).start()
+            return
+        for h in range(plan.Hkv):
+            for i in range(plan.W // LANES):
+                lanes = pl.ds(i * LANES, LANES)
+                block = to.at[h * (plan.W // LANES) + i, there]
+                pltpu.make_async_copy(pool.at[h, page, source, lanes], block, sem).start()
 
 
 def _sum(parts):

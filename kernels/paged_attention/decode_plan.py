@@ -104,7 +104,7 @@ class Plan:
     def scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], object]]:
         """(shape, dtype) of each VMEM scratch buffer, by its name in `Refs`."""
         p, ahead, f32 = self.problem, self.sizes.steps_ahead, jnp.float32
-        block = (self.C, self.Hkv, self.T, self.W)
+        block = (self.C, self.Hkv * self.W // LANES, self.T, LANES)
         stat = (self.H, self.M, LANES)
         shapes = dict(
             q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),

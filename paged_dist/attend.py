@@ -22,11 +22,8 @@ from paged_dist._shard import (
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
-from paged_dist.kernels._dispatch import as_kernel_dtype, dispatch
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options
-from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
-from paged_dist.kernels.paged_attention.megacore import best_megacore_mode
-from paged_dist.kernels.paged_attention.xla import attend_pages_xla
+from paged_dist.kernels.paged_attention.decode import decode_stored_pages
 from paged_dist.mesh import MeshAxes
 
 
@@ -201,35 +198,24 @@ def _local(
     check_context_is_one(axes)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables = local_page_ids(block_tables, key_pages.shape[2], axes)
-    operands = (query, key_pages, value_pages, lengths, tables, layer)
-    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
-
-    def kernel(query, key_pages, value_pages, *rest, interpret):
-        pools = as_kernel_dtype(key_pages, value_pages)
-        cores = None if interpret else best_megacore_mode(key_pages.shape[1], query.shape[0], query, *pools)
-        return attend_pages_pallas(query, *pools, *rest, **options, megacore_mode=cores, interpret=interpret)
-
     with jax.named_scope("attend"):
-        output, lse = dispatch(
-            kernel,
-            functools.partial(attend_pages_xla, **options),
-            *operands,
+        made = decode_stored_pages(
+            query,
+            key_pages,
+            value_pages,
+            lengths,
+            tables,
+            layer,
+            sinks=sinks,
+            sm_scale=float(sm_scale),
+            soft_cap=soft_cap,
+            sliding_window=sliding_window,
+            return_lse=return_lse,
             interpret=interpret_of(implementation),
         )
-        output, lse = (invariant_over_context(x, axes) for x in (output, lse))
-        if sinks is not None:
-            output, lse = add_sinks(output, lse, sinks)
-    return (output, lse) if return_lse else output
-
-
-def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adds the logits `sinks` [Hq] to the softmax denominators of output [B, Hq, D] and lse [B, Hq].
-
-    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink); an empty sequence (lse -inf) stays 0.
-    """
-    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
-    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))  # -inf less a sink of -inf is NaN
-    return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, sinks)
+        made = made if return_lse else (made,)
+        output, *lse = (invariant_over_context(x, axes) for x in made)
+    return (output, *lse) if return_lse else output
 
 
 def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation) -> None:

@@ -17,7 +17,7 @@ from simulated import RACES, assert_no_races
 
 import paged_dist as pd
 from paged_dist._compat import lowering_for
-from paged_dist.attend import add_sinks
+from paged_dist.kernels.paged_attention.decode import add_sinks
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
 from paged_dist.topology import topology_devices
 

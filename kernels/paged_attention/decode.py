@@ -170,7 +170,10 @@ def decode_stored_pages(
 
     def xla(*operands):
         *pages, rest = *operands[:5], dict(zip(given, operands[5:], strict=True))
+        sinks = rest.pop("sinks", None)
         output, lse = attend_pages_xla(*pages, **rest, **options)
+        if sinks is not None:
+            output, lse = add_sinks(output, lse, sinks)
         return (output, lse) if return_lse else (output,)
 
     made = dispatch(kernel, xla, *operands, interpret=interpret)
@@ -199,3 +202,13 @@ def _whole_rows(query, *pools):
         widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, LANES - head_dim)])
         return tuple(map(widen, (query, *pools)))
     return query, *(pool.reshape(*pool.shape[:-2], -1, LANES) for pool in pools)
+
+
+def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds the logits `sinks` [Hq] to the softmax denominators of output [B, Hq, D] and lse [B, Hq].
+
+    exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink); an empty sequence (lse -inf) stays 0.
+    """
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), lse.shape)
+    share = jnp.where(jnp.isneginf(lse), 0.0, jax.nn.sigmoid(lse - sinks))  # -inf less a sink of -inf is NaN
+    return (output.astype(jnp.float32) * share[..., None]).astype(output.dtype), jnp.logaddexp(lse, sinks)

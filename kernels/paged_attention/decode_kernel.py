@@ -50,7 +50,9 @@ class Refs(NamedTuple):
     output: jax.Array  # HBM [B, Hq, D]
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
-    k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]: a wider row is several, by Mosaic's choice of tiles
+    k: (
+        jax.Array
+    )  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]: a wider row is several, by Mosaic's choice of tiles
     v: jax.Array  # VMEM, the same shape
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes

@@ -62,7 +62,7 @@ def decode_pages_pallas(
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
     plan = Plan(
         p,
-        choose_block_sizes(p, num_cores) if block_sizes is None else block_sizes,
+        choose_block_sizes(p, sliding_window, num_cores) if block_sizes is None else block_sizes,
         sm_scale=float(sm_scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sliding_window=sliding_window,

@@ -12,7 +12,10 @@ from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import SMEM_BYTES, SMEM_RESERVED, Problem
 
 _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
-_CELL_TOKENS = 512  # tokens in a cell of few heads
+# Tokens in a cell of few heads, by least page size: a cell's own scalar work weighs most where each page's does too,
+# and a long cell is paid whole for a short sequence.
+_CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
+_WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 _ROW_BYTES = 4 << 20  # VMEM that a launch's query may take; its output as much again
 VMEM_LIMIT = (
     40 << 20
@@ -165,12 +168,20 @@ def _tiled(major: int, minor: int) -> int:
     return sublanes * _round_up(minor, LANES)
 
 
-def choose_block_sizes(problem: Problem, num_cores: int = 1) -> BlockSizes:
-    """The sizes where the caller names none: about a MiB of K a step, in cells of about 512 tokens."""
+def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_cores: int = 1) -> BlockSizes:
+    """The sizes where the caller names none: about a MiB of K a step, in cells as long as the work is likely to be.
+
+    Found by replaying the compiled schedule for v5e, v5p, v6e and v7x. Two cores have half the work each, and so half
+    the step: what is left to compute when the last page arrives is a step.
+    """
     p = problem
     row_bytes = p.num_kv_heads * p.width * jnp.dtype(p.cache_dtype).itemsize
-    rows = max(1, _STEP_BYTES // row_bytes)  # of a step
-    pages = _power_of_two(min(rows, _CELL_TOKENS // p.tokens_per_row) // p.rows)
+    wide = p.width > LANES  # its pages are copied in pieces, whose scalar work larger steps and cells spread
+    rows = max(1, _STEP_BYTES * (2 if wide else 1) // num_cores // row_bytes)  # of a step
+    tokens = next(tokens for page_size, tokens in _CELL_TOKENS if p.page_size >= page_size) * (2 if wide else 1)
+    if sliding_window is not None:
+        tokens = max(tokens, min(_WINDOW_TOKENS, sliding_window))
+    pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // p.rows)
     pages = min(pages, _power_of_two_above(p.pages_per_sequence))
     cells = _power_of_two(rows // max(LANES, pages * p.rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))

@@ -134,14 +134,16 @@ class WorkList:
                 others = jnp.where(live & ~takes, others + pages, others)
                 live_rows += live.astype(jnp.int32)
             refs.work[rows] = b
-            dead |= (end | start) if plan.T == plan.rows_per_cell else jnp.int32(1)
+            dead |= (end | start) if plan.rows_per_cell == plan.T else jnp.int32(1)
             return rows + takes.astype(jnp.int32), live_rows, mine, others, dead
 
         carry = (zero,) * 5
         turns = pl.cdiv(plan.B, at_once)
         carry = look_at(0, carry) if turns == 1 else lax.fori_loop(0, turns, look_at, carry)
         rows, live_rows, _, _, dead = carry
-        return cls(plan, refs, rows, live_rows if plan.num_cores > 1 else rows, (dead & (plan.tokens_per_cell - 1)) != 0)
+        return cls(
+            plan, refs, rows, live_rows if plan.num_cores > 1 else rows, (dead & (plan.tokens_per_cell - 1)) != 0
+        )
 
     def take(self, cursor):
         """(next cell, cursor behind it) from `cursor`: a sequence's place in the list, its pages taken so far."""
@@ -196,7 +198,9 @@ class WorkList:
 
 def div(x, by: int):
     """x // by for x >= 0: a shift where it can be, for a signed division takes six scalar operations even then."""
-    return lax.shift_right_logical(x, jnp.int32(by.bit_length() - 1)) if by & (by - 1) == 0 else lax.div(x, jnp.int32(by))
+    return (
+        lax.shift_right_logical(x, jnp.int32(by.bit_length() - 1)) if by & (by - 1) == 0 else lax.div(x, jnp.int32(by))
+    )
 
 
 def rem(x, by: int):

@@ -12,6 +12,7 @@ from paged_dist.kernels.paged_attention.checks import (
     Problem,
     check_options,
     check_pools,
+    check_starts,
 )
 
 # Tokens gathered for a sequence at a time, and sequences computed side by side (those of similar length go together):
@@ -29,6 +30,7 @@ def attend_pages_xla(
     block_tables,
     layer=None,
     *,
+    starts=None,
     sm_scale=1.0,
     soft_cap=None,
     sliding_window=None,
@@ -46,8 +48,10 @@ def attend_pages_xla(
       key_pages, value_pages: [L, Hkv, N, R, W] bf16, bf16 as its bits (uint16) or f32; a page's P x D elements of
         a head as R rows of W lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
       lengths: [B] int32 live tokens, 0 allowed; more than the table holds counts as a full table.
-      block_tables: [B, S] int32; entries past a sequence's last page are never used.
+      block_tables: [B, S] int32; entries of pages outside [start, length) are never used.
       layer: int32 scalar, may be traced; None is 0.
+      starts: [B] int32, the first token that each sequence attends to; below 0 counts as 0, at its length or
+        beyond leaves nothing. None is 0. With a sliding window the later of the two holds.
       sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
 
     Returns:
@@ -63,11 +67,16 @@ def attend_pages_xla(
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+    starts = check_starts(starts, batch)
 
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
-    starts = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
+    if sliding_window is not None:
+        starts = jnp.maximum(starts, lengths - sliding_window)
+    lengths = jnp.where(starts < lengths, lengths, 0)  # nothing to attend to is nothing to read
+    starts = jnp.minimum(starts, lengths)
     pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read
 
     rows = min(_ROWS, batch)

@@ -12,7 +12,7 @@ from paged_dist.kernels.paged_attention.oracle import attention_oracle
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem. Letters as in the arrays' shapes; lengths count tokens."""
+    """One problem. Letters as in the arrays' shapes; lengths and starts count tokens."""
 
     name: str
     Hq: int = 4
@@ -25,6 +25,7 @@ class Case:
     query_dtype: str = "float32"
     soft_cap: float | None = None
     sliding_window: int | None = None
+    starts: tuple[int, ...] | None = None
     sm_scale: float = 0.1
 
     @property
@@ -34,6 +35,13 @@ class Case:
     @property
     def page_attention_options(self) -> dict:
         return dict(sm_scale=self.sm_scale, attn_logits_soft_cap=self.soft_cap, sliding_window=self.sliding_window)
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """The first token that each sequence attends to; its length where there is none."""
+        starts = self.starts or (0,) * len(self.lengths)
+        window = [0 if self.sliding_window is None else n - self.sliding_window for n in self.lengths]
+        return [min(max(start, w, 0), n) for start, w, n in zip(starts, window, self.lengths, strict=True)]
 
     @property
     def tolerance(self) -> float:
@@ -54,14 +62,14 @@ def make(case: Case, seed: int = 0):
     tables = rng.permutation(N)[: B * case.S].reshape(B, case.S).astype(np.int32)
     dead = np.ones((N, case.P), bool)
     for b, length in enumerate(lengths):
-        start = 0 if case.sliding_window is None else max(0, length - case.sliding_window)
+        start = case.first_tokens[b]
         tokens = np.arange(start, length)
         dead[tables[b, tokens // case.P], tokens % case.P] = False
         tables[b, -(-length // case.P) :] = rng.choice([-1, 2**31 - 1, 10**6, -(2**31)])
         tables[b, : start // case.P] = rng.choice([-1, 2**31 - 1, 10**6, -(2**31)])
     k[:, dead], v[:, dead] = np.nan, np.nan
     k, v = jnp.asarray(k, case.dtype), jnp.asarray(v, case.dtype)
-    expected = attention_oracle(query, k, v, lengths, tables, **case.options)
+    expected = attention_oracle(query, k, v, lengths, tables, starts=case.starts, **case.options)
     return (query, k, v, lengths, tables), expected
 
 
@@ -76,7 +84,7 @@ def assert_close(case: Case, expected, output, lse=None):
     """`output` (and `lse`) against the oracle's; both must agree on which sequences are empty, exactly."""
     output = np.asarray(output, np.float64)
     np.testing.assert_allclose(output, expected[0], atol=case.tolerance, rtol=case.tolerance)
-    empty = np.array(case.lengths) == 0
+    empty = np.array(case.first_tokens) == np.array(case.lengths)
     assert not output[empty].any()
     if lse is not None:
         assert lse.dtype == jnp.float32
@@ -111,4 +119,17 @@ CASES = [
     Case("window_head_dim_64", D=64, P=16, sliding_window=19, lengths=(64, 20, 21, 0, 3)),
     Case("window_and_cap_bf16", sliding_window=11, soft_cap=2.0, dtype="bfloat16"),
     Case("default_scale", sm_scale=1.0, lengths=(13, 2)),
+]
+
+STARTS_CASES = [
+    Case("starts_at_page_edges", lengths=(32, 31, 9, 8), starts=(8, 24, 8, 0)),
+    Case("starts_inside_pages", lengths=(32, 31, 9, 8), starts=(1, 13, 7, 5)),
+    Case("starts_at_the_last_token", lengths=(32, 25, 9, 8), starts=(31, 24, 8, 7)),
+    Case("starts_at_the_length_and_beyond", lengths=(32, 31, 9, 8, 0, 5), starts=(32, 33, 2**31 - 1, 8, 3, 4)),
+    Case("starts_below_zero", lengths=(32, 9, 0), starts=(-1, -(2**31), -5)),
+    Case("starts_all_beyond", lengths=(5, 8), starts=(9, 8)),
+    Case("starts_before_and_in_the_window", lengths=(32, 31, 9, 8), starts=(9, 30, 0, 8), sliding_window=11),
+    Case("starts_bf16", dtype="bfloat16", query_dtype="bfloat16", lengths=(32, 17, 1), starts=(9, 16, 0)),
+    Case("starts_head_dim_64", D=64, P=16, lengths=(64, 33, 16), starts=(17, 31, 16)),
+    Case("starts_in_a_long_table", P=128, S=9, Hq=2, lengths=(1152, 1100), starts=(640, 1099), soft_cap=2.0),
 ]

@@ -78,6 +78,18 @@ def test_an_empty_sequence_is_zero_and_minus_infinity(arrays):
     assert not output[1].any() and np.isneginf(lse[1]).all()
 
 
+def test_a_start_at_the_length_or_beyond_leaves_nothing_and_one_below_zero_all(arrays):
+    output, lse = attention_oracle(*arrays, starts=[11, 4, -3])
+    plain, plain_lse = attention_oracle(*arrays)
+    assert not output[:2].any() and np.isneginf(lse[:2]).all()
+    np.testing.assert_array_equal(output[2], plain[2])
+    np.testing.assert_array_equal(lse[2], plain_lse[2])
+    sinks = np.array([0.5, -2.0, 3.0, -np.inf])
+    output, lse = attention_oracle(*arrays, starts=[12, 0, 0], sinks=sinks)
+    assert not output[0].any()
+    np.testing.assert_array_equal(lse[0], sinks)
+
+
 def test_large_logits_do_not_overflow(arrays):
     q, *rest = arrays
     output, lse = attention_oracle(1e4 * q, *rest)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from page_attention_cases import CASES, Case, assert_close, make, stack
+from page_attention_cases import CASES, STARTS_CASES, Case, assert_close, make, stack
 
 from paged_dist import kernels
 from paged_dist.kernels.paged_attention import DEFAULT_MASK_VALUE, page_attention, ref_paged_attention
@@ -41,6 +41,24 @@ def test_xla_form_equals_the_oracle_in_stacked_pools(case):
     output, lse = attend(query, stack(k, width), stack(v, width), *rest, 1)
     assert output.dtype == case.query_dtype
     assert_close(case, expected, output, lse)
+
+
+@pytest.mark.parametrize("case", STARTS_CASES, ids=lambda case: case.name)
+def test_xla_form_attends_from_starts_on(case):
+    """Tokens, pages and table entries before a start are poison, as those past a length are."""
+    (query, k, v, *rest), expected = make(case, seed=2)
+    attend = jax.jit(lambda q, k, v, n, t, starts: attend_pages_xla(q, k, v, n, t, starts=starts, **case.options))
+    width = max(128, case.D)
+    pools = stack(k, width, 1, 0), stack(v, width, 1, 0)
+    output, lse = attend(query, *pools, *rest, np.array(case.starts, np.int32))
+    assert_close(case, expected, output, lse)
+
+
+def test_starts_of_zero_change_no_bit():
+    (q, k, v, lengths, tables), _ = make(CASES[0])
+    plain = attend_pages_xla(q, k[None], v[None], lengths, tables)
+    from_zero = attend_pages_xla(q, k[None], v[None], lengths, tables, starts=np.zeros_like(lengths))
+    jax.tree.map(np.testing.assert_array_equal, plain, from_zero)
 
 
 @pytest.mark.parametrize(
@@ -138,14 +156,15 @@ def test_xla_form_copies_no_pool(dtype):
 
 
 def test_xla_form_in_a_shard_map_that_checks_types():
-    case = Case("sharded", Hq=4, Hkv=2, lengths=(3, 32, 0, 9))
+    case = Case("sharded", Hq=4, Hkv=2, lengths=(3, 32, 0, 9), starts=(0, 11, 0, 8))
     (q, k, v, lengths, tables), expected = make(case)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
-    def shard(q, k, v, lengths, tables):
-        return jax.lax.scan(
-            lambda q, layer: (q, attend_pages_xla(q, k, v, lengths, tables, layer, **case.options)), q, jnp.arange(2)
-        )[1]
+    def shard(q, k, v, lengths, tables, starts):
+        def attend(q, layer):
+            return q, attend_pages_xla(q, k, v, lengths, tables, layer, starts=starts, **case.options)
+
+        return jax.lax.scan(attend, q, jnp.arange(2))[1]
 
     # Sequences over data, heads over model; every data shard holds all pages here.
     output, lse = jax.jit(
@@ -153,10 +172,10 @@ def test_xla_form_in_a_shard_map_that_checks_types():
             shard,
             mesh=mesh,
             check_vma=True,
-            in_specs=(P("data", "model"), P(None, "model"), P(None, "model"), P("data"), P("data")),
+            in_specs=(P("data", "model"), P(None, "model"), P(None, "model"), P("data"), P("data"), P("data")),
             out_specs=(P(None, "data", "model"),) * 2,
         )
-    )(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables)
+    )(q, stack(k, 128, 2), stack(v, 128, 2), lengths, tables, np.array(case.starts, np.int32))
     assert_close(case, expected, output[1], lse[1])
 
 

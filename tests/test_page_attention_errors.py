@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
@@ -174,6 +175,18 @@ def test_stored_pools_that_do_not_fit_are_refused(fn, change, message):
 
 
 STORED = dict(key=(1, 2, 6, 8, 128), value=(1, 2, 6, 8, 128))
+
+
+@pytest.mark.parametrize(
+    "starts, message",
+    [
+        (np.zeros(5, np.int32), "starts.shape=(5,): must be (4,), the batch of query"),
+        (np.zeros(4, np.float32), "starts.dtype='float32': must be int32"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(starts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Call(**STORED).trace(attend_pages_xla, starts=starts)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,16 @@ def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_na
     )
 
 
+def check_starts(starts, batch: int) -> jax.Array | None:
+    """`starts` [B] int32, or None for none, as an array. Raises ValueError for another shape or dtype."""
+    if starts is None:
+        return None
+    starts = jnp.asarray(starts)
+    require(starts.shape == (batch,), "starts.shape", starts.shape, f"must be ({batch},), the batch of query")
+    require(starts.dtype == jnp.int32, "starts.dtype", jnp.dtype(starts.dtype).name, "must be int32")
+    return starts
+
+
 def check_interpret(interpret) -> None:
     """Raises ValueError unless `interpret` is one of the values that `_dispatch.dispatch` takes."""
     require(

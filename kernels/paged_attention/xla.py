@@ -12,10 +12,14 @@ from paged_dist.kernels.paged_attention.checks import (
     Problem,
     check_options,
     check_pools,
+    check_starts,
 )
 
-_CHUNK_TOKENS = 256  # gathered for a sequence at a time: bounds the f32 copy of K and V, keeps it cached
-_ROWS = 2  # sequences computed side by side; those of similar length go together
+# Tokens gathered for a sequence at a time, and sequences computed side by side (those of similar length go together):
+# at 8 kv heads of 128, bf16, a step's V takes 4 MB as f32 and stays cached between gather and product. On two cores 512
+# tokens or 4 sequences are within a fifth of this; more of both, or 1 sequence, take up to 1.6x the time.
+_CHUNK_TOKENS = 256
+_ROWS = 2
 
 
 def attend_pages_xla(
@@ -26,6 +30,7 @@ def attend_pages_xla(
     block_tables,
     layer=None,
     *,
+    starts=None,
     sm_scale=1.0,
     soft_cap=None,
     sliding_window=None,
@@ -43,8 +48,10 @@ def attend_pages_xla(
       key_pages, value_pages: [L, Hkv, N, R, W] bf16, bf16 as its bits (uint16) or f32; a page's P x D elements of
         a head as R rows of W lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
       lengths: [B] int32 live tokens, 0 allowed; more than the table holds counts as a full table.
-      block_tables: [B, S] int32; entries past a sequence's last page are never used.
+      block_tables: [B, S] int32; entries of pages outside [start, length) are never used.
       layer: int32 scalar, may be traced; None is 0.
+      starts: [B] int32, the first token that each sequence attends to; below 0 counts as 0, at its length or
+        beyond leaves nothing. None is 0. With a sliding window the later of the two holds.
       sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
 
     Returns:
@@ -60,11 +67,16 @@ def attend_pages_xla(
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+    starts = check_starts(starts, batch)
 
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
-    starts = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
+    if sliding_window is not None:
+        starts = jnp.maximum(starts, lengths - sliding_window)
+    lengths = jnp.where(starts < lengths, lengths, 0)  # nothing to attend to is nothing to read
+    starts = jnp.minimum(starts, lengths)
     pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read
 
     rows = min(_ROWS, batch)
@@ -107,8 +119,10 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
     first = starts // p.page_size  # [M]
     chunks = (lengths + p.page_size - 1) // p.page_size - first
     heads = (layer * p.num_kv_heads + jnp.arange(p.num_kv_heads, dtype=jnp.int32)) * p.num_pages  # [Hkv]
-    q = q.astype(jnp.float32)
     exact = lax.Precision.HIGHEST if p.cache_dtype == "float32" else None
+    # A product of two bf16 is exact in f32: no f32 copy of K is needed to sum in f32.
+    narrow = p.query_dtype == p.cache_dtype == "bfloat16"
+    q = q if narrow else q.astype(jnp.float32)
 
     def step(i, carry):
         m, l, acc = carry  # [M, Hkv, G, 1] twice, [M, Hkv, G, D]
@@ -117,12 +131,14 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
         ids = heads[None, :, None] + jnp.clip(ids, 0, p.num_pages - 1)[:, None, :]  # [M, Hkv, C]
         k, v = (
             _gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim) for pool in pools
-        )
+        )  # [M, Hkv, T, D]
+        k = lax.bitcast_convert_type(k, jnp.bfloat16) if narrow else _widen(k)
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
         live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]
 
-        s = sm_scale * jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact)
+        s = jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact, preferred_element_type=jnp.float32)
+        s = sm_scale * s
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(live[:, :, None], s, mask_value)
@@ -131,7 +147,7 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=-1, keepdims=True)
         # A dead row of V may hold NaN, and 0 x NaN is NaN.
-        v = jnp.where(live[..., None], v, 0.0)
+        v = jnp.where(live[..., None], _widen(v), 0.0)
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)
 
     stat = (*q.shape[:-1], 1)
@@ -144,16 +160,20 @@ def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_sca
 
 
 def _gather(pool, ids, step):
-    """Pages `ids` [...] of `pool` [pages, R, W] as f32 [..., R, W], in step `step` of a loop.
+    """Pages `ids` [...] of `pool` [pages, R, W] as [..., R, W], f32 or the bits of bf16, in step `step` of a loop.
 
-    A bf16 is the upper half of the f32 it stands for, and its bits are gathered as integers: XLA's CPU back end
-    gathers bf16 by widening the pool to f32, the whole of it once that is lifted out of the loop. The barrier
-    ties the integers to the step, so that they are not lifted out (and copied) either.
+    bf16 is gathered as integers: XLA's CPU back end gathers it by widening the pool to f32, the whole of it once
+    that is lifted out of the loop. The barrier ties the integers to the step, so that they are not lifted out (and
+    copied) either.
     """
-    if pool.dtype == jnp.float32:
-        return pool.at[ids].get(mode="promise_in_bounds")
     if pool.dtype == jnp.bfloat16:
         pool, _ = lax.optimization_barrier((pool, step))
         pool = lax.bitcast_convert_type(pool, jnp.uint16)
-    bits = pool.at[ids].get(mode="promise_in_bounds")
-    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    return pool.at[ids].get(mode="promise_in_bounds")
+
+
+def _widen(pages):
+    """What `_gather` gave as f32: a bf16 is the upper half of the f32 that it stands for."""
+    if pages.dtype == jnp.float32:
+        return pages
+    return lax.bitcast_convert_type(pages.astype(jnp.uint32) << 16, jnp.float32)

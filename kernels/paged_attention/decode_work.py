@@ -16,6 +16,9 @@ from jax.experimental import pallas as pl
 
 from paged_dist.kernels.paged_attention.decode_plan import Plan
 
+# Tokens from which on a page id outside the pool, which only a wrong table has, reads the pool's last page. Below, the
+# one instruction that this takes for each copy costs a tenth of the time.
+_PAGE_CLAMPED = 64
 _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn costs some 20 cycles by itself
 
 
@@ -59,7 +62,7 @@ NUM_FIELDS = 5
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of step s: `here` in K's and V's buffers, of which there are `ahead` + 1, `cells` in the `ahead` + 2 notes."""
+    """Slots of step s: `here` in K's and V's rings of `ahead` + 1 buffers, `cells` in the ring of `ahead` + 2 notes."""
 
     here: jax.Array
     cells: jax.Array
@@ -91,7 +94,7 @@ class WorkList:
 
     @staticmethod
     def span(plan: Plan, refs, b):
-        """(first page, pages, start, end) of sequence b, the two counted in tokens from that page; no pages if empty."""
+        """(first page, pages, start, end) of sequence b: 0 pages if empty, tokens counted from the first page's."""
         end = jnp.minimum(refs.lengths[b], plan.S * plan.page_size)
         if not plan.has_starts:
             return jnp.int32(0), div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size), jnp.int32(0), end
@@ -173,9 +176,13 @@ class WorkList:
         plan, b, column = self.plan, jnp.minimum(cell.b, self.plan.B - 1), cell.column + p
         if plan.has_starts or plan.S % plan.pages_per_cell:
             column = jnp.minimum(column, plan.S - 1)
-        if plan.table_is_transposed:
-            return self.refs.table[column, b]
-        return self.refs.table.at[b][column]  # half the scalar work of [b, column]
+        table = self.refs.table
+        # .at[b][column] takes half the scalar work of [b, column].
+        page = table[column, b] if plan.table_is_transposed else table.at[b][column]
+        if plan.page_size < _PAGE_CLAMPED:
+            return page
+        last = jnp.uint32(plan.problem.num_pages - 1)
+        return jnp.minimum(page.astype(jnp.uint32), last).astype(jnp.int32)
 
     def note_step(self, slot, tiles) -> None:
         """Keeps how many tiles a step fetches of K, and of V, until it is waited for."""

@@ -84,7 +84,7 @@ class Copies:
 
         @pl.when(is_whole)  # small enough to become a predicate, not a branch
         def _():
-            self._start(pool, page, pl.ds(0, plan.R), to, pl.ds(p * plan.R, plan.R), sem)
+            self._start(pool, page, pl.ds(0, plan.R), to, pl.ds(p * plan.page_rows, plan.R), sem)
 
         if plan.tile == plan.R:
             return

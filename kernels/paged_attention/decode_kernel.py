@@ -202,15 +202,19 @@ class Body:
     def _wait(self, ring: Ring, ref, sems) -> None:
         """A wait only counts bytes: one for each power of two in the step's number of tiles."""
         plan, tiles = self.plan, self.work.tiles_of(ring.cells)
-        per_cell = plan.rows_per_cell // plan.tile
+        per_cell = plan.pages_per_cell * plan.R // plan.tile
         for bit in range((plan.C * per_cell).bit_length()):
             # As many bytes as 2^bit tiles, in any shape that the buffer has.
-            cells = next(n for n in (1, *range(2, plan.C + 1)) if (1 << bit) % n == 0 and (1 << bit) // n <= per_cell)
-            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, (1 << bit) // cells * plan.tile)]
+            cells = next(n for n in range(1, plan.C + 1) if (1 << bit) % n == 0 and (1 << bit) // n <= per_cell)
+            count, rows = 1, (1 << bit) // cells * plan.tile
+            if plan.tile != plan.register_rows:
+                cells, count, rows = 1, 1 << bit, plan.tile
+            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, rows)]
 
             @pl.when((tiles & (1 << bit)) != 0)
-            def _(part=part):
-                pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
+            def _(part=part, count=count):
+                for _ in range(count):
+                    pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
 
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
@@ -228,18 +232,28 @@ class Body:
                 self._clear_tile(ref.at[ring.here, c], cell, edge)
 
     def _clear_tile(self, ref, cell: Cell, edge) -> None:
-        plan = self.plan
-        tile = div(jnp.clip(edge, 0, plan.tokens_per_cell - 1), plan.tile * plan.tokens_per_row)
-        shape = (plan.tile, LANES)
-        token = tile * (plan.tile * plan.tokens_per_row)
-        token += plan.token_of_row(lax.broadcasted_iota(jnp.int32, shape, 0))
+        """Clears the tile that `edge`'s token is in, by whole registers' rows."""
+        plan, rows = self.plan, self.plan.register_rows
+        edge = jnp.clip(edge, 0, plan.tokens_per_cell - 1)
+        if plan.tile == rows:
+            first, count = div(edge, rows * plan.tokens_per_row), 1
+        else:  # the whole page
+            count = plan.page_rows // rows
+            first = div(edge, plan.page_size) * count
+        for i in range(count):
+            self._clear_register(ref, cell, first + i)
+
+    def _clear_register(self, ref, cell: Cell, at) -> None:
+        plan, rows = self.plan, self.plan.register_rows
+        shape = (rows, LANES)
+        token = plan.token_of_row(at * rows + lax.broadcasted_iota(jnp.int32, shape, 0))
         if plan.tokens_per_row > 1:
             token += lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(plan.D))
         live = token < cell.end
         if plan.has_starts:
             live &= token >= cell.start
         for h in range(ref.shape[0]):
-            part = ref.at[h, pl.ds(pl.multiple_of(tile * plan.tile, plan.tile), plan.tile)]
+            part = ref.at[h, pl.ds(pl.multiple_of(at * rows, rows), rows)]
             part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
 
     def compute(self, cursor):

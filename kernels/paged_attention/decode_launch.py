@@ -148,6 +148,6 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
             dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=simulation("batch" if plan.num_cores > 1 else None, interpret),
-        name="paged_decode_attention",
+        name="paged_decode_attention" + ("_on_two_cores" if plan.num_cores > 1 else ""),
     )(*operands)
     return made[0], made[1].reshape(plan.B, plan.Hq) if plan.return_lse else None

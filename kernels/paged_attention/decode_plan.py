@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
+from jax import lax
 
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES, SUBLANES
@@ -17,9 +18,7 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 _ROW_BYTES = 4 << 20  # VMEM that a launch's query may take; its output as much again
-VMEM_LIMIT = (
-    40 << 20
-)  # what the kernel asks for at most; the smallest of the chips has 64 MiB but v4 (32, no limit met)
+VMEM_LIMIT = 40 << 20  # what the kernel asks for at most; every chip's compiler grants it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Plan:
       C: cells a step.
       T: rows of a head that a cell's buffer holds, `rows_per_cell` of them filled by pages.
       tile: rows that a sequence's last page is fetched in.
+      page_rows: rows between a cell's pages: R, or a multiple of a register's where R is none.
       H: row groups; `heads_per_group` kv heads share one, so that few query heads still fill a register's rows.
       M: query rows of a group; with two tokens a stored row, first the rows of the first token, then the second's.
     """
@@ -83,10 +83,12 @@ class Plan:
     cache_dtype = property(lambda self: jnp.dtype(self.problem.cache_dtype))
     C = property(lambda self: self.sizes.cells_per_step)
     pages_per_cell = property(lambda self: self.sizes.pages_per_cell)
-    rows_per_cell = property(lambda self: self.pages_per_cell * self.R)
+    page_rows = property(lambda self: _round_up(self.R, self.register_rows))
+    rows_per_cell = property(lambda self: self.pages_per_cell * self.page_rows)
     tokens_per_cell = property(lambda self: self.pages_per_cell * self.page_size)
     T = property(lambda self: _round_up(self.rows_per_cell, LANES))
     tile = property(lambda self: tile_rows(self.problem))
+    register_rows = property(lambda self: SUBLANES * 4 // self.cache_dtype.itemsize)
     heads_per_group = property(lambda self: heads_per_group(self.problem))
     H = property(lambda self: self.Hkv // self.heads_per_group)
     M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
@@ -94,8 +96,11 @@ class Plan:
     table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
 
     def token_of_row(self, row):
-        """The first token of a stored row, counted as the row is."""
-        return row if self.tokens_per_row == 1 else row * self.tokens_per_row
+        """The first token of each of a cell's rows (int32, any shape); beyond every token where no page fills it."""
+        if self.page_rows == self.R:
+            return row * self.tokens_per_row
+        page, row = lax.div(row, jnp.int32(self.page_rows)), lax.rem(row, jnp.int32(self.page_rows))
+        return jnp.where(row < self.R, page * self.page_size + row * self.tokens_per_row, jnp.int32(1 << 30))
 
     def head_of_row(self, row: int) -> int:
         """The query head of one of the H * M rows."""
@@ -145,8 +150,9 @@ class Plan:
 
 
 def tile_rows(p: Problem) -> int:
-    """Rows that a copy, or a store into V, moves at least: a register's, or a whole page of half as many."""
-    return SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize if p.rows % 16 == 0 else p.rows
+    """Rows that a copy moves at least: a register's, or a whole page where that is no multiple of them."""
+    rows = SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize
+    return rows if p.rows % rows == 0 else p.rows
 
 
 def heads_per_group(p: Problem) -> int:
@@ -186,7 +192,8 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     cells = _power_of_two(rows // max(LANES, pages * p.rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))
     cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
-    return BlockSizes(pages, cells, 2)
+    ahead = 1 if 5 * pages * cells * p.rows * row_bytes > VMEM_LIMIT // 2 else 2  # only pages of megabytes
+    return BlockSizes(pages, cells, ahead)
 
 
 def check_block_sizes(plan: Plan) -> None:

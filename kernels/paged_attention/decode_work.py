@@ -137,7 +137,7 @@ class WorkList:
                 others = jnp.where(live & ~takes, others + pages, others)
                 live_rows += live.astype(jnp.int32)
             refs.work[rows] = b
-            dead |= (end | start) if plan.rows_per_cell == plan.T else jnp.int32(1)
+            dead |= (end | start) if plan.pages_per_cell * plan.R == plan.T else jnp.int32(1)
             return rows + takes.astype(jnp.int32), live_rows, mine, others, dead
 
         carry = (zero,) * 5

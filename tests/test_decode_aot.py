@@ -1,0 +1,107 @@
+"""The fast decode kernel compiled ahead of time for real chips: what Mosaic and XLA make of it."""
+
+import contextlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot import CHIPS, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
+
+from paged_dist.kernels import paged_decode_attention
+
+pytestmark = needs_libtpu
+on_every_chip = pytest.mark.parametrize("chip", CHIPS)
+
+
+def shapes(B=32, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=32, L=None, dtype="bfloat16", query_dtype="bfloat16"):
+    """(query, key_cache, value_cache, lengths, block_tables), by shape."""
+    pool = jax.ShapeDtypeStruct((*(() if L is None else (L,)), Hkv, N, R, W), dtype)
+    int32 = lambda *dims: jax.ShapeDtypeStruct((B, *dims), jnp.int32)
+    return jax.ShapeDtypeStruct((B, Hq, D), query_dtype), pool, pool, int32(), int32(S)
+
+
+def compiled_text(chip, arrays, **options):
+    """The compiled program, which holds no copy of a pool, nor as much temporary memory."""
+    operands = {name: options.pop(name) for name in ("layer", "starts", "sinks") if name in options}
+
+    def run(*args):
+        return paged_decode_attention(*args[:5], **dict(zip(operands, args[5:], strict=True)), **options)
+
+    compiled = compile_on(one_chip_mesh(chip), run, *arrays, *operands.values())
+    pool = arrays[1]
+    layer = pool.size // (pool.shape[0] if pool.ndim == 5 else 1) * pool.dtype.itemsize
+    assert values_as_large_as(compiled.as_text(), layer) == []
+    assert compiled.memory_analysis().temp_size_in_bytes < max(layer, 4 << 20)
+    return compiled.as_text()
+
+
+def kernels(text: str) -> int:
+    return text.count('custom_call_target="tpu_custom_call"')
+
+
+SHAPES = {
+    "gqa": (dict(), {}),
+    "one_head": (dict(Hq=8, Hkv=1, N=512), {}),
+    "mha_page_64": (dict(Hq=4, Hkv=4, R=64, N=256), {}),
+    "page_16": (dict(Hq=8, Hkv=1, R=16, S=256, N=4096), {}),
+    "page_8": (dict(Hq=16, Hkv=2, R=8, S=40, N=4096), {}),
+    "page_24": (dict(Hq=4, Hkv=2, R=24, S=7, N=512), dict(starts=True)),
+    "page_24_f32": (dict(Hq=4, Hkv=2, R=24, S=7, N=512, dtype="float32"), {}),
+    "page_256_window": (dict(R=256, S=3), dict(sliding_window=1000, soft_cap=30.0)),
+    "group_of_seven_starts": (dict(B=3, Hq=28, Hkv=4, S=5, N=128), dict(starts=True)),
+    "group_of_three_f32_query": (dict(Hq=24, query_dtype="float32"), {}),
+    "head_dim_256": (dict(Hq=16, Hkv=2, D=256, W=256, N=128), dict(sinks=True)),
+    "head_dim_64_packed": (dict(Hq=64, Hkv=8, D=64, R=64, N=128), dict(sliding_window=100, sinks=True)),
+    "many_heads": (dict(Hq=32, Hkv=32, N=32), {}),
+    "layers": (dict(L=4), dict(layer=True)),
+}
+
+
+WITH_LSE = ("gqa", "head_dim_64_packed")  # the others' takes the same path as the first's
+
+
+@pytest.mark.parametrize(
+    ("name", "lse"), [(name, lse) for name in SHAPES for lse in (False, True) if not lse or name in WITH_LSE]
+)
+@on_every_chip
+def test_one_kernel_and_no_copy_on_every_chip(chip, name, lse):
+    shape, options = SHAPES[name]
+    arrays = shapes(**shape)
+    B, Hq, _ = arrays[0].shape
+    kinds = dict(starts=((B,), jnp.int32), sinks=((Hq,), jnp.float32), layer=((), jnp.int32))
+    given = {k: jax.ShapeDtypeStruct(*kinds[k]) if k in kinds else v for k, v in options.items()}
+    assert kernels(compiled_text(chip, arrays, return_lse=lse, **given)) == 1
+
+
+@pytest.mark.parametrize(("B", "S"), [(32, 4), (32, 32), (32, 33), (256, 4), (8, 64)])
+@pytest.mark.parametrize("chip", ["v5e", "v7x"])
+def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
+    text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
+    entry = text[text.index("ENTRY") :]
+    assert re.findall(r" = \S+ (?:copy|transpose|reshape|fusion)\(", entry) == []
+
+
+@pytest.mark.parametrize(("B", "S"), [(256, 1024), (1024, 1024)])
+@on_every_chip
+def test_tables_beyond_scalar_memory_become_several_launches(chip, B, S):
+    text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))
+    assert kernels(text) == B // 128
+
+
+@on_every_chip
+def test_a_row_that_scalar_memory_cannot_hold_is_refused(chip):
+    with pytest.raises(ValueError, match=r"block_tables\.shape=\(2, 300000\).*one row.*SMEM.*larger pages"):
+        compiled_text(chip, shapes(B=2, S=300_000, Hq=8, Hkv=1))
+
+
+@pytest.mark.parametrize("in_scope", [False, True], ids=["plain_jit", "mesh_in_scope"])
+@on_every_chip
+def test_both_cores_work_where_a_device_has_two(chip, in_scope):
+    """Also in a plain jit that is lowered for an absent chip, where nothing tells the tracer which."""
+    mesh = one_chip_mesh(chip)
+    scope = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if in_scope else contextlib.nullcontext()
+    with scope:
+        text = compile_on(mesh, paged_decode_attention, *shapes(Hq=8, Hkv=1)).as_text()
+    assert kernels(text) == 1
+    assert ("paged_decode_attention_on_two_cores" in text) == (chip in ("v4", "v5p"))

@@ -183,10 +183,10 @@ def table(r: dict) -> str:
         ),
         ("checksum", r["checksum"]),
     ]
-    return "\n".join(_wrap(*line) if line else "" for line in lines)
+    return "\n".join(wrap(*line) if line else "" for line in lines)
 
 
-def _wrap(name: str, text: str, width: int = 80) -> str:
+def wrap(name: str, text: str, width: int = 80) -> str:
     import textwrap
 
     return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)

@@ -61,10 +61,20 @@ SHAPES = {
 WITH_LSE = ("gqa", "head_dim_64_packed")  # the others' takes the same path as the first's
 
 
+# Hundreds of copies in straight-line code take the compiler long; one chip's prove it, `-m slow` does the others.
+LONG = ("page_8", "page_16", "many_heads")
+
+
 @pytest.mark.parametrize(
-    ("name", "lse"), [(name, lse) for name in SHAPES for lse in (False, True) if not lse or name in WITH_LSE]
+    ("chip", "name", "lse"),
+    [
+        pytest.param(chip, name, lse, marks=pytest.mark.slow if name in LONG and chip not in ("v5e", "v7x") else ())
+        for chip in CHIPS
+        for name in SHAPES
+        for lse in (False, True)
+        if not lse or name in WITH_LSE
+    ],
 )
-@on_every_chip
 def test_one_kernel_and_no_copy_on_every_chip(chip, name, lse):
     shape, options = SHAPES[name]
     arrays = shapes(**shape)
@@ -82,8 +92,11 @@ def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
     assert re.findall(r" = \S+ (?:copy|transpose|reshape|fusion)\(", entry) == []
 
 
-@pytest.mark.parametrize(("B", "S"), [(256, 1024), (1024, 1024)])
-@on_every_chip
+@pytest.mark.parametrize(
+    ("chip", "B", "S"),
+    [(chip, 256, 1024) for chip in CHIPS]
+    + [pytest.param(c, 1024, 1024, marks=() if c == "v6e" else pytest.mark.slow) for c in CHIPS],
+)
 def test_tables_beyond_scalar_memory_become_several_launches(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))
     assert kernels(text) == B // 128

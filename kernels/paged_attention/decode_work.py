@@ -166,7 +166,7 @@ class WorkList:
             end=end,
             column=first + done,
             rows=div(jnp.minimum(end, plan.tokens_per_cell) + (tile_tokens - 1), tile_tokens) * plan.tile,
-            start=start - tokens_done,
+            start=jnp.where(live, start - tokens_done, 0),
         )
         more = left > plan.pages_per_cell
         return cell, (jnp.where(more, j, j + 1), jnp.where(more, done + plan.pages_per_cell, 0))

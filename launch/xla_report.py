@@ -1,0 +1,256 @@
+"""The XLA form of paged attention against gathering everything, timed on this host's CPU: `paged-dist-xla-report`.
+
+The op runs as CPU users run it, `sharded_paged_attention` on a `PagedKVCache`. Against it stands what one writes
+without it, under jit: gather every page of the tables, mask, softmax in f32. All forms get the same pages and lengths,
+take turns in one process, each repeat in another order, and must agree. The ratio is that to the fastest plain form.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+import time
+
+from absl import flags
+
+from paged_dist._errors import bad_value, require
+from paged_dist.launch import flags as shared
+
+TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
+LIVE = flags.DEFINE_list("live", ["1", "0.25"], "Shares of those tokens that are live, one measurement each.")
+REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls of each form, for each live share.")
+
+NAME = "paged-dist-xla-report"
+_SHARED = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "kv_dtype", "page_size", "output")
+_DEFAULTS = {"batch": 32, "num_q_heads": 32, "num_kv_heads": 8}
+for _name in _SHARED:
+    flags.declare_key_flag(_name)
+
+
+def sizes_from_flags() -> dict:
+    """The problem to measure, checked.
+
+    Raises:
+      ValueError, NotImplementedError: a flag's value that does not fit.
+    """
+    values = flags.FLAGS.flag_values_dict()
+    for name in shared_flags():
+        if name not in _SHARED and flags.FLAGS[name].present:
+            raise bad_value(f"--{name}", values[name], "is no flag of this launcher", "see --help")
+    sizes = {name: values[name] for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")}
+    sizes |= {"table_tokens": TABLE_TOKENS.value, "repeats": REPEATS.value}
+    shared.at_least(1, **sizes)
+    q, kv = sizes["num_q_heads"], sizes["num_kv_heads"]
+    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+    tokens, page = sizes["table_tokens"], sizes["page_size"]
+    require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
+    sizes["dtype"] = shared.kv_dtype(shared.KV_DTYPE.value)
+    sizes["live"] = [_share(text) for text in LIVE.value]
+    require(len(sizes["live"]) > 0, "--live", "", "must name at least one share")
+    shared.check_output(shared.OUTPUT.value)
+    return sizes
+
+
+def shared_flags() -> list[str]:
+    """Names of the flags that the launchers share, of which this one takes a few."""
+    return [flag.name for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]]
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    require(0 <= share <= 1, "--live", text, "must be shares between 0 and 1")
+    return share
+
+
+def gather_everything(query, keys, values, lengths, tables, *, pages_first: bool, f32_products: bool):
+    """Attention as plainly as it can be written: every page of the tables is gathered, whatever the lengths.
+
+    Args:
+      query: [B, Hq, D] bf16 or f32; keys, values: [N, Hkv, P, D] with `pages_first`, else [Hkv, N, P, D].
+      lengths: [B] int32; tables: [B, S] int32, every entry the id of a page.
+      f32_products: products of f32 copies; False: of what is stored, summed in f32.
+
+    Returns:
+      [B, Hq, D] in query's dtype.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def gather(pages):
+        """[B, Hkv, T, D]"""
+        found = pages[tables].swapaxes(1, 2) if pages_first else pages[:, tables].swapaxes(0, 1)
+        found = found.reshape(*found.shape[:2], -1, found.shape[-1])
+        return found.astype(jnp.float32) if f32_products else found
+
+    batch, heads, head_dim = query.shape
+    k, v = gather(keys), gather(values)
+    q = query.reshape(batch, k.shape[1], -1, head_dim).astype(k.dtype)  # [B, Hkv, G, D]
+    logits = jnp.einsum("bhgd,bhtd->bhgt", q, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    live = jnp.arange(k.shape[2]) < lengths[:, None]  # [B, T]
+    weights = jax.nn.softmax(jnp.where(live[:, None, None], logits, -1e30), axis=-1)
+    output = jnp.einsum("bhgt,bhtd->bhgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return output.reshape(batch, heads, head_dim).astype(query.dtype)
+
+
+def make_forms(sizes: dict) -> dict:
+    """Form -> function of lengths [B], compiled at the first call; all on the same pages, the op first."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, sharded_paged_attention
+
+    batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
+    columns = sizes["table_tokens"] // sizes["page_size"]
+    spec = CacheSpec(heads, head_dim, batch * columns, sizes["page_size"], dtype)
+    mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    query = draw(batch, sizes["num_q_heads"], head_dim)
+    keys, values = (draw(heads, spec.num_pages, spec.page_size, head_dim) for _ in "kv")
+    tables = jnp.asarray(rng.permutation(spec.num_pages).reshape(batch, columns), jnp.int32)
+    cache = PagedKVCache.from_pages(keys, values, mesh=mesh)
+
+    @jax.jit
+    def attend(query, cache, lengths, tables):
+        return sharded_paged_attention(
+            query, cache, lengths, tables, sm_scale=1 / math.sqrt(head_dim), implementation="xla"
+        )
+
+    forms = {"paged_dist": lambda lengths: attend(query, cache, lengths, tables)}
+    for layout, pools in (
+        ("heads first", (keys, values)),
+        ("pages first", tuple(jnp.copy(x.swapaxes(0, 1)) for x in (keys, values))),
+    ):
+        for f32_products in (True,) if dtype == "float32" else (False, True):
+            plain = jax.jit(
+                functools.partial(gather_everything, pages_first=layout == "pages first", f32_products=f32_products)
+            )
+            forms[f"{layout}, {'f32' if f32_products else 'bf16'}"] = lambda lengths, plain=plain, pools=pools: plain(
+                query, *pools, lengths, tables
+            )
+    return forms
+
+
+def measure(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
+    """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
+    import numpy as np
+
+    from paged_dist.launch.engine import relative_error
+
+    first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
+    # An idle row is 0 here; what the plain form makes of no token means nothing.
+    live = np.asarray(lengths) > 0
+    worst = max(relative_error(output[live], first[live]) for output in plain) if live.any() else 0.0
+    seconds: dict = {name: [] for name in forms}
+    names = list(forms)
+    for i in range(repeats):
+        turn = i % len(names)  # no form always follows the same one
+        for name in names[turn:] + names[:turn]:
+            # Untimed: the gigabyte that another form gathered is still being freed when its output is ready.
+            forms[name](lengths).block_until_ready()
+            start = time.perf_counter()
+            forms[name](lengths).block_until_ready()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, worst
+
+
+def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> dict:
+    """Quartiles of each form's times (ms) and of the ratio to the fastest plain form, repeat by repeat."""
+    import numpy as np
+
+    quartiles = lambda x: [float(q) for q in np.percentile(x, (25, 50, 75))]
+    ours, *plain = seconds
+    fastest = min(plain, key=lambda name: np.median(seconds[name]))
+    return {
+        "live_tokens": live_tokens,
+        "ms": {name: quartiles(1e3 * np.asarray(times)) for name, times in seconds.items()},
+        "fastest_plain": fastest,
+        "ratio": quartiles(np.asarray(seconds[fastest]) / np.asarray(seconds[ours])),
+        "worst_difference": worst,
+        "agrees": worst <= bound,
+    }
+
+
+def table(record: dict) -> str:
+    """The report as lines of at most 80 columns."""
+    from paged_dist.launch.report import wrap
+
+    s, results = record["settings"], record["results"]
+    lines = [
+        wrap(
+            "shapes",
+            f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, head_dim {s['head_dim']}, "
+            f"pages of {s['page_size']}, tables of {s['table_tokens']} tokens, {s['dtype']}",
+        ),
+        wrap("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),
+        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+    ]
+    for r in results:
+        lines += ["", f"{r['live_tokens']} of {s['table_tokens']} tokens live"]
+        lines += [f"  {name:<18}{m:9.2f}  ({low:.2f} to {high:.2f})" for name, (low, m, high) in r["ms"].items()]
+        low, m, high = r["ratio"]
+        lines.append(f"  {'ratio':<18}{m:9.2f}  ({low:.2f} to {high:.2f}), to {r['fastest_plain']}")
+        lines.append(
+            f"  {'difference':<18}{r['worst_difference']:9.1e}  of scale, bound {record['bound']:.0e}: "
+            f"{'ok' if r['agrees'] else 'FAILED'}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv) -> int:
+    """Measures what the flags describe; 0, or 1 where the forms disagree."""
+    del argv
+    try:
+        sizes = sizes_from_flags()
+        shared.simulate_devices(1, many_processes=False)
+    except (ValueError, NotImplementedError) as e:
+        raise shared.UsageError(str(e)) from e
+
+    import jax.numpy as jnp
+
+    from paged_dist.launch import report
+    from paged_dist.launch.engine import ERROR_BOUNDS
+
+    try:
+        forms = make_forms(sizes)
+    except ValueError as e:
+        raise shared.UsageError(str(e)) from e
+    bound = ERROR_BOUNDS[sizes["dtype"]]
+    results = []
+    for share in sizes["live"]:
+        live_tokens = round(share * sizes["table_tokens"])
+        lengths = jnp.full(sizes["batch"], live_tokens, jnp.int32)
+        results.append(summarise(live_tokens, *measure(forms, lengths, sizes["repeats"]), bound))
+    record = {
+        "benchmark": "xla_report",
+        "settings": sizes,
+        "results": results,
+        "bound": bound,
+        "cpus": len(os.sched_getaffinity(0)),
+        "versions": report.versions(),
+    }
+    print(table(record), flush=True)
+    try:
+        if shared.OUTPUT.value is not None:
+            report.append_json_line(shared.OUTPUT.value, record)
+    except OSError as e:
+        print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
+        return 1
+    return 0 if all(r["agrees"] for r in results) else 1
+
+
+def cli() -> None:
+    """The console script."""
+    for name, value in _DEFAULTS.items():
+        flags.FLAGS.set_default(name, value)
+    shared.cli(main, NAME)
+
+
+if __name__ == "__main__":
+    cli()

@@ -47,6 +47,9 @@ CASES = [
     (Case("starts_and_window", P=32, lengths=(128, 100, 33), starts=(120, 3, -5), sliding_window=30), ONE_PAGE),
     (Case("starts_in_cells_of_many_pages", P=32, S=16, lengths=(512, 300), starts=(17, 290)), BlockSizes(16, 1, 1)),
     (Case("window_and_cells_of_no_sequence", P=32, S=3, lengths=(90, 0), sliding_window=2), BlockSizes(2, 4, 1)),
+    (Case("ends_that_look_like_a_cells", P=48, S=8, lengths=(128, 0)), BlockSizes(8, 1, 1)),
+    (Case("window_beyond_int32", lengths=(32, 3), sliding_window=2**40), SMALL),
+    (Case("longer_than_a_table_of_part_of_a_cell", S=3, lengths=(24, 3)), SMALL),
     (Case("soft_cap", soft_cap=1.5, lengths=(0, 12, 32)), SMALL),
     (Case("longer_than_the_table", lengths=(32, 3)), SMALL),
     (Case("all_empty", lengths=(0, 0)), SMALL),
@@ -79,7 +82,7 @@ def run(case: Case, sizes, interpret, *, seed=0, layer=1, **options):
             **options,
         )
     )
-    if case.name == "longer_than_the_table":
+    if case.name.startswith("longer_than"):
         lengths = lengths + 10**6 * (lengths == case.S * case.P)
     return attend(query, stack(k, width), stack(v, width), lengths, tables, layer), expected
 

@@ -60,6 +60,8 @@ def decode_pages_pallas(
       ValueError: shapes that do not fit together, or block sizes that do not fit in VMEM.
     """
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
+    if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
+        sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
     plan = Plan(
         p,
         choose_block_sizes(p, sliding_window, num_cores) if block_sizes is None else block_sizes,

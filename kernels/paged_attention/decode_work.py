@@ -90,7 +90,7 @@ class WorkList:
     refs: NamedTuple
     rows: jax.Array  # this core's live sequences
     live_rows: jax.Array  # those of all cores
-    is_ragged: jax.Array  # whether any cell of any core has a token that is not live
+    is_ragged: jax.Array  # whether any cell of any core may have a token that is not live
 
     @staticmethod
     def span(plan: Plan, refs, b):
@@ -113,6 +113,9 @@ class WorkList:
         """Walks the lengths once. Two cores deal the sequences out among them: each goes to the one with less."""
         zero = jnp.int32(0)
         at_once = min(_SPANS_AT_ONCE, plan.B)
+        # Their ends' low bits tell, where a cell is a power of two of tokens. Any other is taken for ragged.
+        tokens = plan.tokens_per_cell
+        cells_may_be_full = plan.pages_per_cell * plan.R == plan.T and tokens & (tokens - 1) == 0
 
         def look_at(turn, carry):
             for i in range(at_once):
@@ -123,6 +126,8 @@ class WorkList:
             inside = b < plan.B
             b = b if plan.B % at_once == 0 else jnp.minimum(b, plan.B - 1)
             start, end = jnp.int32(0), refs.lengths[b]
+            if plan.S % plan.pages_per_cell:  # a full table ends inside a cell
+                end = jnp.minimum(end, plan.S * plan.page_size)
             live = end > 0
             if plan.has_starts or plan.num_cores > 1:
                 _, pages, start, end = cls.span(plan, refs, b)
@@ -137,7 +142,7 @@ class WorkList:
                 others = jnp.where(live & ~takes, others + pages, others)
                 live_rows += live.astype(jnp.int32)
             refs.work[rows] = b
-            dead |= (end | start) if plan.pages_per_cell * plan.R == plan.T else jnp.int32(1)
+            dead |= (end | start) if cells_may_be_full else jnp.int32(1)
             return rows + takes.astype(jnp.int32), live_rows, mine, others, dead
 
         carry = (zero,) * 5

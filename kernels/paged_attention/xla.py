@@ -74,7 +74,7 @@ def attend_pages_xla(
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
     starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
     if sliding_window is not None:
-        starts = jnp.maximum(starts, lengths - sliding_window)
+        starts = jnp.maximum(starts, lengths - min(sliding_window, p.pages_per_sequence * p.page_size))
     lengths = jnp.where(starts < lengths, lengths, 0)  # nothing to attend to is nothing to read
     starts = jnp.minimum(starts, lengths)
     pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read

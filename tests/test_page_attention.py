@@ -140,7 +140,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_xla_form_copies_no_pool(dtype):
     """Neither gathered whole, nor (XLA's CPU back end, bf16) widened to f32 whole and lifted out of the loop."""
-    case = Case("big", P=32, S=16, lengths=(512,) * 8, dtype=dtype)
+    case = Case("big", P=32, S=64, lengths=(2048,) * 8, dtype=dtype)
     (query, k, v, *rest), expected = make(case)
     pools = stack(k, 128, layers=8), stack(v, 128, layers=8)
 

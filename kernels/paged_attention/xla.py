@@ -15,11 +15,12 @@ from paged_dist.kernels.paged_attention.checks import (
     check_starts,
 )
 
-# Tokens gathered for a sequence at a time, and sequences computed side by side (those of similar length go together):
-# at 8 kv heads of 128, bf16, a step's V takes 4 MB as f32 and stays cached between gather and product. On two cores 512
-# tokens or 4 sequences are within a fifth of this; more of both, or 1 sequence, take up to 1.6x the time.
+# A step takes so many tokens of a sequence, and of as many sequences side by side as make up so many elements of K:
+# 1 MB of K as bf16 and 2 MB of V as f32 stay cached from gather to product. On two cores, at 8 kv heads of 128, twice
+# the size takes the same time, four times 1.5x; at 1 kv head 8 sequences take 0.6 of 2's time.
 _CHUNK_TOKENS = 256
-_ROWS = 2
+_STEP_ELEMENTS = 1 << 19
+_MOST_ROWS = 8  # a group runs as long as its longest sequence does
 
 
 def attend_pages_xla(
@@ -79,7 +80,7 @@ def attend_pages_xla(
     starts = jnp.minimum(starts, lengths)
     pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read
 
-    rows = min(_ROWS, batch)
+    chunk, rows = _step_shape(p)
     groups = -(-batch // rows)
     order = jnp.argsort(pages) if groups > 1 else jnp.arange(batch)
     padded = jnp.pad(order, (0, groups * rows - batch), constant_values=-1).reshape(groups, rows)
@@ -90,6 +91,7 @@ def attend_pages_xla(
         q = query[member].reshape(rows, p.num_kv_heads, p.group, p.head_dim)
         return _attend_rows(
             p,
+            chunk,
             q,
             pools,
             layer,
@@ -112,10 +114,16 @@ def _as_float(pool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(pool.shape, jnp.bfloat16 if pool.dtype == jnp.uint16 else pool.dtype)
 
 
-def _attend_rows(p: Problem, q, pools, layer, lengths, starts, tables, *, sm_scale, soft_cap, mask_value):
-    """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of queries q [M, Hkv, G, D] over [starts, lengths)."""
+def _step_shape(p: Problem) -> tuple[int, int]:
+    """(C pages of a sequence, M sequences) that one step takes."""
+    chunk = max(1, min(p.pages_per_sequence, _CHUNK_TOKENS // p.page_size))
+    rows = _STEP_ELEMENTS // (chunk * p.page_size * p.num_kv_heads * p.head_dim)
+    return chunk, max(1, min(rows, _MOST_ROWS, p.batch))
+
+
+def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, tables, *, sm_scale, soft_cap, mask_value):
+    """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of q [M, Hkv, G, D] over [starts, lengths), `chunk` pages a step."""
     m_rows = q.shape[0]
-    chunk = max(1, min(p.pages_per_sequence, _CHUNK_TOKENS // p.page_size))  # C pages
     first = starts // p.page_size  # [M]
     chunks = (lengths + p.page_size - 1) // p.page_size - first
     heads = (layer * p.num_kv_heads + jnp.arange(p.num_kv_heads, dtype=jnp.int32)) * p.num_pages  # [Hkv]

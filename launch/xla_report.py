@@ -48,7 +48,7 @@ def sizes_from_flags() -> dict:
     require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
     sizes["dtype"] = shared.kv_dtype(shared.KV_DTYPE.value)
     sizes["live"] = [_share(text) for text in LIVE.value]
-    require(len(sizes["live"]) > 0, "--live", "", "must name at least one share")
+    require(len(sizes["live"]) > 0, "--live", "", "must name at least one share", "--live=1,0.25 is the default")
     shared.check_output(shared.OUTPUT.value)
     return sizes
 

@@ -1,4 +1,4 @@
-"""The kernel report: what it counts, what it prints, what it refuses. And the XLA report, run small."""
+"""The kernel report: what it counts, what it prints, what it refuses."""
 
 import json
 import subprocess
@@ -69,19 +69,8 @@ def test_the_report_counts_live_bytes_and_compares_with_jax(tmp_path):
         ("kernel_report", ["--block_sizes=3,1,2"], "pages_per_cell=3: must be a power of two"),
         ("kernel_report", ["--block_sizes=1024,16,2"], "bytes of VMEM"),
         ("kernel_report", ["--kv_dtype=int8"], "int8"),
-        ("xla_report", ["--live=2"], "--live='2': must be shares between 0 and 1"),
-        ("xla_report", ["--table_tokens=100"], "--table_tokens=100: must be a multiple of --page_size"),
     ],
 )
 def test_bad_flags_end_the_run_with_one_line(module, flags, names):
     error = run(module, *flags, code=2)
     assert names in error and len(error.splitlines()) == 1
-
-
-def test_the_xla_report_compares_forms_that_agree(tmp_path):
-    out = tmp_path / "out.jsonl"
-    sizes = ["--batch=2", "--num_q_heads=4", "--num_kv_heads=2", "--page_size=16", "--table_tokens=64", "--repeats=2"]
-    text = run("xla_report", *sizes, "--live=1,0.25,0", f"--output={out}")
-    assert text.count(": ok") == 3
-    for result in json.loads(out.read_text())["results"]:
-        assert result["agrees"] and result["fastest_plain"] in result["ms"]

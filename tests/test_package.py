@@ -127,7 +127,7 @@ import pathlib, sys
 import paged_dist, paged_dist.kernels, paged_dist.launch
 from paged_dist.kernels.paged_attention import kernel
 from paged_dist.kernels.kv_cache_update import tiles
-from paged_dist.launch import decode, local_pod, engine
+from paged_dist.launch import decode, local_pod, engine, kernel_report, xla_report
 home = pathlib.Path(sys.prefix)
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "paged_dist":
@@ -159,6 +159,8 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
     ("script", "arguments", "says"),
     [
         ("paged-dist-local-pod", ["--help"], "--processes"),
+        ("paged-dist-xla-report", ["--help"], "--table_tokens"),
+        ("paged-dist-kernel-report", ["--help"], "--lengths_trace"),
         ("paged-dist-decode", ["--num_requests=2", "--max_context=9", "--max_generated=2", "--layers=1"], "checksum"),
     ],
 )

@@ -260,10 +260,10 @@ def test_default_sizes_keep_their_rules_and_fit():
             for dtype in ("bfloat16", "float32"):
                 for B, S in ((1, 1), (32, 32), (256, 1024), (1024, 1024)):
                     p = decode_plan.Problem(B, Hkv * 4, Hkv, D, 1, 4096, P * D // W, W, S, dtype, dtype)
-                    for cores in (1, 2):
+                    for cores in (1, 2) if Hkv * P * W < 1 << 19 else (1,):  # a v4's core has 16 MiB
                         plan = decode_plan.Plan(p, decode_plan.choose_block_sizes(p, None, cores), num_cores=cores)
                         decode_plan.check_block_sizes(plan)
                         rows = decode_plan.rows_per_launch(plan)
                         part = dataclasses.replace(plan, problem=p.replace(batch=rows))
-                        assert part.vmem_bytes <= decode_plan.VMEM_LIMIT
+                        assert part.vmem_bytes <= decode_plan.vmem_limit(cores)
                         assert part.smem_bytes <= decode_plan.SMEM_BYTES - decode_plan.SMEM_RESERVED

@@ -34,7 +34,6 @@ from paged_dist.kernels.paged_attention.kernel import dot
 
 _LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
 _LN_2 = 0.6931471805599453
-_PAGE_ALONE = 64  # tokens from which on a page's K and V are copied at different times
 
 
 class Refs(NamedTuple):
@@ -77,7 +76,7 @@ class Refs(NamedTuple):
 
 
 def decode_kernel(plan: Plan, refs: Refs) -> None:
-    """The body of a launch: grid (cores,)."""
+    """The body of a launch: grid (cores, 1)."""
     core = pl.program_id(0)
     _query_copy(plan, refs).start()
     work = WorkList.build(plan, refs, core)
@@ -207,7 +206,7 @@ class Body:
             # As many bytes as 2^bit tiles, in any shape that the buffer has.
             cells = next(n for n in range(1, plan.C + 1) if (1 << bit) % n == 0 and (1 << bit) // n <= per_cell)
             count, rows = 1, (1 << bit) // cells * plan.tile
-            if plan.tile != plan.register_rows:
+            if rows % plan.register_rows:  # one odd page: no slice of whole tiles is as large
                 cells, count, rows = 1, 1 << bit, plan.tile
             part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, rows)]
 

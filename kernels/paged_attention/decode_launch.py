@@ -13,12 +13,12 @@ from paged_dist.kernels._dispatch import Interpret, in_hbm
 from paged_dist.kernels.paged_attention.checks import check_pools
 from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
 from paged_dist.kernels.paged_attention.decode_plan import (
-    VMEM_LIMIT,
     BlockSizes,
     Plan,
     check_block_sizes,
     choose_block_sizes,
     rows_per_launch,
+    vmem_limit,
 )
 from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS
 from paged_dist.kernels.paged_attention.launch import block_diagonal
@@ -147,7 +147,9 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
         out_shape=list(results.values()),
         # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True, vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=vmem_limit(plan.num_cores),
         ),
         interpret=simulation("batch" if plan.num_cores > 1 else None, interpret),
         name="paged_decode_attention" + ("_on_two_cores" if plan.num_cores > 1 else ""),

@@ -17,8 +17,8 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # and a long cell is paid whole for a short sequence.
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
-_ROW_BYTES = 4 << 20  # VMEM that a launch's query may take; its output as much again
-VMEM_LIMIT = 40 << 20  # what the kernel asks for at most; every chip's compiler grants it
+VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
+VMEM_LIMIT_TWO_CORES = 14 << 20  # the chip may be a v4, with 16 MiB a core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BlockSizes:
     Attributes:
       pages_per_cell: consecutive pages of one sequence that share a softmax step; a power of two.
       cells_per_step: cells, of one sequence or several, in one iteration of the kernel's loop; a power of two.
-      steps_ahead: steps whose pages are in flight while one is computed, at least 2.
+      steps_ahead: steps whose pages are in flight while one is computed; 1 waits for them.
 
     Raises:
       ValueError: a value outside these rules.
@@ -192,38 +192,45 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     cells = _power_of_two(rows // max(LANES, pages * p.rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))
     cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
-    ahead = 1 if 5 * pages * cells * p.rows * row_bytes > VMEM_LIMIT // 2 else 2  # only pages of megabytes
+    buffers = 6 * cells * max(LANES, pages * p.rows) * row_bytes
+    ahead = 1 if buffers > vmem_limit(num_cores) // 2 else 2  # only for pages of megabytes
     return BlockSizes(pages, cells, ahead)
 
 
+def vmem_limit(num_cores: int) -> int:
+    """Bytes of vector memory that a launch may take."""
+    return VMEM_LIMIT if num_cores == 1 else VMEM_LIMIT_TWO_CORES
+
+
 def check_block_sizes(plan: Plan) -> None:
-    """Raises ValueError where a launch of one sequence at a time would not fit in the chip's memories."""
-    need = dataclasses.replace(plan, problem=plan.problem.replace(batch=1)).vmem_bytes
+    """Raises ValueError where the smallest launch would not fit in a core's vector memory."""
+    need = dataclasses.replace(plan, problem=plan.problem.replace(batch=plan.num_cores)).vmem_bytes
+    default = choose_block_sizes(plan.problem, plan.sliding_window, plan.num_cores)
     require(
-        need <= VMEM_LIMIT,
+        need <= vmem_limit(plan.num_cores),
         "block_sizes",
         plan.sizes,
-        f"needs {need} bytes of VMEM, of which the kernel may take {VMEM_LIMIT}",
-        f"{choose_block_sizes(plan.problem)} is the default here",
+        f"needs {need} bytes of VMEM, of which the kernel may take {vmem_limit(plan.num_cores)}",
+        f"{default} is the default here" if plan.sizes != default else "use smaller pages",
     )
 
 
 @functools.lru_cache
 def rows_per_launch(plan: Plan) -> int:
     """The most sequences that one launch holds: their page table in SMEM, their queries and outputs in VMEM."""
-    rows, least = plan.B, plan.num_cores
+    rows, least = plan.B, min(plan.B, plan.num_cores)
+
+    def part(rows):
+        return dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
 
     def fits(rows):
-        part = dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
-        query = part.scratch_shapes["q"]
-        return part.smem_bytes <= SMEM_BYTES - SMEM_RESERVED and (
-            _padded_bytes(*query) <= _ROW_BYTES or part.vmem_bytes <= VMEM_LIMIT // 2
-        )
+        smem = part(rows).smem_bytes <= SMEM_BYTES - SMEM_RESERVED
+        return smem and part(rows).vmem_bytes <= vmem_limit(plan.num_cores)
 
     while rows > least and not fits(rows):
         rows = -(-rows // 2)
     require(
-        fits(rows),
+        part(rows).smem_bytes <= SMEM_BYTES - SMEM_RESERVED,
         "block_tables.shape",
         (plan.B, plan.S),
         f"one row needs more than the {SMEM_BYTES - SMEM_RESERVED} bytes of SMEM that there are",

@@ -76,17 +76,6 @@ def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:
     return interpret
 
 
-def best_megacore_mode(num_kv_heads: int, batch: int, *arrays: jax.Array) -> str | None:
-    """The mode that puts both cores of the chip to work that `arrays`' program is lowered for.
-
-    By kv head where their number is even (both cores then have the same tokens to read), else by sequence; None
-    where neither divides, on a chip of one core a device, and where the chip is not known.
-    """
-    if not _has_megacore(target_device(*arrays)):
-        return None
-    return "kv_head" if num_kv_heads % NUM_CORES == 0 else "batch" if batch % NUM_CORES == 0 else None
-
-
 def on_each_core(launch, *operands, interpret: Interpret):
     """`launch(*operands, num_cores)` with as many cores as a device has of the chip that the program is lowered for.
 

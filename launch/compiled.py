@@ -1,0 +1,115 @@
+"""Ahead-of-time compiles for one absent TPU chip, and what can be read from a compiled program's text."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paged_dist._compat import lowering_for
+from paged_dist.topology import topology_devices
+
+# One single-chip topology for each generation.
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+
+
+class Compiled(NamedTuple):
+    """A program compiled for an absent chip."""
+
+    lower_s: float  # tracing, and lowering to what XLA takes; the kernel is in it, not yet compiled
+    compile_s: float  # XLA, and the kernel's own compiler
+    text: str
+    temp_bytes: int  # HBM beside arguments and results
+
+
+def one_chip_mesh(chip: str) -> Mesh:
+    """A mesh of one absent device of generation `chip`, a key of CHIPS."""
+    return Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("chip",))
+
+
+def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> Compiled:
+    """`jit(fn)` over `arrays`, replicated on `mesh`, from nothing: neither traces nor programs are reused."""
+    place = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arrays]
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=place)
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with lowering_for(mesh):
+            jax.jit(lambda x: x + 1).lower(scalar).compile()  # starts the chip's compiler, a second on the first call
+            jax.clear_caches()
+            start = time.perf_counter()
+            lowered = jax.jit(fn).lower(*arrays)
+            between = time.perf_counter()
+            compiled = lowered.compile()
+            end = time.perf_counter()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
+    return Compiled(between - start, end - between, compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes)
+
+
+# A tuple's type has parentheses inside: those of its arrays' tiles.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_NO_MEMORY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
+_NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+
+
+def _array_bytes(types: str) -> list[int]:
+    """Bytes of each array in an HLO type, a tuple's elements one by one."""
+    found = re.findall(r"\b(pred|s8|u8|f8e4m3fn|bf16|f16|s16|u16|s32|u32|f32)\[([\d,]*)\]", types)
+    return [_BYTES[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], dtype=float)) for dtype, dims in found]
+
+
+def values_as_large_as(hlo: str, size: int) -> list[str]:
+    """Instructions of a compiled program that make a value of `size` bytes or more, apart from those that only
+    pass one on (parameters, tuples, bitcasts, loops) and kernels whose large results alias their operands."""
+    made = []
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, types, op, rest = match.groups()
+        large = [i for i, n in enumerate(_array_bytes(types)) if n >= size]
+        if not large or op in _NO_MEMORY:
+            continue
+        aliased = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", rest) if op == "custom-call" else None
+        outputs = {int(i) for i in re.findall(r"\{(\d+)\}: \(", rest)} if aliased else set()
+        if aliased and (set(large) <= outputs or (not types.startswith("(") and "{}: (" in rest)):
+            continue
+        made.append(f"{op} {name} {types[:80]}")
+    return made
+
+
+def ops_around_kernels(hlo: str) -> list[str]:
+    """The entry computation's instructions that do work beside its kernels; an asynchronous pair is one."""
+    found = [m.groups() for m in map(_INSTRUCTION.match, hlo[hlo.index("\nENTRY ") :].splitlines()) if m]
+    return [
+        f"{op} {name}"
+        for name, _, op, rest in found
+        if op not in _NO_WORK and not op.endswith("-done") and not (op == "custom-call" and _KERNEL in rest)
+    ]
+
+
+def kernel_vmem(hlo: str) -> list[int]:
+    """Bytes of vector memory that each kernel of a compiled program was given by the compiler."""
+    used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+    kernels = [line for line in hlo.splitlines() if _KERNEL in line]
+    return [int(match[1]) if (match := used.search(line)) else 0 for line in kernels]

@@ -1,232 +1,328 @@
 """The decode kernel compiled for chips that are not here: `paged-dist-kernel-report`.
 
-For each chip it compiles `paged_decode_attention` at one chip's shapes, ahead of time on this host's CPU, and says how
-long that took, what it takes of VMEM and SMEM, how many copies it makes out of the pools and how many bytes they move
-against the live ones; beside it JAX's own paged attention at the same shapes. Needs libtpu, the TPU compiler, and no
-TPU; nothing runs, so it gives no time on a chip.
+For each chip it compiles `paged_decode_attention` at one chip's shapes, ahead of time on this host's CPU, and prints
+how long lowering and compiling took, the VMEM, SMEM and temporary HBM of the program, how many DMAs of K and V the
+kernel issues for the given lengths and how many bytes they read, over those that are live, and which XLA operations
+stand around the kernel; beside it JAX's own paged attention at the same shapes. It needs libtpu, the TPU compiler,
+and no TPU. Nothing runs: it says nothing about time on a chip.
 """
 
 from __future__ import annotations
 
-import csv
-import re
+import dataclasses
 import sys
-import time
 
 from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch.workload import pages_needed, read_trace
 
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-WHICH = flags.DEFINE_list("chips", ["v5e", "v5p", "v6e", "v7x"], f"Chips to compile for, of {', '.join(CHIPS)}.")
-CONTEXT_TOKENS = flags.DEFINE_integer("context_tokens", 4096, "Tokens of each sequence.")
-TRACE = flags.DEFINE_string(
-    "lengths_trace", None, "CSV with ContextTokens, GeneratedTokens: lengths of its first rows."
+KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
+CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
+CONTEXT_TOKENS = flags.DEFINE_integer("context_tokens", 4096, "Live tokens of each sequence.")
+LENGTHS_TRACE = flags.DEFINE_string(
+    "lengths_trace",
+    None,
+    "CSV file with columns ContextTokens and GeneratedTokens: its first --batch requests, each halfway through its "
+    "answer, are the sequences, in place of --context_tokens.",
 )
-BLOCKS = flags.DEFINE_list("block_sizes", None, "pages_per_cell,cells_per_step,steps_ahead. Default: the kernel's own.")
-COMPARE = flags.DEFINE_bool("jax", True, "Compile JAX's own paged attention too.")
+BLOCK_SIZES = flags.DEFINE_list(
+    "block_sizes", None, "pages_per_cell,cells_per_step,steps_ahead of the decode kernel. Default: its own choice."
+)
+JAX = flags.DEFINE_bool("jax", True, "Compile JAX's own paged attention too.")
+JAX_BLOCK_TOKENS = flags.DEFINE_integer(
+    "jax_block_tokens", None, "Tokens of a block of JAX's own. Default: some two thousand, as many as VMEM holds."
+)
 
 NAME = "paged-dist-kernel-report"
-_SHARED = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "kv_dtype", "page_size", "sliding_window", "output")
-_DEFAULTS = {"batch": 32, "num_q_heads": 8, "num_kv_heads": 1}
-_JAX_BLOCK_TOKENS = 2048
-for _name in _SHARED:
+_TAKEN = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "kv_dtype", "output")
+_DEFAULTS = {"batch": 32, "num_q_heads": 8, "num_kv_heads": 1}  # a chip's share of 64 heads over 8 chips
+for _name in _TAKEN:
     flags.declare_key_flag(_name)
 
 
-def settings_from_flags() -> dict:
-    """What to compile, checked.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compile: one chip's shapes and the lengths to count for, checked as far as flags go."""
+
+    chips: tuple[str, ...]
+    lengths: tuple[int, ...]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    sliding_window: int | None
+    dtype: str
+    block_sizes: tuple[int, ...] | None
+    jax: bool
+    jax_block_tokens: int | None
+
+
+def settings_from_flags() -> Settings:
+    """The settings that the flags name.
 
     Raises:
-      ValueError, NotImplementedError: a flag's value that does not fit.
+      ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
-    values = flags.FLAGS.flag_values_dict()
     for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]:
-        if flag.name not in _SHARED and flag.present:
-            raise bad_value(f"--{flag.name}", values[flag.name], "is no flag of this launcher", "see --help")
-    s = {name: values[name] for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")}
-    s["context_tokens"] = CONTEXT_TOKENS.value
-    shared.at_least(1, sliding_window=values["sliding_window"], **s)
-    q, kv = s["num_q_heads"], s["num_kv_heads"]
+        if flag.name not in _TAKEN and flag.present:
+            instead = "give --context_tokens" if flag.name == "context" else "see --help"
+            raise bad_value(f"--{flag.name}", flag.value, "is no flag of this launcher", instead)
+    values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
+    tokens = CONTEXT_TOKENS.value
+    shared.at_least(1, context_tokens=tokens, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
+    q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    s["sliding_window"], s["dtype"] = values["sliding_window"], shared.kv_dtype(shared.KV_DTYPE.value)
-    for chip in WHICH.value:
-        require(chip in CHIPS, "--chips", chip, f"must be some of {', '.join(CHIPS)}")
-    s["chips"] = WHICH.value
-    s["lengths"] = _trace_lengths(s["batch"]) if TRACE.value is not None else [s["context_tokens"]] * s["batch"]
+    require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
+    for chip in CHIPS.value:
+        require(chip in KNOWN_CHIPS, "--chips", chip, f"must be some of {', '.join(KNOWN_CHIPS)}")
+    sizes = None
+    if BLOCK_SIZES.value is not None:
+        text = ",".join(BLOCK_SIZES.value)
+        whole = len(BLOCK_SIZES.value) == 3 and all(x.strip().isdecimal() for x in BLOCK_SIZES.value)
+        require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
+        sizes = tuple(map(int, BLOCK_SIZES.value))
     shared.check_output(shared.OUTPUT.value)
-    return s
+    batch = values.pop("batch")
+    return Settings(
+        chips=tuple(CHIPS.value),
+        lengths=(tokens,) * batch if LENGTHS_TRACE.value is None else trace_lengths(LENGTHS_TRACE.value, batch),
+        dtype=shared.kv_dtype(shared.KV_DTYPE.value),
+        block_sizes=sizes,
+        jax=JAX.value,
+        jax_block_tokens=JAX_BLOCK_TOKENS.value,
+        **values,
+    )
 
 
-def _trace_lengths(batch: int) -> list[int]:
-    """Context and half of what was generated, of the trace's first requests."""
-    try:
-        with open(TRACE.value, newline="") as f:
-            rows = list(csv.DictReader(f))[:batch]
-        lengths = [int(row["ContextTokens"]) + int(row["GeneratedTokens"]) // 2 for row in rows]
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        rule = f"cannot be read as a CSV with whole numbers ContextTokens and GeneratedTokens ({e})"
-        raise bad_value("--lengths_trace", TRACE.value, rule) from e
-    require(len(lengths) == batch, "--lengths_trace", TRACE.value, f"holds {len(lengths)} requests of --batch={batch}")
-    return lengths
+def trace_lengths(path: str, batch: int) -> tuple[int, ...]:
+    """Live tokens of the trace's first `batch` requests, each halfway through its answer."""
+    require(not flags.FLAGS["context_tokens"].present, "--lengths_trace", path, "not together with --context_tokens")
+    requests = read_trace(path, batch)
+    require(len(requests) == batch, "--lengths_trace", path, f"has {len(requests)} requests, --batch={batch}")
+    return tuple(r.context + r.generated // 2 for r in requests)
 
 
-def plan_of(s: dict, num_cores: int):
-    """The launch that `paged_decode_attention` makes of these shapes.
+def plan_of(s: Settings, num_cores: int):
+    """The plan of `paged_decode_attention` for the whole batch, on a chip of `num_cores` cores.
 
     Raises:
-      ValueError: shapes or block sizes that it refuses.
+      ValueError: shapes or block sizes that the op refuses.
     """
+    import jax
     import jax.numpy as jnp
 
+    from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
     from paged_dist.kernels.paged_attention import decode_plan
+    from paged_dist.kernels.paged_attention.checks import check_pools
 
-    lanes = max(128, s["head_dim"])
-    rows = s["page_size"] * s["head_dim"] // lanes
-    columns = -(-max(s["lengths"]) // s["page_size"])
-    heads, dtype = (s["num_q_heads"], s["num_kv_heads"], s["head_dim"]), s["dtype"]
-    problem = decode_plan.Problem(s["batch"], *heads, 1, s["batch"] * columns, rows, lanes, columns, dtype, dtype)
-    sizes = decode_plan.choose_block_sizes(problem, s["sliding_window"], num_cores)
-    if BLOCKS.value is not None:
-        parts = [int(x) if x.strip().isdecimal() else x for x in BLOCKS.value]
-        require(len(parts) == 3, "--block_sizes", ",".join(BLOCKS.value), "must be three whole numbers")
-        sizes = BlockSizes(*parts)
-    plan = decode_plan.Plan(problem, sizes, sliding_window=s["sliding_window"], num_cores=num_cores)
+    pages = [pages_needed(n, s.page_size) for n in s.lengths]
+    spec = CacheSpec(s.num_kv_heads, s.head_dim, sum(pages), s.page_size, s.dtype, num_layers=1)
+    pool = jax.ShapeDtypeStruct(spec.pool_shape, s.dtype)
+    batch = len(s.lengths)
+    problem = check_pools(
+        jax.ShapeDtypeStruct((batch, s.num_q_heads, s.head_dim), s.dtype),
+        pool,
+        pool,
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((batch, max(pages)), jnp.int32),
+    )
+    window = s.sliding_window
+    if window is not None:
+        window = min(window, problem.pages_per_sequence * problem.page_size)
+    sizes = (
+        decode_plan.choose_block_sizes(problem, window, num_cores)
+        if s.block_sizes is None
+        else BlockSizes(*s.block_sizes)
+    )
+    plan = decode_plan.Plan(problem, sizes, sliding_window=window, num_cores=num_cores)
     decode_plan.check_block_sizes(plan)
-    assert plan.cache_dtype == jnp.dtype(dtype)
+    decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
 
 
-def compile_for(chip: str, fn, arrays) -> tuple[float, float, str, int]:
-    """(seconds to lower, seconds to compile, the compiled program, its temporary bytes)."""
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from paged_dist._compat import lowering_for
-    from paged_dist.topology import topology_devices
-
-    mesh = Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("chip",))
-    place = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arrays]
-    start = time.perf_counter()
-    with lowering_for(mesh):
-        lowered = jax.jit(fn).lower(*arrays)
-        middle = time.perf_counter()
-        compiled = lowered.compile()
-    end = time.perf_counter()
-    return middle - start, end - middle, compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
-
-
-def ops_around(text: str) -> int:
-    """Instructions of a compiled program's entry that do work beside its kernels."""
-    entry = text[text.index("ENTRY") :]
-    names = re.findall(r"= (?:\([^)]*\)|\S+) ([\w-]+)\(", entry)
-    free = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "constant"}
-    return sum(name not in free for name in names)
-
-
-def rows_for(chip: str, s: dict) -> list[dict]:
-    """One record for the kernel, and one for JAX's own where it is asked for."""
+def report_ours(s: Settings, mesh, plan) -> dict:
+    """What the decode kernel is on the chip of `mesh`."""
     import jax
     import jax.numpy as jnp
 
     from paged_dist.kernels import paged_decode_attention
-    from paged_dist.kernels.paged_attention import decode_plan
-    from paged_dist.kernels.paged_attention.decode_cost import decode_cost
+    from paged_dist.kernels.paged_attention import decode_cost, decode_plan
+    from paged_dist.launch.compiled import timed_compile
 
-    plan = plan_of(s, 2 if chip in ("v4", "v5p") else 1)
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, p.head_dim), p.query_dtype)
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
-    int32 = lambda *dims: jax.ShapeDtypeStruct((p.batch, *dims), jnp.int32)
-    arrays = (query, pool, pool, int32(), int32(p.pages_per_sequence))
-    sizes = plan.sizes if BLOCKS.value is not None else None
-    ours = lambda *x: paged_decode_attention(*x, sliding_window=s["sliding_window"], block_sizes=sizes)
-    lower, compile_, text, temp = compile_for(chip, ours, arrays)
-    cost = decode_cost(plan, s["lengths"])
-    record = dict(chip=chip, kernel="paged_dist", lower_s=lower, compile_s=compile_, vmem_bytes=plan.vmem_bytes)
-    record |= dict(smem_bytes=plan.smem_bytes, temp_bytes=temp, ops_around=ops_around(text), **cost._asdict())
-    record |= dict(
-        launches=-(-p.batch // decode_plan.rows_per_launch(plan)), block_sizes=list(vars(plan.sizes).values())
-    )
-    return [record, *(_jax_row(chip, s, plan, arrays, cost) if COMPARE.value else [])]
+    lengths = jax.ShapeDtypeStruct((p.batch,), jnp.int32)
+    table = jax.ShapeDtypeStruct((p.batch, p.pages_per_sequence), jnp.int32)
+    sizes = None if s.block_sizes is None else plan.sizes
+
+    def attend(*arrays):
+        return paged_decode_attention(*arrays, sliding_window=s.sliding_window, block_sizes=sizes)
+
+    rows = min(p.batch, decode_plan.rows_per_launch(plan))
+    launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
+    return {
+        "block_sizes": dataclasses.asdict(plan.sizes),
+        "vmem_planned": launch.vmem_bytes,
+        "smem_planned": launch.smem_bytes,
+        **_counted(decode_cost.copies(plan, s.lengths), decode_cost.live_bytes(plan, s.lengths)),
+        **_compiled(timed_compile(mesh, attend, query, pool, pool, lengths, table), plan),
+    }
 
 
-def _jax_row(chip: str, s: dict, plan, arrays, cost) -> list[dict]:
-    """JAX's paged attention: for each sequence and kv head, all pages of each block that has a live token."""
-    import numpy as np
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+def report_jax(s: Settings, mesh, plan) -> dict:
+    """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
+    from paged_dist.kernels.paged_attention import decode_cost
+    from paged_dist.launch import jax_kernel
+    from paged_dist.launch.compiled import timed_compile
 
-    record = dict(chip=chip, kernel="jax")
-    columns = plan.S
-    pages = max(n for n in range(1, max(1, _JAX_BLOCK_TOKENS // plan.page_size) + 1) if columns % n == 0)
-    try:
-        own = lambda q, k, v, n, t: paged_attention(q, k, v, n, t, pages_per_compute_block=pages)
-        lower, compile_, text, temp = compile_for(chip, own, arrays)
-    except Exception as e:
-        return [record | dict(error=f"{type(e).__name__}: {str(e).splitlines()[0][:100]}")]
-    blocks = int((-(-np.asarray(s["lengths"]) // (pages * plan.page_size))).sum()) * plan.Hkv
-    copies = 2 * blocks * pages
-    itemsize = plan.cache_dtype.itemsize
-    buffers = 4 * pages * plan.page_size * plan.D * itemsize
-    record |= dict(lower_s=lower, compile_s=compile_, vmem_bytes=buffers, temp_bytes=temp, ops_around=ops_around(text))
-    record |= dict(copies=copies, bytes_read=copies * plan.page_size * plan.D * itemsize, live_bytes=cost.live_bytes)
-    return [record]
+    pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
+    op, arrays = jax_kernel.call(plan, pages, mesh)
+    return {
+        "pages_per_compute_block": pages,
+        "megacore_mode": op.keywords["megacore_mode"],
+        "vmem_planned": None,
+        "smem_planned": jax_kernel.smem_bytes(plan, pages),
+        **_counted(jax_kernel.copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
+        **_compiled(timed_compile(mesh, op, *arrays), plan),
+    }
 
 
-def table(s: dict, rows: list[dict]) -> str:
-    """The report as lines."""
-    heads = f"{s['num_q_heads']} q / {s['num_kv_heads']} kv heads of {s['head_dim']}, {s['dtype']}"
-    lines = [
-        f"batch {s['batch']}, {heads}, pages of {s['page_size']}, {sum(s['lengths'])} tokens"
-        + (f", window {s['sliding_window']}" if s["sliding_window"] else ""),
-        f"{'chip':<5}{'kernel':<11}{'lower s':>8}{'compile s':>10}{'VMEM KiB':>9}{'SMEM KiB':>9}{'copies':>8}"
-        f"{'read MB':>9}{'read/live':>10}{'XLA ops':>8}",
-    ]
-    for r in rows:
-        if "error" in r:
-            lines.append(f"{r['chip']:<5}{r['kernel']:<11}does not compile: {r['error']}")
+def _counted(copies, live_bytes: int) -> dict:
+    return {"copies": copies.count, "bytes_read": copies.bytes, "live_bytes": live_bytes}
+
+
+def _compiled(compiled, plan) -> dict:
+    from paged_dist.launch.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
+
+    p = plan.problem
+    pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
+    vmem = kernel_vmem(compiled.text)
+    large = values_as_large_as(compiled.text, pool_bytes)
+    return {
+        "lower_s": compiled.lower_s,
+        "compile_s": compiled.compile_s,
+        "launches": len(vmem),
+        "vmem_used": max(vmem, default=0),
+        "temp_bytes": compiled.temp_bytes,
+        "xla_ops": ops_around_kernels(compiled.text),
+        "pool_copies": [value for value in large if not value.split()[0].endswith("-done")],  # a pair is one copy
+    }
+
+
+def report_chip(s: Settings, chip: str, mesh, plan) -> list[dict]:
+    """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
+    records = []
+    for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
+        if kernel == "jax" and not s.jax:
             continue
-        smem = f"{r['smem_bytes'] / 1024:9.0f}" if "smem_bytes" in r else f"{'-':>9}"
-        ratio = r["bytes_read"] / r["live_bytes"] if r["live_bytes"] else float("nan")
-        lines.append(
-            f"{r['chip']:<5}{r['kernel']:<11}{r['lower_s']:8.2f}{r['compile_s']:10.2f}{r['vmem_bytes'] / 1024:9.0f}"
-            f"{smem}{r['copies']:8d}{r['bytes_read'] / 1e6:9.2f}{ratio:10.3f}{r['ops_around']:8d}"
-        )
+        try:
+            found = report(s, mesh, plan)
+        except Exception as e:  # whatever tracing, Mosaic or XLA raise
+            found = {"error": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"}
+        records.append({"chip": chip, "kernel": kernel, **found})
+    return records
+
+
+_COLUMNS = (  # heading in two lines, width, what stands there
+    ("chip", "", 4, lambda r: r["chip"]),
+    ("kernel", "", 10, lambda r: r["kernel"]),
+    ("lower", "s", 6, lambda r: f"{r['lower_s']:.2f}"),
+    ("compile", "s", 7, lambda r: f"{r['compile_s']:.2f}"),
+    ("VMEM plan", "KiB", 9, lambda r: _kib(r["vmem_planned"])),
+    ("used", "KiB", 6, lambda r: _kib(r["vmem_used"])),
+    ("SMEM", "KiB", 5, lambda r: _kib(r["smem_planned"])),
+    ("temp", "KiB", 7, lambda r: _kib(r["temp_bytes"])),
+    ("DMAs", "", 8, lambda r: str(r["copies"])),
+    ("read", "MB", 9, lambda r: f"{r['bytes_read'] / 1e6:.2f}"),
+    ("read", "/live", 6, lambda r: f"{r['bytes_read'] / r['live_bytes']:.3f}"),
+    ("XLA", "ops", 4, lambda r: str(len(r["xla_ops"]))),
+    ("pool", "copies", 6, lambda r: str(len(r["pool_copies"]))),
+)
+
+
+def _kib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1024:.0f}"
+
+
+def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
+    """The report as lines."""
+    live = next((r["live_bytes"] for r in records if "error" not in r), None)
+    window = "" if s.sliding_window is None else f", window {s.sliding_window}"
+    lines = [
+        f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, head_dim {s.head_dim}, "
+        f"{s.dtype}, pages of {s.page_size}{window}",
+        f"lengths {min(s.lengths)} to {max(s.lengths)}, {sum(s.lengths)} tokens"
+        + ("" if live is None else f", {live / 1e6:.2f} MB live"),
+        " ".join(f"{name} {version}" for name, version in versions.items()),
+        "",
+        _line(_COLUMNS, [c[0] for c in _COLUMNS]),
+        _line(_COLUMNS, [c[1] for c in _COLUMNS]),
+    ]
+    for r in records:
+        if "error" in r:
+            lines.append(f"{_line(_COLUMNS[:2], [r['chip'], r['kernel']])} does not compile: {r['error'][:96]}")
+        else:
+            lines.append(_line(_COLUMNS, [show(r) for *_, show in _COLUMNS]))
+    if s.jax and s.sliding_window is not None:
+        lines.append("JAX's own has no sliding window: it reads every token.")
     return "\n".join(lines)
 
 
+def _line(columns, cells) -> str:
+    """Names to the left, numbers to the right of their columns."""
+    widths = [width for _, _, width, _ in columns]
+    names = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+    return " ".join(names + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]).rstrip()
+
+
 def main(argv) -> int:
-    """Compiles what the flags describe."""
+    """Compiles what the flags describe; 0, or 1 where the decode kernel does not compile for a chip."""
     del argv
+    from paged_dist.topology import has_libtpu
+
     try:
         s = settings_from_flags()
-        shared.simulate_devices(1, many_processes=False)
-        plan_of(s, 1)
+        if not has_libtpu():
+            raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
+        shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
+
+        from paged_dist.kernels.paged_attention.megacore import NUM_CORES, has_megacore
+        from paged_dist.launch import report
+        from paged_dist.launch.compiled import one_chip_mesh
+
+        plan_of(s, 1)  # says what is wrong with the shapes before libtpu takes its seconds to load
+        meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
+        plans = {c: plan_of(s, NUM_CORES if has_megacore(m.devices.flat[0]) else 1) for c, m in meshes.items()}
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e
 
-    from paged_dist.launch import report
-    from paged_dist.topology import has_libtpu
-
-    if not has_libtpu():
-        raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'jax[tpu]'")
-    try:
-        rows = [row for chip in s["chips"] for row in rows_for(chip, s)]
-    except ValueError as e:
-        raise shared.UsageError(str(e)) from e
-    print(table(s, rows), flush=True)
+    records = []
+    for chip, mesh in meshes.items():
+        print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
+        records += report_chip(s, chip, mesh, plans[chip])
+    versions = report.versions()
+    print(table(s, records, versions), flush=True)
     if shared.OUTPUT.value is not None:
-        record = {"benchmark": "kernel_report", "settings": s, "rows": rows, "versions": report.versions()}
         try:
-            report.append_json_line(shared.OUTPUT.value, record)
+            report.append_json_line(shared.OUTPUT.value, json_record(s, records, versions))
         except OSError as e:
             print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
             return 1
-    return 0
+    return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
+
+
+def json_record(s: Settings, records: list[dict], versions: dict[str, str]) -> dict:
+    """The run as one record: settings, and one entry of `kernels` for each chip and kernel."""
+    return {
+        "benchmark": "kernel_report",
+        "settings": dataclasses.asdict(s),
+        "kernels": records,
+        "versions": versions,
+    }
 
 
 def cli() -> None:

@@ -1,40 +1,63 @@
-"""What a decode launch fetches from HBM: a pure function of the lengths, shared by the report and the tests."""
+"""What the decode kernel fetches from HBM: a pure function of a plan and the lengths, for reports and tests."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
-from jax import numpy as jnp
 
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.decode_plan import Plan
 
 
-class Cost(NamedTuple):
-    """Copies out of the pools, the bytes that they move, and the bytes of live K and V."""
+class Copies(NamedTuple):
+    """DMAs out of the pools, K's and V's, and the bytes that they move."""
 
-    copies: int
-    bytes_read: int
-    live_bytes: int
+    count: int
+    bytes: int
 
 
-def decode_cost(plan: Plan, lengths, starts=None) -> Cost:
-    """The cost of the decode kernel for `lengths` [B] (and `starts` [B]): each page that holds a live token, once.
+def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copies:
+    """The decode kernel's copies of pages; those of the query and the output, a few per sequence, are not counted.
 
-    A page is one copy of all heads (of each head and 128 lanes where rows are wider), and as many bytes as its live
-    tiles: whole pages but at a sequence's ends.
+    A page that holds a live token is copied once, whole but at the ends of its sequence: of the last page the rows up
+    to the last live one, of the first those from the first live one, in units of `unit` rows. A copy is of all kv
+    heads, or of 128 lanes of one where rows are wider. Block sizes and cores change neither number.
+
+    Args:
+      plan: of the launch, or of the call where that is several launches.
+      lengths: [B] live tokens; more than the table holds counts as a full table.
+      starts: [B] first tokens attended to; with the plan's sliding window the later of the two counts.
+      unit: rows of a page that go together; None: the plan's `tile`.
     """
-    lengths = np.minimum(np.asarray(lengths, np.int64), plan.S * plan.page_size)
-    first = np.zeros_like(lengths) if starts is None else np.maximum(np.asarray(starts, np.int64), 0)
-    if plan.sliding_window is not None:
-        first = np.maximum(first, lengths - plan.sliding_window)
-    live = np.maximum(lengths - first, 0)
-    tile = plan.tile * plan.tokens_per_row
-    some = live > 0
-    pages = (-(-lengths // plan.page_size) - first // plan.page_size)[some].sum()
-    rows = (-(-lengths // tile) - first // tile)[some].sum() * plan.tile
-    row_bytes = plan.Hkv * plan.W * jnp.dtype(plan.cache_dtype).itemsize
+    first, end = live_span(plan, lengths, starts)
+    first, end = first[end > first], end[end > first]
+    unit_tokens = (plan.tile if unit is None else unit) * plan.tokens_per_row
+    page = plan.page_size
+    pages = -(-end // page) - first // page
+    # Of a page that is no whole number of units the last is shorter.
+    behind_end = page - np.minimum(-(-((end - 1) % page + 1) // unit_tokens) * unit_tokens, page)
+    before_start = first % page // unit_tokens * unit_tokens
+    tokens = (pages * page - behind_end - before_start).sum()
     pieces = 1 if plan.W == LANES else plan.Hkv * plan.W // LANES
-    token_bytes = row_bytes // plan.tokens_per_row
-    return Cost(int(2 * pages * pieces), int(2 * rows * row_bytes), int(2 * live.sum() * token_bytes))
+    return Copies(2 * int(pages.sum()) * pieces, int(tokens) * bytes_per_token(plan))
+
+
+def live_bytes(plan: Plan, lengths, starts=None) -> int:
+    """Bytes of the K and V that are attended to: the least that any kernel reads."""
+    first, end = live_span(plan, lengths, starts)
+    return int((end - first).sum()) * bytes_per_token(plan)
+
+
+def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
+    """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none."""
+    end = np.clip(np.asarray(lengths, np.int64), 0, plan.S * plan.page_size)
+    first = np.zeros_like(end) if starts is None else np.maximum(np.asarray(starts, np.int64), 0)
+    if plan.sliding_window is not None:
+        first = np.maximum(first, end - plan.sliding_window)
+    return np.minimum(first, end), end
+
+
+def bytes_per_token(plan: Plan) -> int:
+    """Bytes of one token's K and V, all local heads."""
+    return 2 * plan.Hkv * plan.D * plan.cache_dtype.itemsize

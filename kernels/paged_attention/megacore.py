@@ -35,7 +35,8 @@ def target_device(*arrays: jax.Array):
     return jax.devices()[0] if jax.default_backend() == "tpu" else None
 
 
-def _has_megacore(device) -> bool:
+def has_megacore(device) -> bool:
+    """Whether `device`, a jax device or jax's description of one, is a chip of two cores that share its memory."""
     # A v4 may also be set up as two devices of one core each.
     cores = getattr(device, "num_cores", None) or NUM_CORES
     return getattr(device, "device_kind", "") in _KINDS and cores == NUM_CORES
@@ -59,7 +60,7 @@ def check_target(megacore_mode: str | None, interpret: Interpret, *arrays: jax.A
     if not kind.startswith("TPU"):
         return
     require(
-        _has_megacore(device),
+        has_megacore(device),
         "megacore_mode",
         megacore_mode,
         f"the program is for a {kind!r} of one core a device; megacore exists on v4 and v5p only",
@@ -88,9 +89,9 @@ def on_each_core(launch, *operands, interpret: Interpret):
         return launch(*operands, num_cores=1)
     device = target_device(*(x for x in operands if x is not None))
     if device is not None:
-        return launch(*operands, num_cores=NUM_CORES if _has_megacore(device) else 1)
+        return launch(*operands, num_cores=NUM_CORES if has_megacore(device) else 1)
     return jax.lax.cond(
-        lowered_for(_has_megacore),
+        lowered_for(has_megacore),
         functools.partial(launch, num_cores=NUM_CORES),
         functools.partial(launch, num_cores=1),
         *operands,

@@ -22,7 +22,7 @@ from paged_dist._shard import (
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
-from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options
+from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_sinks
 from paged_dist.kernels.paged_attention.decode import decode_stored_pages
 from paged_dist.mesh import MeshAxes
 
@@ -241,10 +241,5 @@ def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, slidi
     )
     for name, array in (("lengths", lengths), ("block_tables", block_tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
-    require(
-        sinks is None or sinks.shape == (heads,),
-        "sinks.shape",
-        None if sinks is None else sinks.shape,
-        f"must be ({heads},)",
-    )
+    check_sinks(sinks, heads)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)

@@ -206,6 +206,17 @@ def check_starts(starts, batch: int) -> jax.Array | None:
     return starts
 
 
+def check_sinks(sinks, num_q_heads: int) -> jax.Array | None:
+    """`sinks` [Hq] f32 or bf16, or None, as an array. Raises ValueError for another shape or dtype."""
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    dtype = jnp.dtype(sinks.dtype).name
+    require(sinks.shape == (num_q_heads,), "sinks.shape", sinks.shape, f"must be ({num_q_heads},), the heads of query")
+    require(dtype in _FLOATS, "sinks.dtype", dtype, f"must be one of {_FLOATS}")
+    return sinks
+
+
 def check_interpret(interpret) -> None:
     """Raises ValueError unless `interpret` is one of the values that `_dispatch.dispatch` takes."""
     require(

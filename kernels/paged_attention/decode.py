@@ -14,6 +14,8 @@ from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
     check_interpret,
     check_options,
+    check_sinks,
+    check_starts,
 )
 from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
@@ -90,8 +92,8 @@ def paged_decode_attention(
         whole = layer.ndim == 0 and jnp.issubdtype(layer.dtype, jnp.integer)
         require(whole, "layer", layer, "must be an int32 scalar")
         layer = layer.astype(jnp.int32)
-    starts, sinks = (None if x is None else jnp.asarray(x) for x in (starts, sinks))
-    check_starts_and_sinks(starts, sinks, query)
+    require(query.ndim == 3, "query.shape", query.shape, "must be [B, Hq, head_dim]")
+    starts, sinks = check_starts(starts, query.shape[0]), check_sinks(sinks, query.shape[1])
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
     check_interpret(interpret)
     require(
@@ -178,19 +180,6 @@ def decode_stored_pages(
 
     made = dispatch(kernel, xla, *operands, interpret=interpret)
     return made if return_lse else made[0]
-
-
-def check_starts_and_sinks(starts, sinks, query) -> None:
-    """Raises ValueError for shapes or dtypes that do not go with `query` [B, Hq, D]."""
-    if query.ndim != 3:
-        return  # refused, by name, with the pools
-    for name, x, shape, dtypes in (
-        ("starts", starts, query.shape[:1], ("int32",)),
-        ("sinks", sinks, query.shape[1:2], ("float32", "bfloat16")),
-    ):
-        if x is not None:
-            require(x.shape == shape, f"{name}.shape", x.shape, f"must be {shape}")
-            require(x.dtype.name in dtypes, f"{name}.dtype", x.dtype.name, f"must be one of {dtypes}")
 
 
 def _whole_rows(query, *pools):

@@ -29,7 +29,7 @@ from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_copies import Copies, Paced
 from paged_dist.kernels.paged_attention.decode_plan import Plan
-from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div
+from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.paged_attention.kernel import dot
 
 _LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
@@ -50,9 +50,7 @@ class Refs(NamedTuple):
     output: jax.Array  # HBM [B, Hq, D]
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
-    k: (
-        jax.Array
-    )  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]: a wider row is several, by Mosaic's choice of tiles
+    k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]
     v: jax.Array  # VMEM, the same shape
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
@@ -117,7 +115,7 @@ def _clear_values(plan: Plan, refs: Refs) -> None:
     """
 
     def clear(i, _):
-        part = refs.v.at[lax.div(i, jnp.int32(plan.C)), lax.rem(i, jnp.int32(plan.C))]
+        part = refs.v.at[div(i, plan.C), rem(i, plan.C)]
         part[...] = jnp.zeros_like(part)
 
     lax.fori_loop(0, refs.v.shape[0] * plan.C, clear, None)
@@ -318,25 +316,27 @@ class Body:
         """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
         plan, refs, before = self.plan, self.refs, self.ring.plus(-1)
         outs, sums = ([ref[g] for g in range(plan.H)] for ref in (refs.run_out, refs.run_sum))
+        first_sums = [self._sink_sum(g) for g in range(plan.H)] if plan.has_sinks else [0.0] * plan.H
         for c in range(plan.C):
             cell = Cell.load(refs.cells, before.cells, c, plan)
             for g in range(plan.H):
                 weight, lane_sums, decay, _ = weights[c * plan.H + g]
                 new = self._each_head(g, functools.partial(self._times_values, c, weight), (plan.M, plan.W))
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
-                first_sum = 0.0
-                if plan.has_sinks:  # each lane holds its part of the denominator
-                    counts = refs.sink[g] > DEFAULT_MASK_VALUE
-                    counts &= lax.broadcasted_iota(jnp.int32, counts.shape, 0) < plan.M // plan.tokens_per_row
-                    first_sum = jnp.where(counts, 1 / LANES, 0.0)
                 # A select, for the sequence before may have left NaN.
                 outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
-                sums[g] = jnp.where(cell.is_first, first_sum, sums[g]) * decay + lane_sums
+                sums[g] = jnp.where(cell.is_first, first_sums[g], sums[g]) * decay + lane_sums
                 if copies is not None:
                     copies.advance(plan.C * plan.H)
             self._write_row(cell, outs, sums, [w[3] for w in weights[c * plan.H : (c + 1) * plan.H]])
         for g in range(plan.H):
             refs.run_out[g], refs.run_sum[g] = outs[g], sums[g]
+
+    def _sink_sum(self, g):
+        """What group g's denominators start from: each lane's part of a sink's own weight, 1; once a query head."""
+        counts = self.refs.sink[g] > DEFAULT_MASK_VALUE
+        row = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
+        return jnp.where(counts & (row < self.plan.M // self.plan.tokens_per_row), 1 / LANES, 0.0)
 
     def _write_row(self, cell: Cell, outs, sums, tops) -> None:
         plan, refs = self.plan, self.refs

@@ -13,6 +13,7 @@ from paged_dist.kernels._dispatch import Interpret, in_hbm
 from paged_dist.kernels.paged_attention.checks import check_pools
 from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
 from paged_dist.kernels.paged_attention.decode_plan import (
+    NUM_FIELDS,
     BlockSizes,
     Plan,
     check_block_sizes,
@@ -20,7 +21,6 @@ from paged_dist.kernels.paged_attention.decode_plan import (
     rows_per_launch,
     vmem_limit,
 )
-from paged_dist.kernels.paged_attention.decode_work import NUM_FIELDS
 from paged_dist.kernels.paged_attention.launch import block_diagonal
 from paged_dist.kernels.paged_attention.megacore import simulation
 
@@ -116,7 +116,7 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
     if plan.return_lse:
         results["lse"] = out_struct((plan.B, 1, plan.Hq), jnp.float32, *operands)
     ahead = plan.sizes.steps_ahead
-    scratch = {name: pltpu.VMEM(*x) for name, x in plan.scratch_shapes.items() if x is not None}
+    scratch = {name: pltpu.VMEM(*x) for name, x in plan.scratch_shapes.items()}
     scratch |= dict(
         work=pltpu.SMEM((plan.B + 1,), jnp.int32),
         cells=pltpu.SMEM(((ahead + 2) * plan.C * NUM_FIELDS,), jnp.int32),

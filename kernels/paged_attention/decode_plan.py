@@ -12,6 +12,7 @@ from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import SMEM_BYTES, SMEM_RESERVED, Problem
 
+NUM_FIELDS = 5  # words of scalar memory that a cell takes, see decode_work.Cell
 _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # Tokens in a cell of few heads, by least page size: a cell's own scalar work weighs most where each page's does too,
 # and a long cell is paid whole for a short sequence.
@@ -39,10 +40,10 @@ class BlockSizes:
     steps_ahead: int = 2
 
     def __post_init__(self):
-        for name, least in (("pages_per_cell", 1), ("cells_per_step", 1), ("steps_ahead", 1)):
+        for name in ("pages_per_cell", "cells_per_step", "steps_ahead"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            require(whole, name, value, f"must be a whole number, at least {least}")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(whole, name, value, "must be a whole number, at least 1")
             require(name == "steps_ahead" or value & (value - 1) == 0, name, value, "must be a power of two")
 
 
@@ -53,7 +54,7 @@ class Plan:
     Attributes:
       C: cells a step.
       T: rows of a head that a cell's buffer holds, `rows_per_cell` of them filled by pages.
-      tile: rows that a sequence's last page is fetched in.
+      tile: rows that a sequence's last page is fetched in: a register's, or the page where it is no multiple of them.
       page_rows: rows between a cell's pages: R, or a multiple of a register's where R is none.
       H: row groups; `heads_per_group` kv heads share one, so that few query heads still fill a register's rows.
       M: query rows of a group; with two tokens a stored row, first the rows of the first token, then the second's.
@@ -87,13 +88,18 @@ class Plan:
     rows_per_cell = property(lambda self: self.pages_per_cell * self.page_rows)
     tokens_per_cell = property(lambda self: self.pages_per_cell * self.page_size)
     T = property(lambda self: _round_up(self.rows_per_cell, LANES))
-    tile = property(lambda self: tile_rows(self.problem))
     register_rows = property(lambda self: SUBLANES * 4 // self.cache_dtype.itemsize)
-    heads_per_group = property(lambda self: heads_per_group(self.problem))
+    tile = property(lambda self: self.register_rows if self.R % self.register_rows == 0 else self.R)
     H = property(lambda self: self.Hkv // self.heads_per_group)
     M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
     has_starts = property(lambda self: self.has_starts_operand or self.sliding_window is not None)
     table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
+
+    @functools.cached_property
+    def heads_per_group(self) -> int:
+        """How many kv heads' query rows share a register of 8 rows."""
+        most = max(1, SUBLANES // (self.G * self.tokens_per_row))
+        return next(n for n in range(most, 0, -1) if self.Hkv % n == 0)
 
     def token_of_row(self, row):
         """The first token of each of a cell's rows (int32, any shape); beyond every token where no page fills it."""
@@ -126,39 +132,25 @@ class Plan:
             run_out=((self.H, self.M, self.W), f32),
             sink=(stat, f32),
             out_rows=((self.B + 1, self.Hq, self.D), p.query_dtype),
-            lse_rows=((self.B + 1, 1, self.Hq), f32),
             no_output=((self.Hq, self.D), p.query_dtype),
-            no_lse=((1, self.Hq), f32),
         )
-        if not self.return_lse:
-            shapes["lse_rows"] = shapes["no_lse"] = None
+        if self.return_lse:
+            shapes |= dict(lse_rows=((self.B + 1, 1, self.Hq), f32), no_lse=((1, self.Hq), f32))
         return shapes
 
     @property
     def vmem_bytes(self) -> int:
         """Vector memory of the launch: the buffers, padded to whole tiles, and room for what the compiler spills."""
         spilled = 2 * self.C * self.H * _round_up(self.M, SUBLANES) * self.T * 4
-        return sum(_padded_bytes(*x) for x in self.scratch_shapes.values() if x is not None) + spilled + (1 << 20)
+        return sum(_padded_bytes(*x) for x in self.scratch_shapes.values()) + spilled + (1 << 20)
 
     @property
     def smem_bytes(self) -> int:
         """Scalar memory of the launch."""
         table = (self.S, self.B) if self.table_is_transposed else (self.B, self.S)
-        cells = (self.sizes.steps_ahead + 2) * self.C * 5
+        cells = (self.sizes.steps_ahead + 2) * self.C * NUM_FIELDS
         flat = (self.B, self.B, self.Hq, 1, self.B + 1, cells, 64)
         return 4 * _round_up(table[0], SUBLANES) * _round_up(table[1], LANES) + sum(_round_up(4 * n, 512) for n in flat)
-
-
-def tile_rows(p: Problem) -> int:
-    """Rows that a copy moves at least: a register's, or a whole page where that is no multiple of them."""
-    rows = SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize
-    return rows if p.rows % rows == 0 else p.rows
-
-
-def heads_per_group(p: Problem) -> int:
-    """How many kv heads' query rows share a register of 8 rows."""
-    rows = p.group * p.tokens_per_row
-    return next(n for n in range(max(1, SUBLANES // rows), 0, -1) if p.num_kv_heads % n == 0)
 
 
 def xla_transposes(rows: int, columns: int) -> bool:

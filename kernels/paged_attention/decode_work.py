@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from paged_dist.kernels.paged_attention.decode_plan import Plan
+from paged_dist.kernels.paged_attention.decode_plan import NUM_FIELDS, Plan
 
 # Tokens from which on a page id outside the pool, which only a wrong table has, reads the pool's last page. Below, the
 # one instruction that this takes for each copy costs a tenth of the time.
@@ -54,9 +54,6 @@ class Cell(NamedTuple):
             return jnp.int32(0)
         tile_tokens = plan.tile * plan.tokens_per_row
         return div(jnp.maximum(self.start, 0), tile_tokens) * plan.tile
-
-
-NUM_FIELDS = 5
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))

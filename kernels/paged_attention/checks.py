@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels.quantization import LARGEST, check_scale_rows, is_quantized, scale_rows
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
@@ -39,6 +40,11 @@ class Problem:
     pages_per_sequence: int  # S
     query_dtype: str
     cache_dtype: str
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the pages are 8-bit, with scales."""
+        return is_quantized(self.cache_dtype)
 
     @property
     def group(self) -> int:
@@ -85,8 +91,11 @@ def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Pr
     return _check(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
 
 
-def check_pools(query, key_pages, value_pages, lengths, block_tables) -> Problem:
-    """The problem of stored, stacked pools [L, Hkv, N, R, W]; the rest as in `check_cache`."""
+def check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales=None, value_scales=None) -> Problem:
+    """The problem of stored, stacked pools [L, Hkv, N, R, W]; the rest as in `check_cache`.
+
+    key_scales, value_scales: of 8-bit pages, as `pack_scales` stores them, [L, Hkv, N * P / 128, 128] f32.
+    """
     for name, pool in zip(_POOL_NAMES[1:3], (key_pages, value_pages), strict=True):
         require(
             pool.ndim == 5,
@@ -95,10 +104,26 @@ def check_pools(query, key_pages, value_pages, lengths, block_tables) -> Problem
             "must be [L, Hkv, N, rows, lanes]",
             "add a leading axis of 1 to a single layer's pool",
         )
-    return _check(_POOL_NAMES, query, key_pages, value_pages, lengths, block_tables, layers=key_pages.shape[0])
+    dtypes = _FLOATS if key_scales is None and value_scales is None else tuple(LARGEST)
+    problem = _check(
+        _POOL_NAMES, query, key_pages, value_pages, lengths, block_tables, layers=key_pages.shape[0], dtypes=dtypes
+    )
+    if problem.is_quantized:
+        check_scale_rows(problem.num_pages, problem.page_size)
+        rows = scale_rows(problem.num_pages, problem.page_size)
+        check_scales(key_scales, value_scales, (*key_pages.shape[:2], rows, LANES))
+    return problem
 
 
-def _check(names, query, keys, values, lengths, tables, *, layers: int) -> Problem:
+def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless both scales are there, f32, of this shape."""
+    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+        require(scales is not None, name, None, "8-bit pages need both key_scales and value_scales")
+        require(scales.shape == shape, f"{name}.shape", scales.shape, f"must be {shape}, one for each token and head")
+        require(scales.dtype == jnp.float32, f"{name}.dtype", jnp.dtype(scales.dtype).name, "must be float32")
+
+
+def _check(names, query, keys, values, lengths, tables, *, layers: int, dtypes: tuple[str, ...] = _FLOATS) -> Problem:
     q_name, k_name, v_name, n_name, t_name = names
     require(query.ndim == 3, f"{q_name}.shape", query.shape, "must be [B, Hq, head_dim]")
     batch, num_q_heads, head_dim = query.shape
@@ -134,12 +159,13 @@ def _check(names, query, keys, values, lengths, tables, *, layers: int) -> Probl
     )
     q_dtype, dtype = jnp.dtype(query.dtype).name, jnp.dtype(keys.dtype).name
     require(q_dtype in _FLOATS, f"{q_name}.dtype", q_dtype, f"must be one of {_FLOATS}")
+    with_scales = dtypes is not _FLOATS
     require(
-        dtype in _FLOATS,
+        dtype in dtypes,
         f"{k_name}.dtype",
         dtype,
-        f"must be one of {_FLOATS}",
-        "int8 and fp8 pages come with paged_decode_attention(key_scales=..., value_scales=...)",
+        f"must be one of {dtypes}" + (" where scales are given" if with_scales else ""),
+        "leave out key_scales and value_scales" if with_scales else "int8 and fp8 pages need key_scales, value_scales",
     )
     require(
         values.dtype == keys.dtype,

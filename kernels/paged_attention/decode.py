@@ -7,13 +7,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from paged_dist._errors import not_yet, require
+from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, dispatch
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
     check_interpret,
     check_options,
+    check_scales,
     check_sinks,
     check_starts,
 )
@@ -21,6 +22,7 @@ from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
 from paged_dist.kernels.paged_attention.megacore import on_each_core
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
+from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
 
 
 def paged_decode_attention(
@@ -78,8 +80,6 @@ def paged_decode_attention(
     Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
     `decode_kernel.py` describes.
     """
-    if key_scales is not None or value_scales is not None:
-        raise not_yet("key_scales, value_scales", "pass bfloat16 or float32 pages")
     query, key_cache, value_cache, lengths, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, lengths, block_tables)
     )
@@ -102,7 +102,9 @@ def paged_decode_attention(
         block_sizes,
         "must be None or a BlockSizes",
     )
+    scales = _check_scales(key_cache, key_scales, value_scales)
     pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
+    key_scales, value_scales = scales if layer is not None or scales[0] is None else (x[None] for x in scales)
     return decode_stored_pages(
         query,
         *pools,
@@ -111,6 +113,8 @@ def paged_decode_attention(
         layer,
         starts,
         sinks,
+        key_scales,
+        value_scales,
         sm_scale=float(sm_scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sliding_window=None if sliding_window is None else int(sliding_window),
@@ -118,6 +122,18 @@ def paged_decode_attention(
         block_sizes=block_sizes,
         interpret=interpret,
     )
+
+
+def _check_scales(key_cache, key_scales, value_scales):
+    """Scales [.., Hkv, N, P] as stored, or (None, None). Raises ValueError where they do not go with the pages."""
+    if key_scales is None and value_scales is None:
+        return None, None
+    dtype = jnp.dtype(key_cache.dtype).name
+    require(is_quantized(dtype), "key_scales", "given", f"go with int8 and float8_e4m3fn pages only, not {dtype}")
+    key_scales, value_scales = (x if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
+    check_scales(key_scales, value_scales, key_cache.shape[:-1])
+    check_scale_rows(*key_cache.shape[-3:-1], "key_cache.shape[-2]")
+    return pack_scales(key_scales), pack_scales(value_scales)
 
 
 @functools.partial(
@@ -133,6 +149,8 @@ def decode_stored_pages(
     layer=None,
     starts=None,
     sinks=None,
+    key_scales=None,
+    value_scales=None,
     *,
     return_lse,
     block_sizes=None,
@@ -141,14 +159,20 @@ def decode_stored_pages(
 ):
     """`paged_decode_attention` over stored, stacked pools [L, Hkv, N, R, W], its options checked.
 
-    W is D, or 128 at head_dim 64 with two tokens a row; bf16 pools may come as their bits, as on CPU.
+    W is D, or 128 at head_dim 64 with two tokens a row; bf16 pools may come as their bits, as on CPU. Scales come as
+    `pack_scales` stores them.
     """
-    given = {name: x for name, x in (("layer", layer), ("starts", starts), ("sinks", sinks)) if x is not None}
+    given = dict(layer=layer, starts=starts, sinks=sinks, key_scales=key_scales, value_scales=value_scales)
+    given = {name: x for name, x in given.items() if x is not None}
     operands = (query, key_pages, value_pages, lengths, block_tables, *given.values())
 
     def kernel(query, key_pages, value_pages, *rest, interpret):
-        head_dim = query.shape[-1]
+        head_dim, page_size = query.shape[-1], key_pages.shape[-2] * key_pages.shape[-1] // query.shape[-1]
+        stored = value_pages.shape[-1] // head_dim
         query, *pools = _whole_rows(query, *as_kernel_dtype(key_pages, value_pages))
+        made = pools[0].shape[-1] // query.shape[-1]
+        if key_scales is not None and made != stored:
+            rest = [*rest[:-2], *(pack_scales(unpack_scales(x, page_size, stored), made) for x in rest[-2:])]
 
         def launch(*operands, num_cores):
             query, key_pages, value_pages, lengths, block_tables, *rest = operands

@@ -46,37 +46,57 @@ class Copies:
         """The next step's cells are taken from the cursor into `ring`'s slots."""
 
         def cells():
-            tiles = jnp.int32(0)
+            tiles = pages = jnp.int32(0)
             for c in range(self.plan.C):
                 cell, self.cursor = self.work.take(self.cursor)
                 cell.store(self.refs.cells, ring.cells, c, self.plan)
                 tiles += div(cell.rows - cell.rows_skipped(self.plan), self.plan.tile)
+                pages += div(cell.rows + (self.plan.R - 1), self.plan.R)
                 if c + 1 == self.plan.C:
-                    self.work.note_step(ring.cells, tiles)
+                    self.work.note_step(ring.cells, tiles, pages)
                 yield cell
 
-        return self._paced(cells(), self.refs.key_pages, self.refs.k, self.refs.k_sems, ring.here)
+        refs = self.refs
+        return self._paced(cells(), ring.here, refs.k_sems, (refs.key_pages, refs.k), (refs.key_scales, refs.k_scales))
 
     def values(self, ring: Ring) -> Paced:
         """The cells that `keys` noted in `ring`'s slots."""
-        cells = (Cell.load(self.refs.cells, ring.cells, c, self.plan) for c in range(self.plan.C))
-        return self._paced(cells, self.refs.value_pages, self.refs.v, self.refs.v_sems, ring.here)
+        refs = self.refs
+        cells = (Cell.load(refs.cells, ring.cells, c, self.plan) for c in range(self.plan.C))
+        return self._paced(
+            cells, ring.here, refs.v_sems, (refs.value_pages, refs.v), (refs.value_scales, refs.v_scales)
+        )
 
-    def _paced(self, cells, pool, ref, sems, slot) -> Paced:
+    def _paced(self, cells, slot, sems, pages, scales) -> Paced:
+        """`pages` and `scales` are (pool, ring of buffers); no scales are (None, None)."""
         plan = self.plan
-        pool = pool.at[0 if self.refs.layer is None else self.refs.layer[0]]
+        layer = 0 if self.refs.layer is None else self.refs.layer[0]
+        pool, scale_pool = (x if x is None else x.at[layer] for x in (pages[0], scales[0]))
+        sem = sems.at[slot]
 
         def pieces():
             for c, cell in enumerate(cells):
                 for p in range(plan.pages_per_cell):
-                    self._start_page(cell, p, pool, ref.at[slot, c], sems.at[slot])
+                    page = self.work.page_id(cell, p)
+                    self._start_page(cell, p, page, pool, pages[1].at[slot, c], sem)
+                    if plan.is_quantized:
+                        self._start_scales(cell, p, page, scale_pool, scales[1].at[slot, c], sem)
                     yield
 
         return Paced(pieces(), plan.C * plan.pages_per_cell)
 
-    def _start_page(self, cell: Cell, p: int, pool, to, sem) -> None:
+    def _start_scales(self, cell: Cell, p: int, page, pool, to, sem) -> None:
+        """The rows of scales of the cell's page p, all heads; a row that pages share comes once for each."""
+        plan, rows = self.plan, self.plan.scale_rows_per_page
+        first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)
+
+        @pl.when(cell.rows > p * plan.R)
+        def _():
+            there = to.at[:, pl.ds(p * rows, rows)]
+            pltpu.make_async_copy(pool.at[:, pl.ds(first, rows)], there, sem).start()
+
+    def _start_page(self, cell: Cell, p: int, page, pool, to, sem) -> None:
         plan = self.plan
-        page = self.work.page_id(cell, p)
         is_whole = cell.rows >= (p + 1) * plan.R
         skipped = cell.rows_skipped(plan) if p == 0 else jnp.int32(0)
         if p == 0 and plan.has_starts:

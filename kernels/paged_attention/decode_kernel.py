@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels._tiling import LANES
+from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_copies import Copies, Paced
 from paged_dist.kernels.paged_attention.decode_plan import Plan
@@ -47,11 +48,15 @@ class Refs(NamedTuple):
     query: jax.Array  # HBM [B, H * M, W]
     key_pages: jax.Array  # HBM [L, Hkv, N, R, W]
     value_pages: jax.Array
+    key_scales: jax.Array | None  # HBM f32 [L, Hkv, N * P / 128, 1, 128]
+    value_scales: jax.Array | None
     output: jax.Array  # HBM [B, Hq, D]
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
     k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]
     v: jax.Array  # VMEM, the same shape
+    k_scales: jax.Array | None  # VMEM f32 [steps_ahead + 1, C, Hkv, rows of scales in a cell, 1, 128]
+    v_scales: jax.Array | None
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
     decay: jax.Array  # VMEM f32 [C, H, M, 128]: what the cell's sequence had summed so far is worth now
@@ -66,6 +71,7 @@ class Refs(NamedTuple):
     work: jax.Array  # SMEM int32 [B + 1]
     cells: jax.Array  # SMEM int32 [(steps_ahead + 2) * C * NUM_FIELDS]
     tiles: jax.Array  # SMEM int32 [steps_ahead + 2]
+    pages: jax.Array | None  # SMEM int32 [steps_ahead + 2]
     q_sem: jax.Array
     k_sems: jax.Array  # DMA [steps_ahead + 1]
     v_sems: jax.Array  # DMA [steps_ahead + 1]
@@ -84,7 +90,8 @@ def decode_kernel(plan: Plan, refs: Refs) -> None:
         copies = Copies(plan, refs, work, cursor)
         copies.start_keys(ring.plus(a))
         cursor = copies.cursor
-    pl.when(work.is_ragged)(lambda: _clear_values(plan, refs))  # while the first K is on its way
+    if plan.cache_may_hold_nan:
+        pl.when(work.is_ragged)(lambda: _clear_values(plan, refs))  # while the first K is on its way
     for a in range(ahead - 1):
         Copies(plan, refs, work, None).start_values(ring.plus(a))
     # Everything from here to the first wait hides behind the first copies' latency.
@@ -189,16 +196,27 @@ class Body:
 
     def wait_for_copies(self) -> None:
         """Waits for step s's K and step s-1's V."""
-        self._wait(self.ring, self.refs.k, self.refs.k_sems)
+        self._wait(self.ring, self.refs.k, self.refs.k_scales, self.refs.k_sems)
         self.wait_for_values()
 
     def wait_for_values(self) -> None:
         """Waits for step s-1's V."""
-        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_sems)
+        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_scales, self.refs.v_sems)
 
-    def _wait(self, ring: Ring, ref, sems) -> None:
-        """A wait only counts bytes: one for each power of two in the step's number of tiles."""
+    def _wait(self, ring: Ring, ref, scales, sems) -> None:
+        """A wait only counts bytes: one for each power of two in the step's number of tiles, and of pages' scales."""
         plan, tiles = self.plan, self.work.tiles_of(ring.cells)
+        if plan.is_quantized:
+            pages = self.work.pages_of(ring.cells)
+            for bit in range((plan.C * plan.pages_per_cell).bit_length()):
+                cells = pl.cdiv(1 << bit, plan.pages_per_cell)
+                rows = pl.ds(0, (1 << bit) // cells * plan.scale_rows_per_page)
+                part = scales.at[0, pl.ds(0, cells), :, rows]
+
+                @pl.when((pages & (1 << bit)) != 0)
+                def _(part=part):
+                    pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
+
         per_cell = plan.pages_per_cell * plan.R // plan.tile
         for bit in range((plan.C * per_cell).bit_length()):
             # As many bytes as 2^bit tiles, in any shape that the buffer has.
@@ -223,6 +241,8 @@ class Body:
             self._clear_edges(self.refs.k, self.ring)
 
     def _clear_edges(self, ref, ring: Ring) -> None:
+        if not self.plan.cache_may_hold_nan:
+            return
         for c in range(self.plan.C):
             cell = Cell.load(self.refs.cells, ring.cells, c, self.plan)
             for edge in (cell.end, cell.start) if self.plan.has_starts else (cell.end,):
@@ -241,17 +261,24 @@ class Body:
             self._clear_register(ref, cell, first + i)
 
     def _clear_register(self, ref, cell: Cell, at) -> None:
+        """Rows that share a 32-bit word are cleared as its parts, whatever they stand for."""
         plan, rows = self.plan, self.plan.register_rows
-        shape = (rows, LANES)
-        token = plan.token_of_row(at * rows + lax.broadcasted_iota(jnp.int32, shape, 0))
-        if plan.tokens_per_row > 1:
-            token += lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(plan.D))
-        live = token < cell.end
-        if plan.has_starts:
-            live &= token >= cell.start
+        word, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
+        in_word = rows // SUBLANES
+        mask = jnp.zeros((SUBLANES, LANES), jnp.int32)
+        for i in range(in_word):
+            token = plan.token_of_row(at * rows + word * in_word + i)
+            if plan.tokens_per_row > 1:
+                token += lax.div(lane, jnp.int32(plan.D))
+            live = token < cell.end
+            if plan.has_starts:
+                live &= token >= cell.start
+            bits = 32 // in_word
+            part = -1 if in_word == 1 else np.uint32(((1 << bits) - 1) << (bits * i)).view(np.int32)
+            mask |= jnp.where(live, jnp.int32(part), 0)
         for h in range(ref.shape[0]):
             part = ref.at[h, pl.ds(pl.multiple_of(at * rows, rows), rows)]
-            part[...] = jnp.where(live, part[...].astype(jnp.float32), 0.0).astype(part.dtype)
+            part[...] = pltpu.bitcast(pltpu.bitcast(part[...], jnp.int32) & mask, part.dtype)
 
     def compute(self, cursor):
         """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
@@ -283,7 +310,7 @@ class Body:
             live &= token >= cell.start
         for g in range(plan.H):
             q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
-            s = self._each_head(g, functools.partial(self._times_keys, c, q), (plan.M, plan.T))
+            s = self._each_head(g, functools.partial(self._times_keys, c, cell, q), (plan.M, plan.T))
             if plan.soft_cap is None:
                 s = s * (plan.sm_scale * _LOG2_E)
             else:
@@ -300,17 +327,66 @@ class Body:
             copies.advance(plan.C * plan.H)
 
     def weigh(self):
-        """(weights [M, T], their lanes' sums, decay, maximum [M, 128]) of each cell and row group of step s-1."""
-        plan, refs = self.plan, self.refs
-        dtype = plan.cache_dtype if plan.query_dtype == plan.cache_dtype else jnp.float32
+        """Weights [M, T], one for each kv head of the group, the lanes' sums of them, decay and maximum [M, 128]:
+        of each cell and row group of step s-1.
+        """
+        plan, refs, before = self.plan, self.refs, self.ring.plus(-1)
+        dtype = jnp.float32 if jnp.float32 in (plan.query_dtype, plan.cache_dtype) else jnp.bfloat16
         weights = []
         for c in range(plan.C):
+            cell = Cell.load(refs.cells, before.cells, c, plan) if plan.is_quantized else None
             for g in range(plan.H):
-                top, parts = refs.top[c, g], []
-                for t in range(0, plan.T, LANES):
-                    parts.append(jnp.exp2(refs.scores[c, g, :, t : t + LANES] - top))
-                weights.append((jnp.concatenate(parts, axis=1).astype(dtype), _sum(parts), refs.decay[c, g], top))
+                top = refs.top[c, g]
+                scores = [refs.scores[c, g, :, t : t + LANES] for t in range(0, plan.T, LANES)]
+                parts = [jnp.exp2(score - top) for score in scores]
+                each = [parts]
+                if plan.is_quantized:
+                    heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
+                    scales = [self._scales(refs.v_scales.at[before.here, c], cell, h) for h in heads]
+                    # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
+                    each = [
+                        [
+                            jnp.where(score == DEFAULT_MASK_VALUE, 0.0, part * x)
+                            for score, part, x in zip(scores, parts, row, strict=True)
+                        ]
+                        for row in scales
+                    ]
+                each = [jnp.concatenate(x, axis=1).astype(dtype) for x in each]
+                weights.append((each, _sum(parts), refs.decay[c, g], top))
         return weights
+
+    def _scales(self, ref, cell: Cell, h: int) -> list[jax.Array]:
+        """Head h's scales of a cell, `ref` [Hkv, rows, 1, 128], as scores lie: [1 or M, 128] for each 128 columns."""
+        plan = self.plan
+        columns = []
+        for t in range(0, plan.T, LANES):
+            tokens = [self._scales_of_column(ref, cell, h, t, j) for j in range(plan.tokens_per_row)]
+            if plan.tokens_per_row > 1:
+                row = lax.broadcasted_iota(jnp.int32, (plan.M, LANES), 0)
+                tokens = [jnp.where(row < plan.M // 2, *(jnp.broadcast_to(x, row.shape) for x in tokens))]
+            columns.append(tokens[0])
+        return columns
+
+    def _scales_of_column(self, ref, cell: Cell, h: int, t: int, j: int):
+        """[1, 128]: the scales of token j of the cell's rows t to t + 127."""
+        plan = self.plan
+        if plan.R % LANES == 0:
+            page, row = divmod(t, plan.R)
+            return ref[h, page * plan.scale_rows_per_page + (j * plan.R + row) // LANES]
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        merged = None
+        for p in range(t // plan.page_rows, min(plan.pages_per_cell, (t + LANES) // plan.page_rows)):
+            first, to = j * plan.R, p * plan.page_rows - t
+            by = to - first
+            if plan.page_size < LANES:  # where in the row its page's scales begin
+                by = by - rem(self.work.page_id(cell, p), LANES // plan.page_size) * plan.page_size
+                by = by & (LANES - 1)
+            else:
+                by = by % LANES
+            row = ref[h, p]
+            row = row if isinstance(by, int) and by == 0 else pltpu.roll(row, by, 1)
+            merged = row if merged is None else jnp.where(lane < to, merged, row)
+        return merged
 
     def sum_up(self, weights, copies: Paced | None = None) -> None:
         """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
@@ -320,8 +396,8 @@ class Body:
         for c in range(plan.C):
             cell = Cell.load(refs.cells, before.cells, c, plan)
             for g in range(plan.H):
-                weight, lane_sums, decay, _ = weights[c * plan.H + g]
-                new = self._each_head(g, functools.partial(self._times_values, c, weight), (plan.M, plan.W))
+                each, lane_sums, decay, _ = weights[c * plan.H + g]
+                new = self._each_head(g, functools.partial(self._times_values, c, each), (plan.M, plan.W))
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
                 # A select, for the sequence before may have left NaN.
                 outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
@@ -360,7 +436,7 @@ class Body:
             for copy in _row_copies(plan, refs, cell.b):
                 copy.start()
 
-    def _times_keys(self, c, q, h):
+    def _times_keys(self, c, cell: Cell, q, h):
         """q [M, W] times step s's K of kv head h: [M, T]."""
         blocks = self.plan.W // LANES
         part = lambda i: dot(
@@ -369,11 +445,15 @@ class Body:
             1,
             self.plan.query_dtype,
         )
-        return functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
+        s = functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
+        if self.plan.is_quantized:
+            s *= jnp.concatenate(self._scales(self.refs.k_scales.at[self.ring.here, c], cell, h), axis=1)
+        return s
 
-    def _times_values(self, c, weight, h):
-        """weight [M, T] times step s-1's V of kv head h: [M, W]."""
+    def _times_values(self, c, each, h):
+        """Weights [M, T] times step s-1's V of kv head h: [M, W]; `each`: for each head of the group, or for all."""
         blocks, slot = self.plan.W // LANES, self.ring.plus(-1).here
+        weight = each[h % len(each)]
         parts = [dot(weight, self.refs.v[slot, c, h * blocks + i], 0, self.plan.query_dtype) for i in range(blocks)]
         return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
 

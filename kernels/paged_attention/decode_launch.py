@@ -34,6 +34,8 @@ def decode_pages_pallas(
     layer=None,
     starts=None,
     sinks=None,
+    key_scales=None,
+    value_scales=None,
     *,
     sm_scale=1.0,
     soft_cap=None,
@@ -49,6 +51,7 @@ def decode_pages_pallas(
       query, key_pages, value_pages, lengths, block_tables, layer: as `attend_pages_xla` takes them, bf16 pages as bf16.
       starts: [B] int32, first token attended to; with a window the later of the two counts.
       sinks: [Hq] f32 logits added to the softmax denominator.
+      key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pages, as `pack_scales` stores them.
       block_sizes: None for `choose_block_sizes`.
       num_cores: 2 puts both cores of a megacore chip to work.
       interpret: False compiles; True or an InterpretParams simulates.
@@ -59,7 +62,7 @@ def decode_pages_pallas(
     Raises:
       ValueError: shapes that do not fit together, or block sizes that do not fit in VMEM.
     """
-    p = check_pools(query, key_pages, value_pages, lengths, block_tables)
+    p = check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
     if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
         sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
     plan = Plan(
@@ -77,13 +80,17 @@ def decode_pages_pallas(
     rows = rows_per_launch(plan)
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    pools = in_hbm(key_pages, value_pages, interpret=interpret)
+    pools = dict(key_pages=key_pages, value_pages=value_pages)
+    if p.is_quantized:  # a row by itself is what a copy can address
+        one = (*key_scales.shape[:-1], 1, key_scales.shape[-1])
+        pools |= dict(key_scales=key_scales.reshape(one), value_scales=value_scales.reshape(one))
+    pools = dict(zip(pools, in_hbm(*pools.values(), interpret=interpret), strict=True))
     part = lambda x, i: None if x is None else x[i : i + rows]
     parts = [
         _launch(
             dataclasses.replace(plan, problem=p.replace(batch=min(rows, p.batch - i))),
             part(query, i),
-            *pools,
+            pools,
             part(lengths, i),
             part(block_tables, i),
             layer,
@@ -101,16 +108,16 @@ def decode_pages_pallas(
     return (output, lse) if return_lse else output
 
 
-def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, layer, starts, sinks, *, interpret):
+def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sinks, *, interpret):
     q = query
     if plan.tokens_per_row > 1:
         q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.G, plan.D)
         q = block_diagonal(q, plan.tokens_per_row).reshape(plan.B, plan.H * plan.M, plan.W)
     table = block_tables.T if plan.table_is_transposed else block_tables
-    layer = None if key_pages.shape[0] == 1 else layer.reshape(1)
+    layer = None if plan.problem.num_layers == 1 else layer.reshape(1)
     scalars = dict(lengths=lengths, table=table, layer=layer, starts=starts, sinks=sinks)
     scalars = {name: x for name, x in scalars.items() if x is not None}
-    arrays = dict(query=q, key_pages=key_pages, value_pages=value_pages)
+    arrays = dict(query=q, **pools)
     operands = (*scalars.values(), *arrays.values())
     results = dict(output=out_struct((plan.B, plan.Hq, plan.D), query.dtype, *operands))
     if plan.return_lse:
@@ -121,13 +128,14 @@ def _launch(plan: Plan, query, key_pages, value_pages, lengths, block_tables, la
         work=pltpu.SMEM((plan.B + 1,), jnp.int32),
         cells=pltpu.SMEM(((ahead + 2) * plan.C * NUM_FIELDS,), jnp.int32),
         tiles=pltpu.SMEM((ahead + 2,), jnp.int32),
+        pages=pltpu.SMEM((ahead + 2,), jnp.int32) if plan.is_quantized else None,
         q_sem=pltpu.SemaphoreType.DMA,
         k_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
         v_sems=pltpu.SemaphoreType.DMA((ahead + 1,)),
         out_sem=pltpu.SemaphoreType.DMA,
     )
-    if plan.return_lse:
-        scratch["lse_sem"] = pltpu.SemaphoreType.DMA
+    scratch["lse_sem"] = pltpu.SemaphoreType.DMA if plan.return_lse else None
+    scratch = {name: x for name, x in scratch.items() if x is not None}
     names = (*scalars, *arrays, *results, *scratch)
 
     def kernel(*refs):

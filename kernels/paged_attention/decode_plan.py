@@ -93,6 +93,9 @@ class Plan:
     H = property(lambda self: self.Hkv // self.heads_per_group)
     M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
     has_starts = property(lambda self: self.has_starts_operand or self.sliding_window is not None)
+    is_quantized = property(lambda self: self.problem.is_quantized)
+    cache_may_hold_nan = property(lambda self: self.cache_dtype != jnp.int8)
+    scale_rows_per_page = property(lambda self: max(1, self.page_size // LANES))  # pages of less than 128 share one
     table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
 
     @functools.cached_property
@@ -134,6 +137,9 @@ class Plan:
             out_rows=((self.B + 1, self.Hq, self.D), p.query_dtype),
             no_output=((self.Hq, self.D), p.query_dtype),
         )
+        if self.is_quantized:
+            rows = (ahead + 1, self.C, self.Hkv, self.pages_per_cell * self.scale_rows_per_page, 1, LANES)
+            shapes |= dict(k_scales=(rows, f32), v_scales=(rows, f32))
         if self.return_lse:
             shapes |= dict(lse_rows=((self.B + 1, 1, self.Hq), f32), no_lse=((1, self.Hq), f32))
         return shapes
@@ -234,7 +240,7 @@ def rows_per_launch(plan: Plan) -> int:
 def _padded_bytes(shape, dtype) -> int:
     size = jnp.dtype(dtype).itemsize
     *lead, rows, lanes = shape
-    count = _round_up(rows, SUBLANES * 4 // size) * _round_up(lanes, LANES)
+    count = (1 if rows == 1 else _round_up(rows, SUBLANES * 4 // size)) * _round_up(lanes, LANES)
     for n in lead:
         count *= n
     return count * size

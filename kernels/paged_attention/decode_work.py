@@ -186,9 +186,14 @@ class WorkList:
         last = jnp.uint32(plan.problem.num_pages - 1)
         return jnp.minimum(page.astype(jnp.uint32), last).astype(jnp.int32)
 
-    def note_step(self, slot, tiles) -> None:
-        """Keeps how many tiles a step fetches of K, and of V, until it is waited for."""
+    def note_step(self, slot, tiles, pages) -> None:
+        """Keeps how many tiles and rows of scales a step fetches for K, and for V, until it is waited for."""
         self.refs.tiles[slot] = tiles
+        if self.plan.is_quantized:
+            self.refs.pages[slot] = pages
+
+    def pages_of(self, slot):
+        return self.refs.pages[slot]
 
     def tiles_of(self, slot):
         return self.refs.tiles[slot]
@@ -200,7 +205,7 @@ class WorkList:
     def clear_before_first(self) -> None:
         """The step before the first: cells of no sequence."""
         zero, no, slot = jnp.int32(0), jnp.bool_(False), self.plan.sizes.steps_ahead + 1
-        self.note_step(slot, zero)
+        self.note_step(slot, zero, zero)
         for c in range(self.plan.C):
             Cell(jnp.int32(self.plan.B), no, no, zero, zero, zero, zero).store(self.refs.cells, slot, c, self.plan)
 

@@ -201,17 +201,18 @@ def dot(x, y, axis, query_dtype):
     """x [M, K] times y, contracted over y's `axis`, in f32: as exact as the query and y's dtype deserve.
 
     The MXU takes bf16: f32 pages go through it in several passes, over bf16 pages an f32 query (and its weights) in
-    two, as the sum of two bf16, and a bf16 query's in one.
+    two, as the sum of two bf16, and a bf16 query's in one. int8 is exact in bf16; e4m3 it takes as it is, beside bf16.
     """
     product = functools.partial(
         lax.dot_general, dimension_numbers=(((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
     )
     if y.dtype == jnp.float32:
         return product(x.astype(jnp.float32), y, precision=lax.Precision.HIGHEST)
-    high = x.astype(y.dtype)
-    if query_dtype == y.dtype:
+    y = y.astype(jnp.bfloat16) if y.dtype == jnp.int8 else y
+    high = x.astype(jnp.bfloat16)
+    if query_dtype == jnp.bfloat16:
         return product(high, y)
-    return product(high, y) + product((x - high.astype(jnp.float32)).astype(y.dtype), y)
+    return product(high, y) + product((x - high.astype(jnp.float32)).astype(jnp.bfloat16), y)
 
 
 def _divide(acc, l):

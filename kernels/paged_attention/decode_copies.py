@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -56,47 +57,43 @@ class Copies:
                     self.work.note_step(ring.cells, tiles, pages)
                 yield cell
 
-        refs = self.refs
-        return self._paced(cells(), ring.here, refs.k_sems, (refs.key_pages, refs.k), (refs.key_scales, refs.k_scales))
+        refs, layer = self.refs, self._layer
+        copies = PageCopies(refs.key_pages.at[layer], refs.k.at[ring.here], refs.k_sems.at[ring.here])
+        if self.plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
+            copies = dataclasses.replace(
+                copies,
+                scales=(
+                    (refs.key_scales.at[layer], refs.k_scales.at[ring.here]),
+                    (refs.value_scales.at[layer], refs.v_scales.at[ring.cells]),
+                ),
+            )
+        return self._paced(cells(), copies)
 
     def values(self, ring: Ring) -> Paced:
         """The cells that `keys` noted in `ring`'s slots."""
         refs = self.refs
         cells = (Cell.load(refs.cells, ring.cells, c, self.plan) for c in range(self.plan.C))
-        return self._paced(
-            cells, ring.here, refs.v_sems, (refs.value_pages, refs.v), (refs.value_scales, refs.v_scales)
-        )
+        copies = PageCopies(refs.value_pages.at[self._layer], refs.v.at[ring.here], refs.v_sems.at[ring.here])
+        return self._paced(cells, copies)
 
-    def _paced(self, cells, slot, sems, pages, scales) -> Paced:
-        """`pages` and `scales` are (pool, ring of buffers); no scales are (None, None)."""
+    @property
+    def _layer(self):
+        return 0 if self.refs.layer is None else self.refs.layer[0]
+
+    def _paced(self, cells, copies: PageCopies) -> Paced:
         plan = self.plan
-        layer = 0 if self.refs.layer is None else self.refs.layer[0]
-        pool, scale_pool = (x if x is None else x.at[layer] for x in (pages[0], scales[0]))
-        sem = sems.at[slot]
 
         def pieces():
             for c, cell in enumerate(cells):
                 for p in range(plan.pages_per_cell):
-                    page = self.work.page_id(cell, p)
-                    self._start_page(cell, p, page, pool, pages[1].at[slot, c], sem)
-                    if plan.is_quantized:
-                        self._start_scales(cell, p, page, scale_pool, scales[1].at[slot, c], sem)
+                    self._start_page(cell, p, copies.of_cell(c))
                     yield
 
         return Paced(pieces(), plan.C * plan.pages_per_cell)
 
-    def _start_scales(self, cell: Cell, p: int, page, pool, to, sem) -> None:
-        """The rows of scales of the cell's page p, all heads; a row that pages share comes once for each."""
-        plan, rows = self.plan, self.plan.scale_rows_per_page
-        first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)
-
-        @pl.when(cell.rows > p * plan.R)
-        def _():
-            there = to.at[:, pl.ds(p * rows, rows)]
-            pltpu.make_async_copy(pool.at[:, pl.ds(first, rows)], there, sem).start()
-
-    def _start_page(self, cell: Cell, p: int, page, pool, to, sem) -> None:
+    def _start_page(self, cell: Cell, p: int, copies: PageCopies) -> None:
         plan = self.plan
+        page = self.work.page_id(cell, p)
         is_whole = cell.rows >= (p + 1) * plan.R
         skipped = cell.rows_skipped(plan) if p == 0 else jnp.int32(0)
         if p == 0 and plan.has_starts:
@@ -104,39 +101,58 @@ class Copies:
 
         @pl.when(is_whole)  # small enough to become a predicate, not a branch
         def _():
-            self._start(pool, page, pl.ds(0, plan.R), to, pl.ds(p * plan.page_rows, plan.R), sem)
+            copies.start(plan, page, p, pl.ds(0, plan.R), pl.ds(p * plan.page_rows, plan.R))
 
         if plan.tile == plan.R:
             return
         if p == 0 and plan.has_starts:
-            self._start_tiles(page, skipped, jnp.minimum(cell.rows, plan.R) - skipped, 0, pool, to, sem, skipped > 0)
+            rows = jnp.minimum(cell.rows, plan.R) - skipped
+            self._start_tiles(copies, page, 0, skipped, rows, skipped > 0)
         if p + 1 == plan.pages_per_cell:  # the live tiles of the last page, where they are not all
             last, some = div(cell.rows, plan.R), rem(cell.rows, plan.R)
             starts_here = some > 0
             if plan.has_starts:
                 starts_here &= (last > 0) | (cell.start < plan.tile * plan.tokens_per_row)
             page = self.work.page_id(cell, jnp.minimum(last, plan.pages_per_cell - 1))
-            self._start_tiles(page, 0, some, last * plan.R, pool, to, sem, starts_here)
+            self._start_tiles(copies, page, last, 0, some, starts_here)
 
-    def _start_tiles(self, page, first, rows, at, pool, to, sem, condition) -> None:
-        """Rows [first, first + rows) of a page to row `at` + `first` on, both multiples of a tile."""
-        tile = self.plan.tile
+    def _start_tiles(self, copies: PageCopies, page, p, first, rows, condition) -> None:
+        """Rows [first, first + rows) of a page, both multiples of a tile, to the place of the cell's page p."""
+        plan, tile = self.plan, self.plan.tile
         rows = pl.multiple_of(rows, tile)
         source = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, tile), rows)
-        there = pl.ds(pl.multiple_of(at + first, tile), rows)
+        there = pl.ds(pl.multiple_of(p * plan.R + first, tile), rows)
+        pl.when(condition)(lambda: copies.start(plan, page, p, source, there))
 
-        @pl.when(condition)
-        def _():
-            self._start(pool, page, source, to, there, sem)
 
-    def _start(self, pool, page, source, to, there, sem) -> None:
+@dataclasses.dataclass(frozen=True)
+class PageCopies:
+    """Where pages come from and go to: a layer's pool [Hkv, N, R, W], buffers [C, blocks, T, 128] or one cell's."""
+
+    pool: jax.Array
+    to: jax.Array
+    sem: jax.Array
+    scales: tuple[tuple[jax.Array, jax.Array], ...] = ()  # (pool [Hkv, rows, 1, 128], buffers [C, Hkv, rows, 1, 128])
+
+    def of_cell(self, c: int) -> PageCopies:
+        return PageCopies(self.pool, self.to.at[c], self.sem, tuple((pool, to.at[c]) for pool, to in self.scales))
+
+    def start(self, plan: Plan, page, p, source, there) -> None:
+        """Starts the copies of a cell's page p: its rows `source` to rows `there`, and all its rows of scales."""
+        self._start_rows(plan, page, source, there)
+        rows = plan.scale_rows_per_page
+        first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)
+        for pool, to in self.scales:  # a row that pages share comes once for each
+            copy = pltpu.make_async_copy(pool.at[:, pl.ds(first, rows)], to.at[:, pl.ds(p * rows, rows)], self.sem)
+            copy.start()
+
+    def _start_rows(self, plan: Plan, page, source, there) -> None:
         """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
-        plan = self.plan
         if plan.W == LANES:
-            pltpu.make_async_copy(pool.at[:, page, source], to.at[:, there], sem).start()
+            pltpu.make_async_copy(self.pool.at[:, page, source], self.to.at[:, there], self.sem).start()
             return
         for h in range(plan.Hkv):
             for i in range(plan.W // LANES):
                 lanes = pl.ds(i * LANES, LANES)
-                block = to.at[h * (plan.W // LANES) + i, there]
-                pltpu.make_async_copy(pool.at[h, page, source, lanes], block, sem).start()
+                block = self.to.at[h * (plan.W // LANES) + i, there]
+                pltpu.make_async_copy(self.pool.at[h, page, source, lanes], block, self.sem).start()

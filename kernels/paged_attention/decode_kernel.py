@@ -56,7 +56,7 @@ class Refs(NamedTuple):
     k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]
     v: jax.Array  # VMEM, the same shape
     k_scales: jax.Array | None  # VMEM f32 [steps_ahead + 1, C, Hkv, rows of scales in a cell, 1, 128]
-    v_scales: jax.Array | None
+    v_scales: jax.Array | None  # one step more, for they come with K
     scores: jax.Array  # VMEM f32 [C, H, M, T]
     top: jax.Array  # VMEM f32 [C, H, M, 128]: running maximum with the cell, the same in all lanes
     decay: jax.Array  # VMEM f32 [C, H, M, 128]: what the cell's sequence had summed so far is worth now
@@ -196,27 +196,31 @@ class Body:
 
     def wait_for_copies(self) -> None:
         """Waits for step s's K and step s-1's V."""
-        self._wait(self.ring, self.refs.k, self.refs.k_scales, self.refs.k_sems)
+        self._wait(self.ring, self.refs.k, self.refs.k_sems)
+        if self.plan.is_quantized:
+            self._wait_for_scales()
         self.wait_for_values()
 
     def wait_for_values(self) -> None:
         """Waits for step s-1's V."""
-        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_scales, self.refs.v_sems)
+        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_sems)
 
-    def _wait(self, ring: Ring, ref, scales, sems) -> None:
-        """A wait only counts bytes: one for each power of two in the step's number of tiles, and of pages' scales."""
+    def _wait_for_scales(self) -> None:
+        """Waits for step s's scales of K and V, which came with its K."""
+        plan, pages = self.plan, self.work.pages_of(self.ring.cells)
+        for bit in range((plan.C * plan.pages_per_cell).bit_length()):
+            cells = pl.cdiv(1 << bit, plan.pages_per_cell)
+            rows = pl.ds(0, (1 << bit) // cells * plan.scale_rows_per_page)
+            part = self.refs.k_scales.at[0, pl.ds(0, cells), :, rows]
+
+            @pl.when((pages & (1 << bit)) != 0)
+            def _(part=part):
+                for _ in ("K", "V"):
+                    pltpu.make_async_copy(part, part, self.refs.k_sems.at[self.ring.here]).wait()
+
+    def _wait(self, ring: Ring, ref, sems) -> None:
+        """A wait only counts bytes: one for each power of two in the step's number of tiles."""
         plan, tiles = self.plan, self.work.tiles_of(ring.cells)
-        if plan.is_quantized:
-            pages = self.work.pages_of(ring.cells)
-            for bit in range((plan.C * plan.pages_per_cell).bit_length()):
-                cells = pl.cdiv(1 << bit, plan.pages_per_cell)
-                rows = pl.ds(0, (1 << bit) // cells * plan.scale_rows_per_page)
-                part = scales.at[0, pl.ds(0, cells), :, rows]
-
-                @pl.when((pages & (1 << bit)) != 0)
-                def _(part=part):
-                    pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
-
         per_cell = plan.pages_per_cell * plan.R // plan.tile
         for bit in range((plan.C * per_cell).bit_length()):
             # As many bytes as 2^bit tiles, in any shape that the buffer has.
@@ -342,7 +346,7 @@ class Body:
                 each = [parts]
                 if plan.is_quantized:
                     heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
-                    scales = [self._scales(refs.v_scales.at[before.here, c], cell, h) for h in heads]
+                    scales = [self._scales(refs.v_scales.at[before.cells, c], cell, h) for h in heads]
                     # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
                     each = [
                         [

@@ -138,8 +138,8 @@ class Plan:
             no_output=((self.Hq, self.D), p.query_dtype),
         )
         if self.is_quantized:
-            rows = (ahead + 1, self.C, self.Hkv, self.pages_per_cell * self.scale_rows_per_page, 1, LANES)
-            shapes |= dict(k_scales=(rows, f32), v_scales=(rows, f32))
+            rows = (self.C, self.Hkv, self.pages_per_cell * self.scale_rows_per_page, 1, LANES)
+            shapes |= dict(k_scales=((ahead + 1, *rows), f32), v_scales=((ahead + 2, *rows), f32))
         if self.return_lse:
             shapes |= dict(lse_rows=((self.B + 1, 1, self.Hq), f32), no_lse=((1, self.Hq), f32))
         return shapes

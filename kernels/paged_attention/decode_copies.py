@@ -101,7 +101,10 @@ class Copies:
 
         @pl.when(is_whole)  # small enough to become a predicate, not a branch
         def _():
-            copies.start(plan, page, p, pl.ds(0, plan.R), pl.ds(p * plan.page_rows, plan.R))
+            copies.start(plan, page, pl.ds(0, plan.R), pl.ds(p * plan.page_rows, plan.R))
+
+        if copies.scales:
+            pl.when(cell.rows > p * plan.R)(lambda: copies.start_scales(plan, page, p))
 
         if plan.tile == plan.R:
             return
@@ -122,7 +125,7 @@ class Copies:
         rows = pl.multiple_of(rows, tile)
         source = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, tile), rows)
         there = pl.ds(pl.multiple_of(p * plan.R + first, tile), rows)
-        pl.when(condition)(lambda: copies.start(plan, page, p, source, there))
+        pl.when(condition)(lambda: copies.start(plan, page, source, there))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +140,15 @@ class PageCopies:
     def of_cell(self, c: int) -> PageCopies:
         return PageCopies(self.pool, self.to.at[c], self.sem, tuple((pool, to.at[c]) for pool, to in self.scales))
 
-    def start(self, plan: Plan, page, p, source, there) -> None:
-        """Starts the copies of a cell's page p: its rows `source` to rows `there`, and all its rows of scales."""
-        self._start_rows(plan, page, source, there)
+    def start_scales(self, plan: Plan, page, p: int) -> None:
+        """Starts the copies of all rows of scales of a cell's page p; a row that pages share comes once for each."""
         rows = plan.scale_rows_per_page
         first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)
-        for pool, to in self.scales:  # a row that pages share comes once for each
+        for pool, to in self.scales:
             copy = pltpu.make_async_copy(pool.at[:, pl.ds(first, rows)], to.at[:, pl.ds(p * rows, rows)], self.sem)
             copy.start()
 
-    def _start_rows(self, plan: Plan, page, source, there) -> None:
+    def start(self, plan: Plan, page, source, there) -> None:
         """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
         if plan.W == LANES:
             pltpu.make_async_copy(self.pool.at[:, page, source], self.to.at[:, there], self.sem).start()

@@ -305,30 +305,39 @@ class Body:
         """Scores of step s's cell c, in base 2, to `refs.scores`; moves the running maxima in `tops`."""
         plan, refs = self.plan, self.refs
         cell = Cell.load(refs.cells, self.ring.cells, c, plan)
-        row, column = (lax.broadcasted_iota(jnp.int32, (plan.M, plan.T), axis) for axis in (0, 1))
-        token = plan.token_of_row(column)
-        if plan.tokens_per_row > 1:
-            token += lax.div(row, jnp.int32(plan.M // plan.tokens_per_row))
-        live = token < (jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end)
-        if plan.has_starts:
-            live &= token >= cell.start
         for g in range(plan.H):
-            q = refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
-            s = self._each_head(g, functools.partial(self._times_keys, c, cell, q), (plan.M, plan.T))
-            if plan.soft_cap is None:
-                s = s * (plan.sm_scale * _LOG2_E)
-            else:
-                s = (plan.soft_cap * _LOG2_E) * jnp.tanh(s * (plan.sm_scale / plan.soft_cap))
-            s = jnp.where(live, s, DEFAULT_MASK_VALUE)
-            refs.scores[c, g] = s
-            top = jnp.broadcast_to(jnp.max(s, axis=1, keepdims=True), (plan.M, LANES))
+            top = []
+            for part in plan.parts:
+                s = self._masked_scores(c, g, cell, part)
+                refs.scores[c, g, :, part] = s
+                top += [s[:, t : t + LANES] for t in range(0, part.size, LANES)]
+                copies.advance(plan.C * plan.H * len(plan.parts))
+            top = jnp.max(functools.reduce(jnp.maximum, top), axis=1, keepdims=True)
+            top = jnp.broadcast_to(top, (plan.M, LANES))
             if plan.tokens_per_row > 1:  # a row's tokens share their maximum, and so can be added up at the end
                 top = jnp.maximum(top, pltpu.roll(top, plan.M // plan.tokens_per_row, 0))
             before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else DEFAULT_MASK_VALUE, tops[g])
             tops[g] = jnp.maximum(before, top)
             refs.top[c, g] = tops[g]
             refs.decay[c, g] = jnp.exp2(before - tops[g])
-            copies.advance(plan.C * plan.H)
+
+    def _masked_scores(self, c, g, cell: Cell, part: pl.Slice):
+        """Scores of a part of step s's cell c, in base 2, [M, part.size]."""
+        plan, shape = self.plan, (self.plan.M, part.size)
+        row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        token = plan.token_of_row(part.start + column)
+        if plan.tokens_per_row > 1:
+            token += lax.div(row, jnp.int32(plan.M // plan.tokens_per_row))
+        live = token < (jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end)
+        if plan.has_starts:
+            live &= token >= cell.start
+        q = self.refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
+        s = self._each_head(g, functools.partial(self._times_keys, c, cell, q, part), shape)
+        if plan.soft_cap is None:
+            s = s * (plan.sm_scale * _LOG2_E)
+        else:
+            s = (plan.soft_cap * _LOG2_E) * jnp.tanh(s * (plan.sm_scale / plan.soft_cap))
+        return jnp.where(live, s, DEFAULT_MASK_VALUE)
 
     def weigh(self):
         """Weights [M, T], one for each kv head of the group, the lanes' sums of them, decay and maximum [M, 128]:
@@ -346,7 +355,7 @@ class Body:
                 each = [parts]
                 if plan.is_quantized:
                     heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
-                    scales = [self._scales(refs.v_scales.at[before.cells, c], cell, h) for h in heads]
+                    scales = [self._scales(refs.v_scales.at[before.cells, c], cell, h, pl.ds(0, plan.T)) for h in heads]
                     # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
                     each = [
                         [
@@ -359,11 +368,11 @@ class Body:
                 weights.append((each, _sum(parts), refs.decay[c, g], top))
         return weights
 
-    def _scales(self, ref, cell: Cell, h: int) -> list[jax.Array]:
-        """Head h's scales of a cell, `ref` [Hkv, rows, 1, 128], as scores lie: [1 or M, 128] for each 128 columns."""
+    def _scales(self, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
+        """Head h's scales of some of a cell's rows, as scores lie: [1 or M, 128] for each 128. `ref`: [Hkv, .., 1, 128]."""
         plan = self.plan
         columns = []
-        for t in range(0, plan.T, LANES):
+        for t in range(rows.start, rows.start + rows.size, LANES):
             tokens = [self._scales_of_column(ref, cell, h, t, j) for j in range(plan.tokens_per_row)]
             if plan.tokens_per_row > 1:
                 row = lax.broadcasted_iota(jnp.int32, (plan.M, LANES), 0)
@@ -401,13 +410,17 @@ class Body:
             cell = Cell.load(refs.cells, before.cells, c, plan)
             for g in range(plan.H):
                 each, lane_sums, decay, _ = weights[c * plan.H + g]
-                new = self._each_head(g, functools.partial(self._times_values, c, each), (plan.M, plan.W))
+                new = []
+                for part in plan.parts:
+                    product = functools.partial(self._times_values, c, each, part)
+                    new.append(self._each_head(g, product, (plan.M, plan.W)))
+                    if copies is not None:
+                        copies.advance(plan.C * plan.H * len(plan.parts))
+                new = _sum(new)
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
                 # A select, for the sequence before may have left NaN.
                 outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
                 sums[g] = jnp.where(cell.is_first, first_sums[g], sums[g]) * decay + lane_sums
-                if copies is not None:
-                    copies.advance(plan.C * plan.H)
             self._write_row(cell, outs, sums, [w[3] for w in weights[c * plan.H : (c + 1) * plan.H]])
         for g in range(plan.H):
             refs.run_out[g], refs.run_sum[g] = outs[g], sums[g]
@@ -440,25 +453,27 @@ class Body:
             for copy in _row_copies(plan, refs, cell.b):
                 copy.start()
 
-    def _times_keys(self, c, cell: Cell, q, h):
-        """q [M, W] times step s's K of kv head h: [M, T]."""
-        blocks = self.plan.W // LANES
+    def _times_keys(self, c, cell: Cell, q, rows: pl.Slice, h):
+        """q [M, W] times some rows of step s's K of kv head h: [M, rows.size]."""
+        plan, refs = self.plan, self.refs
+        blocks = plan.W // LANES
         part = lambda i: dot(
             q[:, i * LANES : (i + 1) * LANES],
-            self.refs.k[self.ring.here, c, h * blocks + i],
+            refs.k[self.ring.here, c, h * blocks + i, rows],
             1,
-            self.plan.query_dtype,
+            plan.query_dtype,
         )
         s = functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
-        if self.plan.is_quantized:
-            s *= jnp.concatenate(self._scales(self.refs.k_scales.at[self.ring.here, c], cell, h), axis=1)
+        if plan.is_quantized:
+            s *= jnp.concatenate(self._scales(refs.k_scales.at[self.ring.here, c], cell, h, rows), axis=1)
         return s
 
-    def _times_values(self, c, each, h):
-        """Weights [M, T] times step s-1's V of kv head h: [M, W]; `each`: for each head of the group, or for all."""
-        blocks, slot = self.plan.W // LANES, self.ring.plus(-1).here
-        weight = each[h % len(each)]
-        parts = [dot(weight, self.refs.v[slot, c, h * blocks + i], 0, self.plan.query_dtype) for i in range(blocks)]
+    def _times_values(self, c, each, rows: pl.Slice, h):
+        """Weights [M, T], one or each head's, times some rows of step s-1's V of kv head h: [M, W]."""
+        plan, slot = self.plan, self.ring.plus(-1).here
+        blocks = plan.W // LANES
+        weight = each[h % len(each)][:, rows.start : rows.start + rows.size]
+        parts = [dot(weight, self.refs.v[slot, c, h * blocks + i, rows], 0, plan.query_dtype) for i in range(blocks)]
         return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
 
     def _each_head(self, g, product, shape):

@@ -7,6 +7,7 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES, SUBLANES
@@ -17,6 +18,7 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # Tokens in a cell of few heads, by least page size: a cell's own scalar work weighs most where each page's does too,
 # and a long cell is paid whole for a short sequence.
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
+_PART_ROWS = 512
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
 VMEM_LIMIT_TWO_CORES = 14 << 20  # the chip may be a v4, with 16 MiB a core
@@ -97,6 +99,11 @@ class Plan:
     cache_may_hold_nan = property(lambda self: self.cache_dtype != jnp.int8)
     scale_rows_per_page = property(lambda self: max(1, self.page_size // LANES))  # pages of less than 128 share one
     table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
+
+    @property
+    def parts(self) -> list[pl.Slice]:
+        """A cell's rows in parts, between which copies are issued."""
+        return [pl.ds(t, min(_PART_ROWS, self.T - t)) for t in range(0, self.T, _PART_ROWS)]
 
     @functools.cached_property
     def heads_per_group(self) -> int:

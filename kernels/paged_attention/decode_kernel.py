@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -174,15 +175,11 @@ def _row_copies(plan: Plan, refs: Refs, b, *, empty=False):
 
 
 def _wait_for_rows(plan: Plan, refs: Refs, rows) -> None:
-    """Waits for the copies of `rows` rows: a wait only counts bytes, so by powers of two."""
+    """Waits for the copies of `rows` rows: a wait only counts bytes."""
     pairs = [(refs.out_rows, refs.out_sem)] + ([(refs.lse_rows, refs.lse_sem)] if plan.return_lse else [])
-    for bit in range(plan.B.bit_length()):
-        some = pl.ds(0, 1 << bit)
-
-        @pl.when((rows & (1 << bit)) != 0)
-        def _(some=some):
-            for ref, sem in pairs:
-                pltpu.make_async_copy(ref.at[some], ref.at[some], sem).wait()
+    for ref, sem in pairs:
+        part = ref.at[pl.ds(0, rows)]
+        pl.when(rows > 0)(pltpu.make_async_copy(part, part, sem).wait)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,33 +204,17 @@ class Body:
 
     def _wait_for_scales(self) -> None:
         """Waits for step s's scales of K and V, which came with its K."""
-        plan, pages = self.plan, self.work.pages_of(self.ring.cells)
-        for bit in range((plan.C * plan.pages_per_cell).bit_length()):
-            cells = pl.cdiv(1 << bit, plan.pages_per_cell)
-            rows = pl.ds(0, (1 << bit) // cells * plan.scale_rows_per_page)
-            part = self.refs.k_scales.at[0, pl.ds(0, cells), :, rows]
-
-            @pl.when((pages & (1 << bit)) != 0)
-            def _(part=part):
-                for _ in ("K", "V"):
-                    pltpu.make_async_copy(part, part, self.refs.k_sems.at[self.ring.here]).wait()
+        plan, ref = self.plan, self.refs.v_scales
+        rows = self.work.pages_of(self.ring.cells) * (2 * plan.Hkv * plan.scale_rows_per_page)
+        part = ref.reshape(math.prod(ref.shape[:-2]), 1, LANES).at[pl.ds(0, rows)]
+        pl.when(rows > 0)(pltpu.make_async_copy(part, part, self.refs.k_sems.at[self.ring.here]).wait)
 
     def _wait(self, ring: Ring, ref, sems) -> None:
-        """A wait only counts bytes: one for each power of two in the step's number of tiles."""
-        plan, tiles = self.plan, self.work.tiles_of(ring.cells)
-        per_cell = plan.pages_per_cell * plan.R // plan.tile
-        for bit in range((plan.C * per_cell).bit_length()):
-            # As many bytes as 2^bit tiles, in any shape that the buffer has.
-            cells = next(n for n in range(1, plan.C + 1) if (1 << bit) % n == 0 and (1 << bit) // n <= per_cell)
-            count, rows = 1, (1 << bit) // cells * plan.tile
-            if rows % plan.register_rows:  # one odd page: no slice of whole tiles is as large
-                cells, count, rows = 1, 1 << bit, plan.tile
-            part = ref.at[0, pl.ds(0, cells), :, pl.ds(0, rows)]
-
-            @pl.when((tiles & (1 << bit)) != 0)
-            def _(part=part, count=count):
-                for _ in range(count):
-                    pltpu.make_async_copy(part, part, sems.at[ring.here]).wait()
+        """Waits for a step's tiles. A wait only counts bytes, so here are as many in one piece."""
+        plan, unit = self.plan, self.plan.tile if self.plan.tile % self.plan.register_rows == 0 else self.plan.page_rows
+        blocks = self.work.tiles_of(ring.cells) * ref.shape[-3]
+        part = ref.reshape(math.prod(ref.shape[:-1]) // unit, unit, LANES).at[pl.ds(0, blocks), pl.ds(0, plan.tile)]
+        pl.when(blocks > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
 
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
@@ -369,7 +350,7 @@ class Body:
         return weights
 
     def _scales(self, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
-        """Head h's scales of some of a cell's rows, as scores lie: [1 or M, 128] for each 128. `ref`: [Hkv, .., 1, 128]."""
+        """Head h's scales of some of a cell's rows, as scores lie: [1 or M, 128] each. `ref`: [Hkv, .., 1, 128]."""
         plan = self.plan
         columns = []
         for t in range(rows.start, rows.start + rows.size, LANES):

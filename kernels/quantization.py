@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES
 
@@ -106,9 +107,9 @@ def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
     """
     *lead, pages, page_size = scales.shape
     if tokens_per_row > 1:
-        scales = scales.reshape(*lead, pages, page_size // tokens_per_row, tokens_per_row)
+        scales = reshape_minor(scales, (*lead, pages, page_size // tokens_per_row, tokens_per_row))
         scales = jnp.swapaxes(scales, -1, -2)
-    return scales.reshape(*lead, scale_rows(pages, page_size), LANES)
+    return reshape_minor(scales, (*lead, scale_rows(pages, page_size), LANES))
 
 
 def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) -> jax.Array:
@@ -116,6 +117,6 @@ def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) ->
     *lead, rows, lanes = stored.shape
     pages = rows * lanes // page_size
     if tokens_per_row > 1:
-        stored = stored.reshape(*lead, pages, tokens_per_row, page_size // tokens_per_row)
+        stored = reshape_minor(stored, (*lead, pages, tokens_per_row, page_size // tokens_per_row))
         stored = jnp.swapaxes(stored, -1, -2)
-    return stored.reshape(*lead, pages, page_size)
+    return reshape_minor(stored, (*lead, pages, page_size))

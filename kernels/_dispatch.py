@@ -35,13 +35,27 @@ def in_hbm(*pools: jax.Array, interpret: Interpret) -> tuple[jax.Array, ...]:
     return tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
 
 
+_MEANT = {"uint16": jnp.bfloat16, "uint8": jnp.float8_e4m3fn}  # pools stored as bits, on CPU only
+
+
+def meant_dtype(stored) -> jnp.dtype:
+    """The dtype that a pool of dtype `stored` stands for: uint16 and uint8 are the bits of bf16 and float8_e4m3fn."""
+    return jnp.dtype(_MEANT.get(jnp.dtype(stored).name, stored))
+
+
+def bits_dtype(dtype) -> jnp.dtype:
+    """The inverse of `meant_dtype`: what a pool of `dtype` is stored as where XLA would widen it."""
+    return jnp.dtype({jnp.dtype(meant).name: bits for bits, meant in _MEANT.items()}.get(jnp.dtype(dtype).name, dtype))
+
+
 def as_kernel_dtype(*pools: jax.Array) -> tuple[jax.Array, ...]:
-    """Pools as a kernel takes them: bf16 that is stored as its bits (uint16, on CPU only) as bf16 again."""
-    return tuple(jax.lax.bitcast_convert_type(p, jnp.bfloat16) if p.dtype == jnp.uint16 else p for p in pools)
+    """Pools as a kernel takes them: what is stored as bits as what they mean."""
+    as_meant = lambda p: jax.lax.bitcast_convert_type(p, meant_dtype(p.dtype))
+    return tuple(as_meant(p) if meant_dtype(p.dtype) != p.dtype else p for p in pools)
 
 
 def as_stored_dtype(dtype, *values: jax.Array) -> tuple[jax.Array, ...]:
-    """`values` in a pool's stored `dtype`: cast, and for uint16 taken as the bits of bf16."""
-    if dtype == jnp.uint16:
-        return tuple(jax.lax.bitcast_convert_type(v.astype(jnp.bfloat16), jnp.uint16) for v in values)
-    return tuple(v.astype(dtype) for v in values)
+    """`values` in a pool's stored `dtype`: cast to what it means, and as its bits where it is bits."""
+    meant = meant_dtype(dtype)
+    values = tuple(v.astype(meant) for v in values)
+    return values if meant == dtype else tuple(jax.lax.bitcast_convert_type(v, dtype) for v in values)

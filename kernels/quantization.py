@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES
 
@@ -36,17 +37,40 @@ def quantize_kv(x: jax.Array, dtype, *, smoothing: jax.Array | None = None) -> t
     """
     name = jnp.dtype(dtype).name
     require(name in LARGEST, "dtype", name, f"must be one of {tuple(LARGEST)}")
-    x = x.astype(jnp.float32)
-    if smoothing is not None:
-        x = x / smoothing.astype(jnp.float32)
+    values, scales = scaled_to(smooth(x, smoothing).astype(jnp.float32), dtype)
+    return values.astype(name), scales[..., 0]
+
+
+def smooth(x: jax.Array, smoothing: jax.Array | None) -> jax.Array:
+    """x / smoothing in f32; x itself where there is none."""
+    return x if smoothing is None else x.astype(jnp.float32) / smoothing.astype(jnp.float32)
+
+
+def scaled_to(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] f32 in the range of `dtype`, f32, for int8 rounded; and what it was divided by, [..., 1] f32."""
+    name = jnp.dtype(dtype).name
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # Below the smallest normal number its reciprocal is infinite, and TPUs take it for 0 anyway.
-    tiny = largest < jnp.finfo(jnp.float32).tiny * LARGEST[name]
+    tiny = largest < float(jnp.finfo(jnp.float32).tiny) * LARGEST[name]
     scaled = x * jnp.where(tiny, 0.0, LARGEST[name] / jnp.where(tiny, 1.0, largest))
     if name == "int8":
         scaled = jnp.round(scaled)
-    values = jnp.clip(scaled, -LARGEST[name], LARGEST[name]).astype(name)
-    return values, jnp.where(tiny, 0.0, largest * (1.0 / LARGEST[name]))[..., 0]
+    values = jnp.clip(scaled, -LARGEST[name], LARGEST[name])
+    return values, jnp.where(tiny, 0.0, largest * (1.0 / LARGEST[name]))
+
+
+def fp8_bits(x: jax.Array) -> jax.Array:
+    """The bits of x f32, at most 448 either way or NaN, as float8_e4m3fn, to nearest even: int32.
+
+    Inside a kernel, where only some chips convert to fp8.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # the exponent's bias is 7, not 127
+    subnormal = jnp.round(jnp.abs(x) * 512.0).astype(jnp.int32)  # in units of 2^-9
+    made = jnp.where(size < 0x3C800000, subnormal, normal)  # 2^-6
+    made = jnp.where(size > 0x7F800000, 0x7F, made)
+    return made | ((bits >> 24) & 0x80)
 
 
 def dequantize_kv(
@@ -106,9 +130,9 @@ def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
     """
     *lead, pages, page_size = scales.shape
     if tokens_per_row > 1:
-        scales = scales.reshape(*lead, pages, page_size // tokens_per_row, tokens_per_row)
+        scales = reshape_minor(scales, (*lead, pages, page_size // tokens_per_row, tokens_per_row))
         scales = jnp.swapaxes(scales, -1, -2)
-    return scales.reshape(*lead, scale_rows(pages, page_size), LANES)
+    return reshape_minor(scales, (*lead, scale_rows(pages, page_size), LANES))
 
 
 def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) -> jax.Array:
@@ -116,6 +140,6 @@ def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) ->
     *lead, rows, lanes = stored.shape
     pages = rows * lanes // page_size
     if tokens_per_row > 1:
-        stored = stored.reshape(*lead, pages, tokens_per_row, page_size // tokens_per_row)
+        stored = reshape_minor(stored, (*lead, pages, tokens_per_row, page_size // tokens_per_row))
         stored = jnp.swapaxes(stored, -1, -2)
-    return stored.reshape(*lead, pages, page_size)
+    return reshape_minor(stored, (*lead, pages, page_size))

@@ -17,6 +17,7 @@ from paged_dist.attend import paged_attention_local, sharded_paged_attention  # 
 from paged_dist.cache import CacheSpec, PagedKVCache  # noqa: E402
 from paged_dist.describe import describe_mesh  # noqa: E402
 from paged_dist.distributed import initialize_distributed  # noqa: E402
+from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_kv, quantize_kv  # noqa: E402
 from paged_dist.mesh import MeshAxes, make_pod_mesh  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
 
@@ -30,10 +31,13 @@ __all__ = [
     "PagedKVCache",
     "append_kv",
     "append_kv_local",
+    "calibrate_key_smoothing",
+    "dequantize_kv",
     "describe_mesh",
     "initialize_distributed",
     "make_pod_mesh",
     "paged_attention_local",
+    "quantize_kv",
     "sharded_paged_attention",
     "write_prefill_kv",
     "write_prefill_kv_local",

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AxisType, ManualAxisType, Mesh
+from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def varying_axes(*arrays: jax.Array) -> frozenset[str]:
@@ -48,10 +48,13 @@ def lowering_for(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """`x.reshape(shape)` of the two minor, unsharded axes; an Explicit mesh wants to be told that the rest stays."""
+    """`x.reshape(shape)` that leaves the sharded axes where they are; an Explicit mesh wants to be told so."""
     sharding = jax.typeof(x).sharding
-    explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
-    return jax.lax.reshape(x, tuple(shape), out_sharding=sharding if explicit else None)
+    if AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+        return jax.lax.reshape(x, tuple(shape))
+    split = [i for i, names in enumerate(sharding.spec) if names is not None]
+    kept = sharding.spec[: max(split, default=-1) + 1]
+    return jax.lax.reshape(x, tuple(shape), out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*kept)))
 
 
 def lowered_for(test: Callable[[object], bool]) -> jax.Array:

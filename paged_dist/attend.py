@@ -52,7 +52,7 @@ def sharded_paged_attention(
 
     Args:
       query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None).
-      cache: a PagedKVCache of Hkv heads.
+      cache: a PagedKVCache of Hkv heads. With a `key_smoothing` the query is multiplied by it here.
       lengths: [B] int32, live tokens of each sequence, the new one included; 0 for an idle row. P(data).
       block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
         anything. Row b's pages are those of its data shard b // (B / data). P(data, None).
@@ -196,9 +196,11 @@ def _local(
     implementation,
 ):
     check_context_is_one(axes)
+    smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables = local_page_ids(block_tables, key_pages.shape[2], axes)
     with jax.named_scope("attend"):
+        query = _smoothed(query, smoothing)
         made = decode_stored_pages(
             query,
             key_pages,
@@ -212,10 +214,19 @@ def _local(
             sliding_window=sliding_window,
             return_lse=return_lse,
             interpret=interpret_of(implementation),
+            **cache.stacked_scales(),
         )
         made = made if return_lse else (made,)
         output, *lse = (invariant_over_context(x, axes) for x in made)
     return (output, *lse) if return_lse else output
+
+
+def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
+    """query [B, Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
+    if smoothing is None:
+        return query
+    heads = query.shape[1] // smoothing.shape[0]
+    return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
 def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation) -> None:

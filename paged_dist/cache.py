@@ -1,11 +1,10 @@
-"""The KV cache: pools of pages, sharded over a mesh, and what they weigh."""
+"""The KV cache: pools of pages, sharded over a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import numbers
 import warnings
 
 import jax
@@ -14,161 +13,65 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from paged_dist._compat import reshape_minor
-from paged_dist._errors import not_yet, require
-from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype
-from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist._errors import require
+from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype
+from paged_dist.kernels.paged_attention.checks import check_scales
+from paged_dist.kernels.quantization import pack_scales, unpack_scales
 from paged_dist.mesh import MeshAxes
-
-_DTYPES = ("bfloat16", "float32")
-_DTYPES_TO_COME = ("int8", "float8_e4m3fn")
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSpec:
-    """What a KV cache holds, the whole pod's. Shapes and byte counts follow from it, nothing is allocated.
-
-    Attributes:
-      num_kv_heads: Hkv, key/value heads of the model.
-      head_dim: D, 64 or a multiple of 128.
-      num_pages: N, pages in a layer's pool over all shards.
-      page_size: P, tokens a page: a multiple of 8, and of 16 at head_dim 64.
-      dtype: 'bfloat16' or 'float32' (anything that `jnp.dtype` takes for them).
-      num_layers: L layers stacked in one pool, with `layer=` in every op; None: one layer, no layer axis.
-
-    Raises:
-      ValueError: a value outside these rules.
-      NotImplementedError: dtype int8 or float8_e4m3fn.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    num_pages: int
-    page_size: int = 128
-    dtype: str = "bfloat16"
-    num_layers: int | None = None
-
-    def __post_init__(self):
-        try:
-            name = jnp.dtype(self.dtype).name
-        except TypeError:
-            name = str(self.dtype)
-        if name in _DTYPES_TO_COME:
-            raise not_yet(f"CacheSpec(dtype={name!r})", f"use one of {_DTYPES}")
-        require(name in _DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {_DTYPES}")
-        object.__setattr__(self, "dtype", name)
-        for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
-            value = getattr(self, field)
-            if field == "num_layers" and value is None:
-                continue
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            require(whole and value >= 1, field, value, "must be a whole number, at least 1")
-            object.__setattr__(self, field, int(value))
-        require(
-            self.head_dim == 64 or self.head_dim % LANES == 0,
-            "head_dim",
-            self.head_dim,
-            "must be 64 or a multiple of 128",
-        )
-        rule = SUBLANES * self.tokens_per_row
-        require(
-            self.page_size % rule == 0,
-            "page_size",
-            self.page_size,
-            f"must be a multiple of {rule} at head_dim {self.head_dim}",
-            "128 is the default",
-        )
-
-    @property
-    def tokens_per_row(self) -> int:
-        """Tokens that share one stored row: 2 at head_dim 64, else 1."""
-        return max(1, LANES // self.head_dim)
-
-    @property
-    def stored_page_shape(self) -> tuple[int, int]:
-        """(rows, lanes) of one page of one head as stored; rows x lanes = page_size x head_dim."""
-        return self.page_size // self.tokens_per_row, self.head_dim * self.tokens_per_row
-
-    @property
-    def pool_shape(self) -> tuple[int, ...]:
-        """Shape of the stored key pool (and of the value pool): [Hkv, N, rows, lanes], or [L, ...]."""
-        layers = () if self.num_layers is None else (self.num_layers,)
-        return (*layers, self.num_kv_heads, self.num_pages, *self.stored_page_shape)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's K and V, all heads, all layers."""
-        return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize * (self.num_layers or 1)
-
-    @property
-    def bytes_total(self) -> int:
-        """Bytes of both pools over the whole pod."""
-        return self.bytes_per_token * self.page_size * self.num_pages
-
-    def bytes_per_chip(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> int:
-        """Bytes of both pools on each device of `mesh`."""
-        self.check_mesh(mesh, axes)
-        return self.bytes_total // math.prod(axes.size(mesh, part) for part in ("data", "context", "model"))
-
-    def check_mesh(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> None:
-        """Raises ValueError where heads or pages do not divide over `mesh`."""
-        axes.check(mesh)
-        model, data, context = (axes.size(mesh, part) for part in ("model", "data", "context"))
-        require(
-            self.num_kv_heads % model == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"must be a multiple of the mesh's model size {model}, for heads are never repeated",
-            "make_pod_mesh(num_kv_heads=..., model_parallelism=...) gives the surplus to context",
-        )
-        require(
-            self.num_pages % (data * context) == 0,
-            "num_pages",
-            self.num_pages,
-            f"must be a multiple of the mesh's data x context size {data} x {context}",
-        )
-
-    def partition_spec(self, axes: MeshAxes = MeshAxes()) -> PartitionSpec:
-        """How a stored pool is split: heads over model, pages over (data, context), layers not at all."""
-        layers = () if self.num_layers is None else (None,)
-        return PartitionSpec(*layers, axes.names("model") or None, axes.pages or None, None, None)
+from paged_dist.spec import CacheSpec
 
 
 def stored_dtype(spec: CacheSpec, mesh: Mesh | AbstractMesh | None) -> jnp.dtype:
-    """The dtype of a cache's pools on `mesh`: the spec's, but the bits of bf16 on CPU devices."""
+    """The dtype of a cache's pools on `mesh`: the spec's, but the bits of bf16 and fp8 on CPU devices."""
     on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return jnp.dtype("uint16" if on_cpu and spec.dtype == "bfloat16" else spec.dtype)
+    return bits_dtype(spec.dtype) if on_cpu else jnp.dtype(spec.dtype)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key_pages", "value_pages"], meta_fields=["spec", "mesh"]
-)
+_ARRAYS = ("key_pages", "value_pages", "key_scales", "value_scales", "key_smoothing")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=list(_ARRAYS), meta_fields=["spec", "mesh"])
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """The key and value pools of a model, sharded over a mesh: a pytree of two arrays.
+    """The key and value pools of a model, sharded over a mesh: a pytree of two arrays, of four where they are 8-bit.
 
     A page of one head is stored as rows of 128 lanes or more: [P, D] from head_dim 128 on, two tokens a row
-    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. On CPU
-    bf16 is stored as its bits, uint16: XLA's CPU back end (jax 0.10) widens a whole bf16 pool to f32 and back for
-    every write into it.
+    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. Scales are
+    stored 128 to a row for the same reason (`pack_scales` says in which order). On CPU bf16 and fp8 are stored as
+    their bits, uint16 and uint8: XLA's CPU back end (bf16 in jax 0.10, fp8 in 0.12 too) widens a whole pool, to f32
+    or f16 and back, for every write into it.
 
     Attributes:
       key_pages, value_pages: [Hkv, N, rows, lanes] or [L, Hkv, N, rows, lanes], `spec.dtype` (its
         bits on CPU); inside a `shard_map`, this shard's part of them. `to_pages` gives them as pages.
       spec: the CacheSpec of the whole cache.
       mesh: where the cache was made; the ops run on it unless told otherwise. May be None.
+      key_scales, value_scales: [Hkv, N * P / 128, 128] or [L, Hkv, N * P / 128, 128] f32; None unless
+        `spec.is_quantized`.
+      key_smoothing: [Hkv, D] or [L, Hkv, D] f32: keys are divided by it before they are quantised, queries
+        multiplied by it, which changes no logit (see `calibrate_key_smoothing`). May be None, as without 8-bit pages.
     """
 
     key_pages: jax.Array
     value_pages: jax.Array
     spec: CacheSpec
     mesh: Mesh | AbstractMesh | None = None
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+    key_smoothing: jax.Array | None = None
 
     @classmethod
-    def create(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
+    def create(
+        cls, spec: CacheSpec, mesh: Mesh, *, key_smoothing: jax.Array | None = None, axes: MeshAxes = MeshAxes()
+    ) -> PagedKVCache:
         """An empty cache (zeros), allocated shard by shard on the devices of `mesh`; no host copy is made.
 
+        Args:
+          spec, mesh, axes: what it holds, and where.
+          key_smoothing: [Hkv, D] or [L, Hkv, D], finite and positive, for int8 and fp8; stored as f32.
+
         Raises:
-          ValueError: heads or pages that do not divide over `mesh`.
+          ValueError: heads or pages that do not divide over `mesh`; a smoothing outside its rule.
         """
         if spec.page_size < 64:
             warnings.warn(
@@ -176,78 +79,111 @@ class PagedKVCache:
                 "the pace on TPU; 128 is the default",
                 stacklevel=2,
             )
-        shardings = cls.shardings(spec, mesh, axes=axes)
-        zeros = lambda: cls(*(jnp.zeros(spec.pool_shape, stored_dtype(spec, mesh)) for _ in range(2)), spec, mesh)
-        return jax.jit(zeros, out_shardings=shardings)()
+        key_smoothing = _check_key_smoothing(spec, key_smoothing)
+        arrays = _stored_arrays(spec, mesh, axes, key_smoothing is not None)
+        smoothing = arrays.pop("key_smoothing", None)
+        zeros = lambda: cls(spec=spec, mesh=mesh, **{name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items()})
+        cache = jax.jit(zeros, out_shardings=cls.shardings(spec, mesh, axes=axes))()
+        if smoothing is None:
+            return cache
+        return dataclasses.replace(cache, key_smoothing=jax.device_put(key_smoothing, smoothing.sharding))
 
     @classmethod
-    def shardings(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
-        """The same pytree with a NamedSharding for each array, e.g. for `jax.jit(..., out_shardings=...)`."""
+    def shardings(
+        cls, spec: CacheSpec, mesh: Mesh, *, key_smoothing: bool = False, axes: MeshAxes = MeshAxes()
+    ) -> PagedKVCache:
+        """The same pytree with a NamedSharding for each array, e.g. for `jax.jit(..., out_shardings=...)`.
+
+        `key_smoothing` says whether the cache has one.
+        """
+        return jax.tree.map(lambda a: a.sharding, cls.abstract(spec, mesh, key_smoothing=key_smoothing, axes=axes))
+
+    @classmethod
+    def abstract(
+        cls, spec: CacheSpec, mesh: Mesh, *, key_smoothing: bool = False, axes: MeshAxes = MeshAxes()
+    ) -> PagedKVCache:
+        """The same pytree with a ShapeDtypeStruct for each array: to compile ahead of time, also for absent chips.
+
+        `key_smoothing` says whether the cache has one.
+        """
         spec.check_mesh(mesh, axes)
-        sharding = NamedSharding(mesh, spec.partition_spec(axes))
-        return cls(sharding, sharding, spec, mesh)
-
-    @classmethod
-    def abstract(cls, spec: CacheSpec, mesh: Mesh, *, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
-        """The same pytree with a ShapeDtypeStruct for each array: to compile ahead of time, also for absent chips."""
-        leaf = lambda sharding: jax.ShapeDtypeStruct(spec.pool_shape, stored_dtype(spec, mesh), sharding=sharding)
-        return jax.tree.map(leaf, cls.shardings(spec, mesh, axes=axes))
+        return cls(spec=spec, mesh=mesh, **_stored_arrays(spec, mesh, axes, key_smoothing))
 
     def partition_specs(self, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
         """The same pytree with a PartitionSpec for each array: the in_specs and out_specs of a caller's `shard_map`."""
-        p = self.spec.partition_spec(axes)
-        return dataclasses.replace(self, key_pages=p, value_pages=p)
+        specs = _partition_specs(self.spec, axes)
+        return dataclasses.replace(self, **{k: p for k, p in specs.items() if getattr(self, k) is not None})
 
     @classmethod
     def from_pages(
-        cls, key_pages: jax.Array, value_pages: jax.Array, *, mesh: Mesh | None = None, axes: MeshAxes = MeshAxes()
+        cls,
+        key_pages: jax.Array,
+        value_pages: jax.Array,
+        key_scales: jax.Array | None = None,
+        value_scales: jax.Array | None = None,
+        *,
+        key_smoothing: jax.Array | None = None,
+        mesh: Mesh | None = None,
+        axes: MeshAxes = MeshAxes(),
     ) -> PagedKVCache:
-        """A cache from pages in the kernels' layout.
+        """A cache from pages in the kernels' layout: `from_pages(*cache.to_pages())` holds what `cache` did.
 
         Args:
-          key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16 or f32.
+          key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16, f32, int8 or float8_e4m3fn.
+          key_scales, value_scales: [Hkv, N, P] or [L, Hkv, N, P] f32, of int8 and fp8 pages; see `quantize_kv`.
+          key_smoothing: what the keys were divided by, as in `create`.
           mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
             NamedSharding if they have one. What is in place already is not copied: an eager write then takes
             the caller's arrays over too.
 
         Raises:
-          ValueError: the two disagree, or a shape that CacheSpec refuses.
+          ValueError: arrays that disagree, or a shape or dtype that CacheSpec refuses; 8-bit pages without scales,
+            others with; a smoothing outside its rule.
         """
-        require(
-            key_pages.ndim in (4, 5), "key_pages.shape", key_pages.shape, "must be [Hkv, N, P, D] or [L, Hkv, N, P, D]"
-        )
-        require(
-            value_pages.shape == key_pages.shape,
-            "value_pages.shape",
-            value_pages.shape,
-            f"must equal key_pages.shape {key_pages.shape}",
-        )
-        require(
-            value_pages.dtype == key_pages.dtype,
-            "value_pages.dtype",
-            value_pages.dtype,
-            f"must equal key_pages.dtype {key_pages.dtype}",
-        )
-        *layers, heads, pages, page_size, head_dim = key_pages.shape
+        shape = key_pages.shape
+        require(key_pages.ndim in (4, 5), "key_pages.shape", shape, "must be [Hkv, N, P, D] or [L, Hkv, N, P, D]")
+        for field in ("shape", "dtype"):
+            key, value = getattr(key_pages, field), getattr(value_pages, field)
+            require(value == key, f"value_pages.{field}", value, f"must equal key_pages.{field} {key}")
+        *layers, heads, pages, page_size, head_dim = shape
         spec = CacheSpec(heads, head_dim, pages, page_size, str(key_pages.dtype), *layers)
-        key_pages, value_pages = (reshape_minor(x, spec.pool_shape) for x in (key_pages, value_pages))
+        arrays = dict(key_pages=key_pages, value_pages=value_pages)
+        if spec.is_quantized:
+            check_scales(key_scales, value_scales, shape[:-1])
+            arrays |= dict(key_scales=key_scales, value_scales=value_scales)
+        for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+            rule = f"must be None with {spec.dtype} pages"
+            require(scales is None or spec.is_quantized, name, getattr(scales, "shape", scales), rule)
+        key_smoothing = _check_key_smoothing(spec, key_smoothing)
+
+        pack = lambda x: pack_scales(x, spec.tokens_per_row)
+        store = lambda name, x: pack(x) if name.endswith("scales") else reshape_minor(x, spec.pool_shape)
+        arrays = {name: store(name, x) for name, x in arrays.items()}
+        if key_smoothing is not None:
+            arrays["key_smoothing"] = key_smoothing
         if mesh is not None:
-            put = cls.shardings(spec, mesh, axes=axes)
-            key_pages, value_pages = jax.device_put((key_pages, value_pages), (put.key_pages, put.value_pages))
+            put = cls.shardings(spec, mesh, key_smoothing=key_smoothing is not None, axes=axes)
+            arrays = jax.device_put(arrays, {name: getattr(put, name) for name in arrays})
         else:
             sharding = getattr(key_pages, "sharding", None) if not isinstance(key_pages, jax.core.Tracer) else None
             mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        key_pages, value_pages = as_stored_dtype(stored_dtype(spec, mesh), key_pages, value_pages)
-        return cls(key_pages, value_pages, spec, mesh)
+        pools = as_stored_dtype(stored_dtype(spec, mesh), arrays.pop("key_pages"), arrays.pop("value_pages"))
+        return cls(*pools, spec, mesh, **arrays)
 
-    def to_pages(self) -> tuple[jax.Array, jax.Array]:
+    def to_pages(self) -> tuple[jax.Array, ...]:
         """(key_pages, value_pages) in the kernels' layout [Hkv, N, P, D] or [L, Hkv, N, P, D].
 
-        No copy on TPU from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
+        Of 8-bit pages (key_pages, value_pages, key_scales, value_scales), scales [Hkv, N, P] or [L, Hkv, N, P]. Keys
+        are as stored: divided by `key_smoothing`, if any.
+
+        Pages are no copy on TPU from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
         """
         pages = lambda x: reshape_minor(x, (*x.shape[:-2], self.spec.page_size, self.spec.head_dim))
-        key_pages, value_pages = as_kernel_dtype(self.key_pages, self.value_pages)
-        return pages(key_pages), pages(value_pages)
+        made = tuple(map(pages, as_kernel_dtype(self.key_pages, self.value_pages)))
+        if not self.spec.is_quantized:
+            return made
+        unpack = lambda x: unpack_scales(x, self.spec.page_size, self.spec.tokens_per_row)
+        return *made, unpack(self.key_scales), unpack(self.value_scales)
 
     def check_layer(self, layer: jax.Array | int | None) -> None:
         """Raises ValueError where `layer` is missing for a stacked cache, given for a lone one, or out of range."""
@@ -270,8 +206,60 @@ class PagedKVCache:
             return self.key_pages[None], self.value_pages[None], jnp.int32(0)
         return self.key_pages, self.value_pages, jnp.asarray(layer, jnp.int32)
 
-    def with_pools(self, key_pages: jax.Array, value_pages: jax.Array) -> PagedKVCache:
-        """The cache with new contents, given as `stacked` gave them."""
+    def stacked_scales(self) -> dict[str, jax.Array]:
+        """key_scales and value_scales with a layer axis, by name: what a kernel takes beside the pools. Maybe none."""
+        if not self.spec.is_quantized:
+            return {}
+        lead = (lambda x: x[None]) if self.spec.num_layers is None else (lambda x: x)
+        return dict(key_scales=lead(self.key_scales), value_scales=lead(self.value_scales))
+
+    def layer_smoothing(self, layer: jax.Array | int | None) -> jax.Array | None:
+        """`key_smoothing` [Hkv, D] of one layer, or None."""
+        return self.key_smoothing if self.key_smoothing is None or layer is None else self.key_smoothing[layer]
+
+    def with_pools(self, *arrays: jax.Array) -> PagedKVCache:
+        """The cache with new contents, given as `stacked` and `stacked_scales` gave them: two pools, and scales."""
         if self.spec.num_layers is None:
-            key_pages, value_pages = key_pages[0], value_pages[0]
-        return dataclasses.replace(self, key_pages=key_pages, value_pages=value_pages)
+            arrays = tuple(x[0] for x in arrays)
+        return dataclasses.replace(self, **dict(zip(_ARRAYS, arrays, strict=False)))
+
+
+def _partition_specs(spec: CacheSpec, axes: MeshAxes) -> dict[str, PartitionSpec]:
+    """How each array that a cache may have is split."""
+    pools, scales = spec.partition_spec(axes), spec.scales_partition_spec(axes)
+    return dict(zip(_ARRAYS, (pools, pools, scales, scales, spec.key_smoothing_partition_spec(axes)), strict=True))
+
+
+def _stored_arrays(spec: CacheSpec, mesh, axes: MeshAxes, key_smoothing: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a cache of `spec` on `mesh`, by name."""
+    pools, f32 = (spec.pool_shape, stored_dtype(spec, mesh)), jnp.dtype("float32")
+    shapes = dict(key_pages=pools, value_pages=pools)
+    if spec.is_quantized:
+        shapes |= dict(key_scales=(spec.scales_shape, f32), value_scales=(spec.scales_shape, f32))
+    if key_smoothing:
+        _require_quantized(spec, key_smoothing)
+        shapes["key_smoothing"] = (spec.key_smoothing_shape, f32)
+    split = {name: NamedSharding(mesh, p) for name, p in _partition_specs(spec, axes).items()}
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=split[name]) for name, shape in shapes.items()}
+
+
+def _require_quantized(spec: CacheSpec, key_smoothing) -> None:
+    require(spec.is_quantized, "key_smoothing", key_smoothing, f"must be None in a cache of {spec.dtype}")
+
+
+def _check_key_smoothing(spec: CacheSpec, key_smoothing) -> jax.Array | None:
+    """`key_smoothing` as f32. Raises ValueError for another shape, a cache without scales, or values out of range."""
+    if key_smoothing is None:
+        return None
+    shape = spec.key_smoothing_shape
+    _require_quantized(spec, jnp.shape(key_smoothing))
+    require(
+        jnp.shape(key_smoothing) == shape, "key_smoothing.shape", jnp.shape(key_smoothing), f"must be {shape}, (Hkv, D)"
+    )
+    key_smoothing = jnp.asarray(key_smoothing, jnp.float32)
+    if not isinstance(key_smoothing, jax.core.Tracer):
+        for part in key_smoothing.addressable_shards:
+            least, most = float(jnp.min(part.data)), float(jnp.max(part.data))
+            in_range = least > 0 and most < math.inf  # NaN is neither
+            require(in_range, "key_smoothing", (least, most), "its least and largest must be finite and positive")
+    return key_smoothing

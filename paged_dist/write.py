@@ -43,7 +43,9 @@ def append_kv(
 
     Args:
       cache: the cache; after an eager call use the returned one only. Inside a jit, donate it to the jit.
-      key, value: [B, Hkv, D], or [B, Q, Hkv, D] for Q tokens a sequence; any float dtype, cast to the cache's.
+      key, value: [B, Hkv, D], or [B, Q, Hkv, D] for Q tokens a sequence; any float dtype, cast to the cache's. An
+        int8 or fp8 cache gets them as `quantize_kv` makes them, keys divided by `cache.key_smoothing` first, and
+        their scales into the same pages' rows of scales, in the same pass.
       positions: [B] int32, 0-based position of each row's (first) new token, `lengths - 1` after
         `PageAllocator.grow(row)`. A negative one writes nothing of that row.
       block_tables: [B, pages_per_sequence] int32 global page ids; positions outside the table and pages outside
@@ -145,7 +147,7 @@ def write_prefill_kv(
 
     Args:
       cache: the cache; after an eager call use the returned one only. Inside a jit, donate it to the jit.
-      key, value: [R, T, Hkv, D], any float dtype, cast to the cache's.
+      key, value: [R, T, Hkv, D], any float dtype, cast to the cache's, or quantised as in `append_kv`.
       lengths: [R] int32, one past the last token to write; at most starts[r] + T are.
       block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`).
       starts: [R] int32, position of key[r, 0]; None: 0. A negative one writes nothing.
@@ -262,10 +264,23 @@ def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer
 
 def _write_local(cache, key, value, starts, ends, block_tables, layer, axes, implementation):
     check_context_is_one(axes)
+    smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables = local_page_ids(block_tables, key_pages.shape[2], axes)
-    operands = (key_pages, value_pages, key, value, starts, ends, tables, layer)
-    return cache.with_pools(*write_kv_pages(*operands, interpret=interpret_of(implementation)))
+    written = write_kv_pages(
+        key_pages,
+        value_pages,
+        key,
+        value,
+        starts,
+        ends,
+        tables,
+        layer,
+        **cache.stacked_scales(),
+        key_smoothing=smoothing,
+        interpret=interpret_of(implementation),
+    )
+    return cache.with_pools(*written)
 
 
 def _check_new(cache, key, value, implementation) -> None:

@@ -417,6 +417,9 @@ def test_bad_calls_are_refused_before_anything_compiles(changes, names):
         (dict(num_pages=16.0), r"num_pages=16\.0.*whole number"),
         (dict(num_layers=2.5), r"num_layers=2\.5.*whole number"),
         (dict(page_size="16"), "page_size='16'.*whole number"),
+        (dict(dtype="fp8"), "dtype='fp8'.*float8_e4m3fn"),
+        (dict(dtype="int8", page_size=24), "page_size=24.*divide 128 or be a multiple"),
+        (dict(dtype=jnp.int8, page_size=16, num_pages=12), "num_pages=12.*multiple of 8"),
     ],
 )
 def test_bad_specs_are_refused(arguments, names):
@@ -424,17 +427,12 @@ def test_bad_specs_are_refused(arguments, names):
         pd.CacheSpec(**(dict(num_kv_heads=4, head_dim=128, num_pages=16) | arguments))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", jnp.int8])
-def test_quantised_caches_are_not_in_this_release(dtype):
-    with pytest.raises(NotImplementedError, match="not in this release"):
-        pd.CacheSpec(4, 128, 16, dtype=dtype)
-
-
 @pytest.mark.parametrize(
     ("spec", "names"),
     [
         (pd.CacheSpec(6, 128, 16), "num_kv_heads=6.*multiple of the mesh's model size 4.*context"),
         (pd.CacheSpec(4, 128, 15), "num_pages=15.*multiple of the mesh's data x context size 2 x 1"),
+        (pd.CacheSpec(4, 128, 8, 16, dtype="int8"), "num_pages=4.*multiple of 8 on each shard"),
     ],
 )
 def test_specs_that_do_not_divide_over_the_mesh_are_refused(spec, names):

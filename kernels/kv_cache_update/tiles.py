@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_dist.kernels._tiling import SUBLANES
+from paged_dist.kernels._tiling import LANES, SUBLANES
 
 VMEM_BUDGET = 8 * 2**20  # bytes for a launch's buffers: half of the smallest chip's default scope
 ITEMS_PER_STEP = 32  # tiles whose DMAs are in flight together: enough to hide 600 ns of latency at 1.6 TB/s
@@ -45,14 +45,13 @@ def pool_shape(pool: jax.Array, head_dim: int) -> PoolShape:
 
 
 class Tiles(NamedTuple):
-    """M = B * tiles_per_sequence tiles, sequence-major, and the tokens for them."""
+    """M = B * tiles_per_sequence tiles, sequence-major."""
 
     page: jax.Array  # [M] int32, in [0, N)
     row: jax.Array  # [M] int32, first stored row inside the page, a multiple of tile_rows
     first: jax.Array  # [M] int32, first token written, counted from the tile's start
     last: jax.Array  # [M] int32, one past the last token written; == first where nothing is written
-    key: jax.Array  # [M, Hkv, tile_rows, W], or [M, Hkv, 1, W]: one token for the whole tile
-    value: jax.Array
+    shift: jax.Array  # [B] int32, the first new token, counted from the sequence's first tile's start
 
     def blend_mask(self, tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
         """[M, 1, tile_rows, W] bool: which stored elements are replaced."""
@@ -72,8 +71,8 @@ def token_in_tile(tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
 def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
     """Rows of a tile: the smallest that a DMA takes for a few tokens, up to a page for a prompt.
 
-    A prompt's tile is the largest 8 * 2^k rows that divide a page and leave the launch within VMEM_BUDGET, so
-    that most tiles are written whole and never read.
+    Mosaic takes 8 rows of any dtype, 8-bit ones too. A prompt's tile is the largest 8 * 2^k rows that divide a page
+    and leave the launch within VMEM_BUDGET, so that most tiles are written whole and never read.
     """
     rows = math.gcd(pool.rows, SUBLANES)
     if new_tokens <= 2 * rows * pool.tokens_per_row:
@@ -83,30 +82,34 @@ def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
     return rows
 
 
+def scale_unit(pool: PoolShape) -> int:
+    """Rows of 128 scales that are read and written together: a page's, or the one that several pages share."""
+    return max(1, pool.page_size // LANES)
+
+
 def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:
-    """VMEM that one tile in flight takes: K and V, each a buffer and the new rows, those double-buffered."""
-    return 2 * 3 * pool.kv_heads * tile_rows * pool.lanes * itemsize
+    """VMEM that one tile in flight takes: K and V, each a buffer and the new rows, those double-buffered.
+
+    8-bit tiles have their scales beside them; where one token is written, its row and scale come as 32-bit numbers.
+    """
+    row = pool.lanes * itemsize
+    scales = scale_unit(pool) * LANES * 4 if itemsize == 1 else 0
+    new = max(tile_rows * row, 4 * pool.lanes)
+    return 2 * pool.kv_heads * (tile_rows * row + 2 * new + 3 * scales)
 
 
 def plan_tiles(
-    key: jax.Array,
-    value: jax.Array,
-    starts: jax.Array,
-    ends: jax.Array,
-    block_tables: jax.Array,
-    pool: PoolShape,
-    tile_rows: int,
+    starts: jax.Array, ends: jax.Array, block_tables: jax.Array, new_tokens: int, pool: PoolShape, tile_rows: int
 ) -> Tiles:
-    """The tiles that tokens [starts, ends) of each sequence fall in, and their contents aligned to them.
+    """The tiles that tokens [starts, ends) of each sequence fall in.
 
     Args:
-      key, value: [B, T, Hkv, D], in the pool's dtype; row t becomes token starts[b] + t where that is < ends[b].
-      starts, ends: [B] int32; a negative start writes nothing.
+      starts, ends: [B] int32; a negative start writes nothing, nor do tokens from starts + new_tokens on.
       block_tables: [B, S] int32; tokens past S pages and pages with ids outside [0, N) are not written.
+      new_tokens: T, the most of a sequence.
       pool: the stored pool.
       tile_rows: rows of a tile, a divisor of `pool.rows`.
     """
-    batch, new_tokens, kv_heads, _ = key.shape
     tile = tile_rows * pool.tokens_per_row
     count = 1 if new_tokens == 1 else (new_tokens + tile - 2) // tile + 1  # the start may lie anywhere in a tile
     width = block_tables.shape[1]
@@ -127,23 +130,46 @@ def plan_tiles(
     first = jnp.clip(jnp.where(live, starts, 0)[:, None] - tile_start, 0, tile)
     last = jnp.where(owned, jnp.clip(end[:, None] - tile_start, first, tile), first)
 
-    def align(new: jax.Array) -> jax.Array:
-        new = jnp.swapaxes(new, 1, 2)  # [B, Hkv, T, D]
-        if new_tokens == 1:
-            return jnp.tile(new, (1, 1, 1, pool.tokens_per_row))  # [B, Hkv, 1, W]: the mask picks its row and lanes
-        # Token j of the aligned rows is new token j - (starts - origin); what that leaves undefined is masked.
-        source = jnp.arange(count * tile, dtype=jnp.int32)[None] - (starts - origin)[:, None]
-        source = jnp.clip(source, 0, new_tokens - 1)[:, None, :, None]
-        rows = jnp.take_along_axis(new, source, axis=2, mode="promise_in_bounds")
-        rows = rows.reshape(batch, kv_heads, count, tile_rows, pool.lanes)
-        return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile_rows, pool.lanes)
-
     flat = lambda x: x.reshape(-1).astype(jnp.int32)
     return Tiles(
         page=flat(jnp.clip(page, 0, pool.pages - 1)),
         row=flat(tile_start % pool.page_size // pool.tokens_per_row),
         first=flat(first),
         last=flat(last),
-        key=align(key),
-        value=align(value),
+        shift=starts - origin,
     )
+
+
+def align_tokens(new: jax.Array, tiles: Tiles, pool: PoolShape, tile_rows: int) -> jax.Array:
+    """Tokens [B, T, Hkv, D] as the tiles hold them, [M, Hkv, tile_rows, W], or [M, Hkv, 1, W] where T = 1.
+
+    What no token is for holds some other token, for `first` and `last` to mask.
+    """
+    if new.shape[1] == 1:  # the mask picks its row and lanes
+        return jnp.tile(jnp.swapaxes(new, 1, 2), (1, 1, 1, pool.tokens_per_row))
+    rows = _align(new, tiles, tile_rows * pool.tokens_per_row)
+    return rows.reshape(-1, new.shape[2], tile_rows, pool.lanes)
+
+
+def align_scales(scales: jax.Array, tiles: Tiles, pool: PoolShape, tile_rows: int, lanes: int) -> jax.Array:
+    """Scales [B, T, Hkv] in the order that `pack_scales` stores them, [M, Hkv, lanes], repeated to fill the lanes.
+
+    A tile's scales lie `tile_rows` side by side, wherever in the page the tile does, so that every place of a lane
+    can hold what the tile has for it: the mask picks the place, and nothing is shifted. `lanes` is a multiple of P.
+    """
+    tokens = pool.tokens_per_row
+    rows = _align(scales[..., None], tiles, tile_rows * tokens)[..., 0]  # [M, Hkv, tile]
+    rows = jnp.swapaxes(rows.reshape(*rows.shape[:2], tile_rows, tokens), -1, -2)
+    page = jnp.tile(rows, pool.rows // tile_rows).reshape(*rows.shape[:2], pool.page_size)
+    return jnp.tile(page, lanes // pool.page_size)
+
+
+def _align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
+    """[B, T, Hkv, X] as [M, Hkv, tile, X]: token j of a sequence's tiles is new token j - shift."""
+    batch, new_tokens, kv_heads, _ = new.shape
+    count = tiles.page.shape[0] // batch
+    source = jnp.arange(count * tile, dtype=jnp.int32)[None] - tiles.shift[:, None]
+    source = jnp.clip(source, 0, new_tokens - 1)[:, None, :, None]
+    rows = jnp.take_along_axis(jnp.swapaxes(new, 1, 2), source, axis=2, mode="promise_in_bounds")
+    rows = rows.reshape(batch, kv_heads, count, tile, -1)
+    return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, -1)

@@ -5,32 +5,53 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from paged_dist.kernels.kv_cache_update.tiles import PoolShape, plan_tiles
+from paged_dist.kernels._dispatch import as_stored_dtype, meant_dtype
+from paged_dist.kernels.kv_cache_update.tiles import PoolShape, align_scales, align_tokens, plan_tiles, token_in_tile
+from paged_dist.kernels.quantization import quantize_kv
 
 
 def write_tiles_xla(
-    key_pages: jax.Array,
-    value_pages: jax.Array,
+    pools: tuple[jax.Array, ...],
     key: jax.Array,
     value: jax.Array,
     starts: jax.Array,
     ends: jax.Array,
     block_tables: jax.Array,
     layer: jax.Array,
+    key_smoothing: jax.Array | None = None,
     *,
     pool: PoolShape,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Same arguments and results as `write_tiles_pallas`. One token is one row here, more are whole pages."""
-    tile_rows = 1 if key.shape[1] == 1 else pool.rows
-    tiles = plan_tiles(key, value, starts, ends, block_tables, pool, tile_rows)
-    mask = tiles.blend_mask(tile_rows, pool.tokens_per_row, pool.lanes)
+    new_tokens, tokens_per_row = key.shape[1], pool.tokens_per_row
+    tile_rows = 1 if new_tokens == 1 else pool.rows
+    tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows)
+    mask = tiles.blend_mask(tile_rows, tokens_per_row, pool.lanes)
     target = jnp.where(tiles.last > tiles.first, tiles.page, pool.pages)  # out of range: dropped
 
     def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+        new = align_tokens(new, tiles, pool, tile_rows)
         if tile_rows == pool.rows:
             old = pages[layer, :, tiles.page]  # [M, Hkv, rows, W]
             return pages.at[layer, :, target].set(jnp.where(mask, new, old), mode="drop")
         old = pages[layer, :, tiles.page, tiles.row][:, :, None]  # [M, Hkv, 1, W]
         return pages.at[layer, :, target, tiles.row].set(jnp.where(mask, new, old)[:, :, 0], mode="drop")
 
-    return write(key_pages, tiles.key), write(value_pages, tiles.value)
+    def write_scales(stored: jax.Array, new: jax.Array) -> jax.Array:
+        scales = stored.reshape(pool.layers, pool.kv_heads, pool.pages, pool.page_size)
+        if new_tokens == 1:
+            lane = tiles.row + tiles.first * pool.rows  # one row, `first` is which of its tokens
+            return scales.at[layer, :, target, lane].set(new[:, 0], mode="drop").reshape(stored.shape)
+        new = align_scales(new, tiles, pool, tile_rows, pool.page_size)  # [M, Hkv, P]
+        token = token_in_tile(tile_rows, tokens_per_row, tokens_per_row).T.reshape(-1)  # [P] as stored
+        live = ((token >= tiles.first[:, None]) & (token < tiles.last[:, None]))[:, None]
+        blended = jnp.where(live, new, scales[layer, :, tiles.page])
+        return scales.at[layer, :, target].set(blended, mode="drop").reshape(stored.shape)
+
+    if len(pools) == 2:
+        return tuple(map(write, pools, (key, value)))
+    dtype = meant_dtype(pools[0].dtype)
+    key, key_scales = quantize_kv(key, dtype, smoothing=key_smoothing)
+    value, value_scales = quantize_kv(value, dtype)
+    new = as_stored_dtype(pools[0].dtype, key, value)
+    return (*map(write, pools[:2], new), *map(write_scales, pools[2:], (key_scales, value_scales)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_dist._compat import vary_like
+from paged_dist.kernels._dispatch import meant_dtype
 from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
     Problem,
@@ -36,6 +37,8 @@ def attend_pages_xla(
     soft_cap=None,
     sliding_window=None,
     mask_value=DEFAULT_MASK_VALUE,
+    key_scales=None,
+    value_scales=None,
 ):
     """Attention of one query token a sequence over its live pages.
 
@@ -46,14 +49,17 @@ def attend_pages_xla(
 
     Args:
       query: [B, Hq, D] bf16 or f32.
-      key_pages, value_pages: [L, Hkv, N, R, W] bf16, bf16 as its bits (uint16) or f32; a page's P x D elements of
-        a head as R rows of W lanes, W either D or, at D = 64, 128 with two consecutive tokens a row.
+      key_pages, value_pages: [L, Hkv, N, R, W] bf16, f32, int8 or float8_e4m3fn, bf16 and fp8 also as their bits
+        (uint16, uint8); a page's P x D elements of a head as R rows of W lanes, W either D or, at D = 64, 128 with
+        two consecutive tokens a row.
       lengths: [B] int32 live tokens, 0 allowed; more than the table holds counts as a full table.
       block_tables: [B, S] int32; entries of pages outside [start, length) are never used.
       layer: int32 scalar, may be traced; None is 0.
       starts: [B] int32, the first token that each sequence attends to; below 0 counts as 0, at its length or
         beyond leaves nothing. None is 0. With a sliding window the later of the two holds.
       sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
+      key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of int8 and fp8 pages, as `pack_scales` stores them.
+        They multiply scores and weights, G a token, not pages, D a token.
 
     Returns:
       (output [B, Hq, D] in the query's dtype, lse [B, Hq] f32, natural log); 0 and -inf where empty.
@@ -64,7 +70,8 @@ def attend_pages_xla(
     query, key_pages, value_pages, lengths, block_tables = map(
         jnp.asarray, (query, key_pages, value_pages, lengths, block_tables)
     )
-    problem = check_pools(query, *map(_as_float, (key_pages, value_pages)), lengths, block_tables)
+    scales = tuple(None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
+    problem = check_pools(query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
@@ -72,6 +79,8 @@ def attend_pages_xla(
 
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
+    if p.is_quantized:
+        pools += [x.reshape(-1, p.page_size) for x in scales]
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
     starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
     if sliding_window is not None:
@@ -109,9 +118,9 @@ def attend_pages_xla(
     return output, lse.reshape(-1, p.num_q_heads)[place]
 
 
-def _as_float(pool) -> jax.ShapeDtypeStruct:
-    """The pool as it is meant: bits are bf16."""
-    return jax.ShapeDtypeStruct(pool.shape, jnp.bfloat16 if pool.dtype == jnp.uint16 else pool.dtype)
+def _as_meant(pool) -> jax.ShapeDtypeStruct:
+    """The pool as it is meant: uint16 and uint8 are the bits of bf16 and fp8."""
+    return jax.ShapeDtypeStruct(pool.shape, meant_dtype(pool.dtype))
 
 
 def _step_shape(p: Problem) -> tuple[int, int]:
@@ -138,15 +147,18 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         ids = jnp.take_along_axis(tables, jnp.minimum(page, p.pages_per_sequence - 1), axis=1)
         ids = heads[None, :, None] + jnp.clip(ids, 0, p.num_pages - 1)[:, None, :]  # [M, Hkv, C]
         k, v = (
-            _gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim) for pool in pools
+            _gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim) for pool in pools[:2]
         )  # [M, Hkv, T, D]
-        k = lax.bitcast_convert_type(k, jnp.bfloat16) if narrow else _widen(k)
+        k = lax.bitcast_convert_type(k, jnp.bfloat16) if narrow else _widen(k, p.cache_dtype)
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
         live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]
 
         s = jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact, preferred_element_type=jnp.float32)
         s = sm_scale * s
+        if p.is_quantized:
+            k_scale, v_scale = (_gather_scales(p, pool, ids) for pool in pools[2:])  # [M, Hkv, 1, T]
+            s = s * k_scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(live[:, :, None], s, mask_value)
@@ -154,8 +166,10 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         weight = jnp.where(live[:, :, None], jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=-1, keepdims=True)
+        if p.is_quantized:
+            weight = weight * jnp.where(live[:, :, None], v_scale, 0.0)
         # A dead row of V may hold NaN, and 0 x NaN is NaN.
-        v = jnp.where(live[..., None], _widen(v), 0.0)
+        v = jnp.where(live[..., None], _widen(v, p.cache_dtype), 0.0)
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)
 
     stat = (*q.shape[:-1], 1)
@@ -168,20 +182,31 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
 
 
 def _gather(pool, ids, step):
-    """Pages `ids` [...] of `pool` [pages, R, W] as [..., R, W], f32 or the bits of bf16, in step `step` of a loop.
+    """Pages `ids` [...] of `pool` [pages, R, W] as [..., R, W], f32, int8 or the bits of bf16 or fp8, in step `step`.
 
     bf16 is gathered as integers: XLA's CPU back end gathers it by widening the pool to f32, the whole of it once
     that is lifted out of the loop. The barrier ties the integers to the step, so that they are not lifted out (and
-    copied) either.
+    copied) either. fp8 likewise.
     """
-    if pool.dtype == jnp.bfloat16:
+    bits = {"bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8}.get(pool.dtype.name)
+    if bits:
         pool, _ = lax.optimization_barrier((pool, step))
-        pool = lax.bitcast_convert_type(pool, jnp.uint16)
+        pool = lax.bitcast_convert_type(pool, bits)
     return pool.at[ids].get(mode="promise_in_bounds")
 
 
-def _widen(pages):
-    """What `_gather` gave as f32: a bf16 is the upper half of the f32 that it stands for."""
-    if pages.dtype == jnp.float32:
-        return pages
-    return lax.bitcast_convert_type(pages.astype(jnp.uint32) << 16, jnp.float32)
+def _gather_scales(p: Problem, pool, ids):
+    """Scales [M, Hkv, 1, T], by token, of pages `ids` [M, Hkv, C] of `pool` [pages, P], in `pack_scales`' order."""
+    scales = pool.at[ids].get(mode="promise_in_bounds")
+    if p.tokens_per_row > 1:
+        scales = jnp.swapaxes(scales.reshape(*ids.shape, p.tokens_per_row, p.rows), -1, -2)
+    return scales.reshape(*ids.shape[:2], 1, -1)
+
+
+def _widen(pages, dtype: str):
+    """What `_gather` gave of a pool of `dtype`, as f32."""
+    if dtype == "bfloat16":  # the upper half of the f32 that it stands for
+        return lax.bitcast_convert_type(pages.astype(jnp.uint32) << 16, jnp.float32)
+    if dtype == "float8_e4m3fn":
+        pages = lax.bitcast_convert_type(pages, jnp.float8_e4m3fn)
+    return pages.astype(jnp.float32)

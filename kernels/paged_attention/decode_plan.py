@@ -18,6 +18,7 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # Tokens in a cell of few heads, by least page size: a cell's own scalar work weighs most where each page's does too,
 # and a long cell is paid whole for a short sequence.
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
+_CELL_TOKENS_QUANTIZED = 2048  # two copies more a page and half the time for them: a cell's own work weighs more
 _PART_ROWS = 512
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
@@ -189,7 +190,8 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     row_bytes = p.num_kv_heads * p.width * jnp.dtype(p.cache_dtype).itemsize
     wide = p.width > LANES  # its pages are copied in pieces, whose scalar work larger steps and cells spread
     rows = max(1, _STEP_BYTES * (2 if wide else 1) // num_cores // row_bytes)  # of a step
-    tokens = next(tokens for page_size, tokens in _CELL_TOKENS if p.page_size >= page_size) * (2 if wide else 1)
+    tokens = next(tokens for page_size, tokens in _CELL_TOKENS if p.page_size >= page_size)
+    tokens = _CELL_TOKENS_QUANTIZED if p.is_quantized else tokens * (2 if wide else 1)
     if sliding_window is not None:
         tokens = max(tokens, min(_WINDOW_TOKENS, sliding_window))
     pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // p.rows)

@@ -194,12 +194,13 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     tokens = _CELL_TOKENS_QUANTIZED if p.is_quantized else tokens * (2 if wide else 1)
     if sliding_window is not None:
         tokens = max(tokens, min(_WINDOW_TOKENS, sliding_window))
-    pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // p.rows)
+    page_rows = _round_up(p.rows, SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize)  # as they lie in a cell
+    pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // page_rows)
     pages = min(pages, _power_of_two_above(p.pages_per_sequence))
-    cells = _power_of_two(rows // max(LANES, pages * p.rows))
+    cells = _power_of_two(rows // max(LANES, pages * page_rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))
     cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
-    buffers = 6 * cells * max(LANES, pages * p.rows) * row_bytes
+    buffers = 6 * cells * max(LANES, pages * page_rows) * row_bytes
     ahead = 1 if buffers > vmem_limit(num_cores) // 2 else 2  # only for pages of megabytes
     return BlockSizes(pages, cells, ahead)
 

@@ -440,7 +440,7 @@ class Body:
         blocks = plan.W // LANES
         part = lambda i: dot(
             q[:, i * LANES : (i + 1) * LANES],
-            refs.k[self.ring.here, c, h * blocks + i, rows],
+            self._wide(refs.k[self.ring.here, c, h * blocks + i, rows]),
             1,
             plan.query_dtype,
         )
@@ -454,8 +454,12 @@ class Body:
         plan, slot = self.plan, self.ring.plus(-1).here
         blocks = plan.W // LANES
         weight = each[h % len(each)][:, rows.start : rows.start + rows.size]
-        parts = [dot(weight, self.refs.v[slot, c, h * blocks + i, rows], 0, plan.query_dtype) for i in range(blocks)]
+        v = [self._wide(self.refs.v[slot, c, h * blocks + i, rows]) for i in range(blocks)]
+        parts = [dot(weight, block, 0, plan.query_dtype) for block in v]
         return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
+
+    def _wide(self, pages):
+        return pages.astype(jnp.bfloat16) if self.plan.widens_pages else pages
 
     def _each_head(self, g, product, shape):
         """`product(h)` of the kv heads that share row group g, each in its own rows."""

@@ -43,6 +43,7 @@ def decode_pages_pallas(
     return_lse=True,
     block_sizes: BlockSizes | None = None,
     num_cores: int = 1,
+    widens_pages: bool = False,
     interpret: Interpret = False,
 ):
     """(output [B, Hq, D], lse [B, Hq] f32), or the output alone, by the decode kernel.
@@ -53,6 +54,7 @@ def decode_pages_pallas(
       sinks: [Hq] f32 logits added to the softmax denominator.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pages, as `pack_scales` stores them.
       block_sizes: None for `choose_block_sizes`.
+      widens_pages: multiply 8-bit pages as bf16, for a chip whose matrix unit takes no fp8.
       num_cores: 2 puts both cores of a megacore chip to work.
       interpret: False compiles; True or an InterpretParams simulates.
 
@@ -75,6 +77,7 @@ def decode_pages_pallas(
         has_sinks=sinks is not None,
         return_lse=return_lse,
         num_cores=num_cores,
+        widens_pages=widens_pages,
     )
     check_block_sizes(plan)
     rows = rows_per_launch(plan)

@@ -19,6 +19,7 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # and a long cell is paid whole for a short sequence.
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
 _CELL_TOKENS_QUANTIZED = 2048  # two copies more a page and half the time for them: a cell's own work weighs more
+_FEW_TOKENS = 64
 _PART_ROWS = 512
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
@@ -72,6 +73,7 @@ class Plan:
     has_sinks: bool = False
     return_lse: bool = False
     num_cores: int = 1
+    widens_pages: bool = False
 
     B = property(lambda self: self.problem.batch)
     Hq = property(lambda self: self.problem.num_q_heads)
@@ -190,6 +192,8 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     row_bytes = p.num_kv_heads * p.width * jnp.dtype(p.cache_dtype).itemsize
     wide = p.width > LANES  # its pages are copied in pieces, whose scalar work larger steps and cells spread
     rows = max(1, _STEP_BYTES * (2 if wide else 1) // num_cores // row_bytes)  # of a step
+    if p.is_quantized and p.page_size < _FEW_TOKENS:  # four copies a page in straight-line code: it has to compile
+        rows = max(1, rows // 4)
     tokens = next(tokens for page_size, tokens in _CELL_TOKENS if p.page_size >= page_size)
     tokens = _CELL_TOKENS_QUANTIZED if p.is_quantized else tokens * (2 if wide else 1)
     if sliding_window is not None:

@@ -77,22 +77,28 @@ def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:
     return interpret
 
 
-def on_each_core(launch, *operands, interpret: Interpret):
-    """`launch(*operands, num_cores)` with as many cores as a device has of the chip that the program is lowered for.
+def multiplies_fp8(device) -> bool:
+    """Whether the chip's matrix unit takes float8_e4m3fn: from v5e on."""
+    return getattr(device, "device_kind", "") != "TPU v4"
+
+
+def where_target(test, if_so, if_not, *operands):
+    """`if_so(*operands)` where the program is lowered for a device that passes `test`, else `if_not(*operands)`.
 
     Where the chip is not known when this is traced (a plain `jit`, lowered for an absent TPU), it is asked for while
     the program is lowered, and the branch not taken is gone from the compiled program.
     """
+    device = target_device(*(x for x in operands if x is not None))
+    if device is not None:
+        return (if_so if test(device) else if_not)(*operands)
+    return jax.lax.cond(lowered_for(test), if_so, if_not, *operands)
+
+
+def on_each_core(launch, *operands, interpret: Interpret):
+    """`launch(*operands, num_cores)` with as many cores as a device has of the chip that the program is lowered for."""
     if isinstance(interpret, pltpu.InterpretParams):
         return launch(*operands, num_cores=interpret.num_cores_or_threads or 1)
     if interpret:
         return launch(*operands, num_cores=1)
-    device = target_device(*(x for x in operands if x is not None))
-    if device is not None:
-        return launch(*operands, num_cores=NUM_CORES if has_megacore(device) else 1)
-    return jax.lax.cond(
-        lowered_for(has_megacore),
-        functools.partial(launch, num_cores=NUM_CORES),
-        functools.partial(launch, num_cores=1),
-        *operands,
-    )
+    cores = (functools.partial(launch, num_cores=n) for n in (NUM_CORES, 1))
+    return where_target(has_megacore, *cores, *operands)

@@ -211,10 +211,13 @@ class Body:
 
     def _wait(self, ring: Ring, ref, sems) -> None:
         """Waits for a step's tiles. A wait only counts bytes, so here are as many in one piece."""
-        plan, unit = self.plan, self.plan.tile if self.plan.tile % self.plan.register_rows == 0 else self.plan.page_rows
-        blocks = self.work.tiles_of(ring.cells) * ref.shape[-3]
-        part = ref.reshape(math.prod(ref.shape[:-1]) // unit, unit, LANES).at[pl.ds(0, blocks), pl.ds(0, plan.tile)]
-        pl.when(blocks > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
+        plan, tiles = self.plan, self.work.tiles_of(ring.cells)
+        if plan.tile == plan.register_rows:
+            blocks = ref.reshape(math.prod(ref.shape[:-1]) // plan.tile, plan.tile, LANES)
+            part = blocks.at[pl.ds(0, tiles * ref.shape[-3])]
+        else:  # pages, which a buffer pads to whole registers: those of HBM count right
+            part = self.refs.key_pages.at[0, 0, pl.ds(0, tiles * plan.Hkv)]
+        pl.when(tiles > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
 
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
+from paged_dist.attend import _smoothed
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.kernels.quantization import LARGEST, fp8_bits, pack_scales, unpack_scales
@@ -260,3 +261,32 @@ def test_no_pool_is_widened_nor_scales_copied(dtype):
     compiled = jax.jit(attend).lower(query, pool, pool, int32(8), int32(8, 16), scales, scales).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**23
     assert not re.search(r"\b(f32|f16|bf16)\[8192,", compiled.as_text().replace("f32[8192,128]", ""))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [None, 2])
+def test_what_a_cache_hands_to_attention_stands_for_the_tokens_written(layers, dtype):
+    """Keys divided by the smoothing, queries multiplied by it: the oracle knows of neither."""
+    rng, spec = np.random.default_rng(4), pd.CacheSpec(2, 128, 8, dtype=dtype, num_layers=layers)
+    key, value = (rng.standard_normal((3, 200, 2, 128)).astype(np.float32) for _ in "kv")
+    query = rng.standard_normal((3, 4, 128)).astype(np.float32)
+    smoothing = np.exp(0.5 * rng.standard_normal(spec.key_smoothing_shape))
+    key = (key * smoothing.reshape(-1, 2, 128)[-1]).astype(np.float32)  # channels as uneven as it says
+    lengths, tables = np.array([200, 0, 77], np.int32), np.arange(6, dtype=np.int32).reshape(3, 2)
+    layer = None if layers is None else jnp.int32(1)
+    cache = pd.PagedKVCache.create(spec, pod(shape=(1, 1, 1)), key_smoothing=smoothing)
+    cache = pd.write_prefill_kv(cache, *map(jnp.asarray, (key, value, lengths, tables)), layer=layer)
+
+    smoothed = _smoothed(jnp.asarray(query), cache.layer_smoothing(layer))
+    *pools, stacked_layer = cache.stacked(layer)
+    got, _ = attend_pages_xla(
+        smoothed, *pools, lengths, tables, stacked_layer, sm_scale=0.1, **cache.stacked_scales()
+    )  # fmt: skip
+    pages = np.zeros((2, 2, 8, 128, 128), np.float32)
+    for pool, new in zip(pages, (key, value), strict=True):
+        for b, length in enumerate(lengths):
+            for t in range(length):
+                pool[:, tables[b, t // 128], t % 128] = new[b, t]
+    want, _ = attention_oracle(query, *pages, lengths, tables, sm_scale=0.1)
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < (0.02 if dtype == "int8" else 0.08)

@@ -20,7 +20,7 @@ from paged_dist.kernels.paged_attention.checks import (
 )
 from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
-from paged_dist.kernels.paged_attention.megacore import multiplies_fp8, on_each_core, where_target
+from paged_dist.kernels.paged_attention.megacore import on_target
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
 
@@ -176,7 +176,7 @@ def decode_stored_pages(
         if key_scales is not None and made != stored:
             rest = [*rest[:-2], *(pack_scales(unpack_scales(x, page_size, stored), made) for x in rest[-2:])]
 
-        def launch(*operands, num_cores, widens_pages=False):
+        def launch(*operands, target):
             query, key_pages, value_pages, lengths, block_tables, *rest = operands
             made = decode_pages_pallas(
                 query,
@@ -188,19 +188,16 @@ def decode_stored_pages(
                 **options,
                 return_lse=return_lse,
                 block_sizes=block_sizes,
-                num_cores=num_cores,
-                widens_pages=widens_pages,
+                target=target,
                 interpret=interpret,
             )
             return made if return_lse else (made,)
 
-        def launch_fp8(*operands, num_cores):
-            made = functools.partial(launch, num_cores=num_cores)
-            widened = functools.partial(made, widens_pages=True)
-            return made(*operands) if interpret else where_target(multiplies_fp8, made, widened, *operands)
-
-        launch_pages = launch_fp8 if pools[0].dtype == jnp.float8_e4m3fn else launch
-        output, *lse = on_each_core(launch_pages, query, *pools, *rest, interpret=interpret)
+        asks = ("num_cores",)
+        if key_scales is not None:
+            fp8 = pools[0].dtype == jnp.float8_e4m3fn
+            asks += ("multiplies_fp8", "outruns_core") if fp8 else ("outruns_core",)
+        output, *lse = on_target(launch, query, *pools, *rest, asks=asks, interpret=interpret)
         return (output[..., :head_dim], *lse)
 
     def xla(*operands):

@@ -73,7 +73,8 @@ class Plan:
     has_sinks: bool = False
     return_lse: bool = False
     num_cores: int = 1
-    widens_pages: bool = False
+    widens_pages: bool = False  # 8-bit pages are multiplied as bf16
+    values_with_keys: bool = False  # V's copies are issued with K's, not a step behind: less scalar work, a later end
 
     B = property(lambda self: self.problem.batch)
     Hq = property(lambda self: self.problem.num_q_heads)
@@ -136,7 +137,7 @@ class Plan:
         shapes = dict(
             q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),
             k=((ahead + 1, *block), p.cache_dtype),
-            v=((ahead + 1, *block), p.cache_dtype),
+            v=((ahead + (2 if self.values_with_keys else 1), *block), p.cache_dtype),
             scores=((self.C, self.H, self.M, self.T), f32),
             top=((self.C, *stat), f32),
             decay=((self.C, *stat), f32),

@@ -65,9 +65,10 @@ def decode_pages_pallas(
     p = check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
     if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
         sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
+    sizes_for = (target.num_cores, target.outruns_core)
     plan = Plan(
         p,
-        choose_block_sizes(p, sliding_window, target.num_cores) if block_sizes is None else block_sizes,
+        choose_block_sizes(p, sliding_window, *sizes_for) if block_sizes is None else block_sizes,
         sm_scale=float(sm_scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sliding_window=sliding_window,

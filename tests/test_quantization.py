@@ -132,9 +132,9 @@ def pod(kind=AxisType.Auto, shape=(2, 1, 4)):
 
 
 def pages_of(dtype, head_dim, page_size, layers, seed=0):
-    """Key and value pages and scales [Hkv = 4, N = 32, P(, D)], layers before."""
+    """Key and value pages and scales [Hkv = 4, N, P(, D)], layers before."""
     rng = np.random.default_rng(seed)
-    shape = (*([layers] if layers else []), 4, 32, page_size, head_dim)
+    shape = (*([layers] if layers else []), 4, max(32, 2048 // page_size), page_size, head_dim)
     pages = [jnp.asarray(rng.integers(-100, 100, shape), jnp.int8).astype(dtype) for _ in "kv"]
     return *pages, *(jnp.asarray(rng.random(shape[:-1]), jnp.float32) for _ in "kv")
 
@@ -145,7 +145,7 @@ def pages_of(dtype, head_dim, page_size, layers, seed=0):
 @pytest.mark.parametrize(("head_dim", "page_size", "layers"), [(128, 128, None), (64, 64, 2), (64, 16, None)])
 def test_pages_round_trip_through_a_sharded_cache(head_dim, page_size, layers, dtype, kind):
     mesh, arrays = pod(kind), pages_of(dtype, head_dim, page_size, layers)
-    spec = pd.CacheSpec(4, head_dim, 32, page_size, dtype=dtype, num_layers=layers)
+    spec = pd.CacheSpec(4, head_dim, arrays[0].shape[-3], page_size, dtype=dtype, num_layers=layers)
     smoothing = np.full(spec.key_smoothing_shape, 2.0)
     cache = pd.PagedKVCache.from_pages(*arrays, key_smoothing=smoothing, mesh=mesh)
     abstract = pd.PagedKVCache.abstract(spec, mesh, key_smoothing=True)
@@ -186,12 +186,12 @@ KEYS, VALUES, KEY_SCALES, VALUE_SCALES = pages_of("int8", 128, 16, None)
     [
         ((KEYS, VALUES), {}, "key_scales=None.*both key_scales and value_scales"),
         ((KEYS, VALUES, KEY_SCALES), {}, "value_scales=None"),
-        ((KEYS, VALUES, KEY_SCALES[:, :8], VALUE_SCALES), {}, r"key_scales\.shape=\(4, 8, 16\).*\(4, 32, 16\)"),
+        ((KEYS, VALUES, KEY_SCALES[:, :8], VALUE_SCALES), {}, r"key_scales\.shape=\(4, 8, 16\).*\(4, 128, 16\)"),
         ((KEYS, VALUES, KEY_SCALES, VALUE_SCALES.astype("bfloat16")), {}, r"value_scales\.dtype='bfloat16'.*float32"),
         (
             (KEYS.astype("bfloat16"), VALUES.astype("bfloat16"), KEY_SCALES, VALUE_SCALES),
             {},
-            r"key_scales=\(4, 32, 16\): must be None with bfloat16 pages",
+            r"key_scales=\(4, 128, 16\): must be None with bfloat16 pages",
         ),
         (
             (KEYS.astype("float32"), VALUES.astype("float32")),

@@ -204,9 +204,9 @@ def test_the_xla_form_widens_no_pool(dtype):
 )
 @pytest.mark.parametrize(("head_dim", "page_size", "dtype"), [(128, 128, "float8_e4m3fn"), (64, 16, "int8")])
 def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtype, kind, implementation):
-    mesh, rng = pod(kind), np.random.default_rng(3)
-    tables = shard_tables(rng, 2, 16, 4)
-    arrays = arrays_of(rng, 2, 4, 16, page_size, head_dim, dtype)
+    mesh, rng, pages = pod(kind), np.random.default_rng(3), max(16, 2048 // page_size)
+    tables = shard_tables(rng, 2, pages, 4)
+    arrays = arrays_of(rng, 2, 4, pages, page_size, head_dim, dtype)
     smoothing = np.exp(rng.standard_normal((2, 4, head_dim))).astype(np.float32)
     cache = pd.PagedKVCache.from_pages(*map(jnp.asarray, arrays), key_smoothing=smoothing, mesh=mesh)
     positions = np.array([3, -1, page_size + 6, page_size * 4], np.int32)  # row 1 is idle, row 3 past its table
@@ -228,8 +228,8 @@ def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtyp
 @pytest.mark.parametrize("implementation", [None, "pallas_interpret"], ids=["xla", "simulated"])
 def test_prompts_in_chunks_of_some_rows_equal_all_at_once(implementation):
     mesh, rng = pod(), np.random.default_rng(9)
-    spec = pd.CacheSpec(4, 128, 16, 64, dtype="int8", num_layers=2)
-    tables = jnp.asarray(shard_tables(rng, 2, 16, 4))
+    spec = pd.CacheSpec(4, 128, 32, 64, dtype="int8", num_layers=2)
+    tables = jnp.asarray(shard_tables(rng, 2, 32, 4))
     lengths = np.array([150, 0, 64, 129], np.int32)
     key, value = (rng.standard_normal((4, 150, 4, 128)).astype(np.float32) for _ in "kv")
     create = lambda: pd.PagedKVCache.create(spec, mesh, key_smoothing=np.full((2, 4, 128), 3.0))

@@ -33,7 +33,9 @@ NUM_REQUESTS = flags.DEFINE_integer(
 LENGTH_SCALE = flags.DEFINE_float("length_scale", 1.0, "Factor on every request's lengths.")
 MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
 MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn requests, of all tensors, and of what is checked.")
+HBM_GIB = flags.DEFINE_float(
+    "hbm_gib", 16.0, "HBM of a chip in GiB, for the report's line on how many sequences fit; nothing is allocated."
+)
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
 
 flags.adopt_module_key_flags(shared)
@@ -58,8 +60,10 @@ def requests_from_flags() -> tuple[list[Request], str]:
     shared.at_least(
         1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value, max_generated=MAX_GENERATED.value
     )
-    shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value, seed=SEED.value)
-    require(SEED.value < 2**32, "--seed", SEED.value, "must be below 2**32")
+    shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
+    shared.check_seed()
+    gib = HBM_GIB.value
+    require(0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
     scale = LENGTH_SCALE.value
     require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
     if TRACE.value is not None:
@@ -67,7 +71,8 @@ def requests_from_flags() -> tuple[list[Request], str]:
         if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
             raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
     else:
-        requests, name = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, SEED.value), "the built-in workload"
+        requests = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, shared.SEED.value)
+        name = "the built-in workload"
     if scale != 1:
         name += f", lengths x {scale:g}"
     return shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value), name
@@ -111,7 +116,7 @@ def model_from_flags():
         dtype,
         shared.SOFT_CAP.value,
         shared.SLIDING_WINDOW.value,
-        SEED.value,
+        shared.SEED.value,
     )
 
 
@@ -147,6 +152,8 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
       ValueError, NotImplementedError: what does not.
     """
     from paged_dist import CacheSpec
+    from paged_dist.kernels._tiling import LANES
+    from paged_dist.kernels.quantization import is_quantized
     from paged_dist.launch.schedule import Pool
 
     page_size = shared.PAGE_SIZE.value
@@ -166,7 +173,12 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
         f"give at least {pages_needed(longest.tokens, page_size)}",
     )
     shards = data * context
-    pages = shared.NUM_PAGES.value or Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
+    pages = shared.NUM_PAGES.value
+    if pages is None:
+        pages = Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
+        # Pages of less than 128 tokens share rows of scales, which a shard's pages fill.
+        unit = shards * max(1, LANES // page_size) if is_quantized(model.dtype) else shards
+        pages = -(-pages // unit) * unit
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     spec.check_mesh(mesh)
     check_memory(spec, mesh)
@@ -243,12 +255,14 @@ def record_of(run: Run, measured, schedule) -> dict:
         devices=devices,
         dtype=m.dtype,
     )
+    record["capacity"] = report.capacity(run.spec, run.requests, HBM_GIB.value, record["chips"])
     settings = {
         "layers": m.num_layers,
         "num_q_heads": m.num_q_heads,
         "num_kv_heads": m.num_kv_heads,
         "head_dim": m.head_dim,
         "dtype": m.dtype,
+        "input_dtype": m.input_dtype,
         "page_size": run.spec.page_size,
         "batch": run.pool.batch,
         "pages_per_sequence": run.pages_per_sequence,
@@ -264,6 +278,7 @@ def record_of(run: Run, measured, schedule) -> dict:
         "workload": run.workload,
         "mesh": dict(run.mesh.shape),
         "cache_bytes": run.spec.bytes_total,
+        "bytes_per_token": run.spec.bytes_per_token,
         "processes": jax.process_count(),
         "versions": report.versions(),
     }
@@ -298,7 +313,7 @@ def main(argv) -> int:
         check_agreement(run)
         engine = Engine(model, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
         allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
-        checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, SEED.value)
+        checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, shared.SEED.value)
         schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
     say(describe_mesh(run.mesh).partition("\n")[0])
     say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from paged_dist._errors import not_yet, require
+from paged_dist._errors import require
 
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
@@ -23,9 +23,12 @@ NUM_LAYERS = flags.DEFINE_integer("layers", 2, "Layers of attention.")
 NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 16, "Query heads.")
 NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Elements of a head: 64 or a multiple of 128.")
-KV_DTYPE = flags.DEFINE_string("kv_dtype", "bf16", "Cache, query and output: bf16 or f32.")
+KV_DTYPE = flags.DEFINE_string(
+    "kv_dtype", "bf16", "Cache: bf16, f32, int8 or fp8. Query and output are bf16, with an f32 cache f32."
+)
 SOFT_CAP = flags.DEFINE_float("soft_cap", None, "Soft cap on the logits. Default: none.")
 SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Attend to the last so many tokens. Default: all.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything that is drawn.")
 IMPLEMENTATION = flags.DEFINE_string(
     "implementation", None, "pallas, pallas_interpret or xla. Default: pallas on TPU, xla elsewhere."
 )
@@ -57,8 +60,7 @@ BIND_ADDRESS = flags.DEFINE_string(
     "coordinator_bind_address", None, "host:port on which process 0 listens. Default: $JAX_COORDINATOR_BIND_ADDRESS."
 )
 
-_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "f32": "float32", "float32": "float32"}
-_DTYPES_TO_COME = ("int8", "fp8", "fp8_e4m3", "float8_e4m3fn")
+_DTYPES = {"bf16": "bfloat16", "f32": "float32", "int8": "int8", "fp8": "float8_e4m3fn"}
 _HELP = frozenset(("-h", "-help", "--help", "-?"))
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
@@ -101,15 +103,19 @@ def _end(name: str, message: str, code: int = 2) -> NoReturn:
 
 
 def kv_dtype(flag: str) -> str:
-    """The dtype that --kv_dtype names.
+    """JAX's name of the dtype that --kv_dtype names, which may be that name itself.
 
     Raises:
-      NotImplementedError: int8 or fp8. ValueError: any other name that is not bf16 or f32.
+      ValueError: any other name.
     """
-    if flag in _DTYPES_TO_COME:
-        raise not_yet(f"--kv_dtype={flag}", "use --kv_dtype=bf16 or --kv_dtype=f32")
-    require(flag in _DTYPES, "--kv_dtype", flag, "is no cache dtype", "use bf16 or f32")
-    return _DTYPES[flag]
+    named = _DTYPES.get(flag, flag)
+    require(named in _DTYPES.values(), "--kv_dtype", flag, "is no cache dtype", "use bf16, f32, int8 or fp8")
+    return named
+
+
+def check_seed() -> None:
+    """Raises ValueError where --seed is no 32-bit number."""
+    require(0 <= SEED.value < 2**32, "--seed", SEED.value, "must be at least 0 and below 2**32")
 
 
 def at_least(smallest: int, **by_flag: int | float | None) -> None:

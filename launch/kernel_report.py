@@ -1,10 +1,10 @@
 """The decode kernel compiled for chips that are not here: `paged-dist-kernel-report`.
 
-For each chip it compiles `paged_decode_attention` at one chip's shapes, ahead of time on this host's CPU, and prints
-how long lowering and compiling took, the VMEM, SMEM and temporary HBM of the program, how many DMAs of K and V the
-kernel issues for the given lengths and how many bytes they read, over those that are live, and which XLA operations
-stand around the kernel; beside it JAX's own paged attention at the same shapes. It needs libtpu, the TPU compiler,
-and no TPU. Nothing runs: it says nothing about time on a chip.
+For each chip it compiles `paged_decode_attention` at one chip's shapes, over a cache as it is stored, ahead of time on
+this host's CPU, and prints how long lowering and compiling took, the VMEM, SMEM and temporary HBM of the program, how
+many DMAs of K and V and their scales the kernel issues for the given lengths and how many bytes they read, over those
+that are live, and which XLA operations stand around the kernel; beside it JAX's own paged attention at the same shapes.
+It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing about time on a chip.
 """
 
 from __future__ import annotations
@@ -115,19 +115,28 @@ def plan_of(s: Settings, num_cores: int):
 
     from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
+    from paged_dist.kernels._tiling import LANES
     from paged_dist.kernels.paged_attention import decode_plan
     from paged_dist.kernels.paged_attention.checks import check_pools
+    from paged_dist.kernels.quantization import is_quantized
+    from paged_dist.launch.synthetic import input_dtype
 
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
-    spec = CacheSpec(s.num_kv_heads, s.head_dim, sum(pages), s.page_size, s.dtype, num_layers=1)
-    pool = jax.ShapeDtypeStruct(spec.pool_shape, s.dtype)
+    unit = max(1, LANES // s.page_size) if is_quantized(s.dtype) else 1  # pages that share a row of scales
+    num_pages = -(-sum(pages) // unit) * unit
+    spec = CacheSpec(s.num_kv_heads, s.head_dim, num_pages, s.page_size, s.dtype, num_layers=1)
+    pool, scales = jax.ShapeDtypeStruct(spec.pool_shape, s.dtype), None
+    if spec.is_quantized:
+        scales = jax.ShapeDtypeStruct(spec.scales_shape, jnp.float32)
     batch = len(s.lengths)
     problem = check_pools(
-        jax.ShapeDtypeStruct((batch, s.num_q_heads, s.head_dim), s.dtype),
+        jax.ShapeDtypeStruct((batch, s.num_q_heads, s.head_dim), input_dtype(s.dtype)),
         pool,
         pool,
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((batch, max(pages)), jnp.int32),
+        scales,
+        scales,
     )
     window = s.sliding_window
     if window is not None:
@@ -148,19 +157,33 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from paged_dist.kernels import paged_decode_attention
     from paged_dist.kernels.paged_attention import decode_cost, decode_plan
+    from paged_dist.kernels.paged_attention.decode import decode_stored_pages
+    from paged_dist.kernels.quantization import scale_rows
     from paged_dist.launch.compiled import timed_compile
 
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, p.head_dim), p.query_dtype)
-    pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
+    pool = jax.ShapeDtypeStruct((1, p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
     lengths = jax.ShapeDtypeStruct((p.batch,), jnp.int32)
     table = jax.ShapeDtypeStruct((p.batch, p.pages_per_sequence), jnp.int32)
     sizes = None if s.block_sizes is None else plan.sizes
+    scales = ()
+    if p.is_quantized:
+        rows = scale_rows(p.num_pages, p.page_size)
+        scales = 2 * (jax.ShapeDtypeStruct((1, p.num_kv_heads, rows, 128), jnp.float32),)
 
     def attend(*arrays):
-        return paged_decode_attention(*arrays, sliding_window=s.sliding_window, block_sizes=sizes)
+        arrays, scales = arrays[:5], dict(zip(("key_scales", "value_scales"), arrays[5:], strict=False))
+        return decode_stored_pages(
+            *arrays,
+            **scales,
+            sm_scale=1.0,
+            soft_cap=None,
+            sliding_window=s.sliding_window,
+            return_lse=False,
+            block_sizes=sizes,
+        )
 
     rows = min(p.batch, decode_plan.rows_per_launch(plan))
     launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
@@ -169,7 +192,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
         "vmem_planned": launch.vmem_bytes,
         "smem_planned": launch.smem_bytes,
         **_counted(decode_cost.copies(plan, s.lengths), decode_cost.live_bytes(plan, s.lengths)),
-        **_compiled(timed_compile(mesh, attend, query, pool, pool, lengths, table), plan),
+        **_compiled(timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
     }
 
 
@@ -215,9 +238,11 @@ def _compiled(compiled, plan) -> dict:
 
 def report_chip(s: Settings, chip: str, mesh, plan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
+    from paged_dist.launch import jax_kernel
+
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
-        if kernel == "jax" and not s.jax:
+        if kernel == "jax" and not (s.jax and jax_kernel.takes(s.dtype)):
             continue
         try:
             found = report(s, mesh, plan)
@@ -252,9 +277,10 @@ def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
+    scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
     lines = [
         f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, head_dim {s.head_dim}, "
-        f"{s.dtype}, pages of {s.page_size}{window}",
+        f"{s.dtype}{scales}, pages of {s.page_size}{window}",
         f"lengths {min(s.lengths)} to {max(s.lengths)}, {sum(s.lengths)} tokens"
         + ("" if live is None else f", {live / 1e6:.2f} MB live"),
         " ".join(f"{name} {version}" for name, version in versions.items()),
@@ -269,6 +295,8 @@ def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
             lines.append(_line(_COLUMNS, [show(r) for *_, show in _COLUMNS]))
     if s.jax and s.sliding_window is not None:
         lines.append("JAX's own has no sliding window: it reads every token.")
+    if s.jax and s.dtype == "float8_e4m3fn":
+        lines.append("JAX's own has no fp8 pages with scales.")
     return "\n".join(lines)
 
 

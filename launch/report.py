@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -13,7 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from paged_dist import CacheSpec
 from paged_dist.launch.engine import ERROR_BOUNDS, Measured
+from paged_dist.launch.workload import Request, sequences_that_fit
 
 # Peak HBM bandwidth of a chip in bytes a second (Google's published figures), and devices that JAX shows a chip.
 _CHIPS = {
@@ -140,6 +143,46 @@ def summarise(
     }
 
 
+CAPACITY_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+
+
+def capacity(spec: CacheSpec, requests: list[Request], hbm_gib: float, chips: float) -> dict:
+    """How many of the workload's sequences fit at once, were all of the chips' HBM one cache like `spec`.
+
+    Args:
+      spec: whose heads, layers and page size count; of any dtype and number of pages.
+      requests: over and over again in their order, see `sequences_that_fit`.
+      hbm_gib: HBM of one chip in GiB, all of it for pages (and their scales).
+
+    Returns:
+      hbm_gib, chips, and for each dtype of CAPACITY_DTYPES `bytes_per_token`, `pages` and `sequences`; None for a
+      dtype that has no pages of that size.
+    """
+    found: dict = {"hbm_gib": hbm_gib, "chips": chips}
+    for dtype in CAPACITY_DTYPES:
+        try:
+            one = dataclasses.replace(spec, dtype=dtype, num_pages=128)
+        except ValueError:  # scales fill whole rows at some page sizes only
+            found[dtype] = None
+            continue
+        pages = int(hbm_gib * 2**30 * chips) // (one.bytes_per_token * one.page_size)
+        sequences = sequences_that_fit(requests, pages, one.page_size)
+        found[dtype] = {"bytes_per_token": one.bytes_per_token, "pages": pages, "sequences": sequences}
+    return found
+
+
+def _capacity_lines(found: dict) -> list[tuple[str, str]]:
+    first = f"{found['hbm_gib']:g} GiB of HBM x {found['chips']:g} chips hold so many sequences like these:"
+    base, lines = found["bfloat16"]["sequences"], [("capacity", first)]
+    for dtype in CAPACITY_DTYPES:
+        if (fit := found[dtype]) is None:
+            lines.append(("", f"{dtype}: has no pages of this size"))
+            continue
+        ratio = f" ({fit['sequences'] / base:.2f} x)" if base and dtype != "bfloat16" else ""
+        lines.append(("", f"{dtype}: {fit['sequences']}{ratio}, {fit['bytes_per_token']} B a token"))
+    return lines
+
+
 def _quantity(value: float, unit: str) -> str:
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
@@ -158,9 +201,13 @@ def table(r: dict) -> str:
         (
             "model",
             f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-            f"head_dim {s['head_dim']}, {s['dtype']}",
+            f"head_dim {s['head_dim']}, {s['input_dtype']}",
         ),
-        ("cache", f"{r['pool_pages']} pages of {s['page_size']} tokens, {_quantity(r['cache_bytes'], 'B')}"),
+        (
+            "cache",
+            f"{r['pool_pages']} pages of {s['page_size']} tokens, {_quantity(r['cache_bytes'], 'B')}, {s['dtype']}, "
+            f"{r['bytes_per_token']} B a token",
+        ),
         ("workload", f"{r['requests']} requests of {r['workload']}, batch {s['batch']}"),
         ("versions", " ".join(f"{name} {version}" for name, version in r["versions"].items())),
         None,
@@ -173,6 +220,7 @@ def table(r: dict) -> str:
             f"{_quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
             f"{_quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}",
         ),
+        *_capacity_lines(r["capacity"]),
         ("pool use", f"peak {r['pool_use_peak']:.1%}, mean {r['pool_use_mean']:.1%}"),
         ("time", f"compile {r['compile_s']:.2f} s, decode {r['decode_s']:.2f} s (steps {r['steps_s']:.2f} s)"),
         ("", f"prefill {r['prefill_s']:.2f} s for {r['prefill_tokens']} tokens, oracle {r['oracle_s']:.2f} s"),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paged_dist import append_kv, sharded_paged_attention, write_prefill_kv
-from paged_dist.launch.synthetic import Kind, checksum_terms, values
+from paged_dist.launch.synthetic import Kind, checksum_terms, input_dtype, keys_or_values, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,15 @@ class Model:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: str  # of query, cache and output
+    dtype: str  # of the cache
     soft_cap: float | None = None
     sliding_window: int | None = None
     seed: int = 0
+
+    @property
+    def input_dtype(self) -> str:
+        """Of query, new keys and values, and output."""
+        return input_dtype(self.dtype)
 
     @property
     def sm_scale(self) -> float:
@@ -66,8 +71,10 @@ def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
         batch = rows.shape[0]
 
         def make(kind, heads, layer):
-            made = values(jnp, model.dtype, model.seed, kind, request, position, layer, heads, channels)
-            return pin(made, at["tally"])
+            where = model.seed, kind, request, position, layer, heads, channels
+            if kind == Kind.QUERY:
+                return pin(values(jnp, model.input_dtype, *where), at["tally"])
+            return pin(keys_or_values(jnp, model.dtype, *where), at["tally"])
 
         def one_layer(carry, layer):
             cache, tally, sample = carry
@@ -95,7 +102,7 @@ def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
             sample = jnp.where((pick[:, 1] == layer)[:, None, None], shown, sample)
             return (cache, pin(tally, at["tally"]), pin(sample, at["sample"])), None
 
-        sample = pin(jnp.zeros((data, model.num_q_heads, model.head_dim), model.dtype), at["sample"])
+        sample = pin(jnp.zeros((data, model.num_q_heads, model.head_dim), model.input_dtype), at["sample"])
         carry, _ = lax.scan(one_layer, (cache, tally, sample), jnp.arange(model.num_layers, dtype=jnp.int32))
         return carry
 
@@ -130,7 +137,8 @@ def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int, implementation: 
         def one_layer(cache, layer):
             key, value = (
                 lax.with_sharding_constraint(
-                    values(jnp, model.dtype, model.seed, kind, owner, position, layer, kv_heads, channels), heads_split
+                    keys_or_values(jnp, model.dtype, model.seed, kind, owner, position, layer, kv_heads, channels),
+                    heads_split,
                 )
                 for kind in (Kind.KEY, Kind.VALUE)
             )

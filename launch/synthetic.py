@@ -23,6 +23,17 @@ class Kind(enum.IntEnum):
     VALUE = 2
     CHECKSUM_LOW = 3
     CHECKSUM_HIGH = 4
+    KEY_SIZE = 5
+    VALUE_SIZE = 6
+
+
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what the largest channel of a token becomes in an 8-bit cache
+
+
+def input_dtype(cache_dtype) -> str:
+    """The dtype of query, new keys and values, and output beside a cache of `cache_dtype`: bfloat16 to an 8-bit one."""
+    name = np.dtype(cache_dtype).name
+    return "bfloat16" if name in _LARGEST else name
 
 
 def _mix(xp, x):
@@ -65,6 +76,35 @@ def values(xp, dtype, *indices):
     bits = {"bfloat16": 8, "float32": 16}[np.dtype(dtype).name]
     top = (hash_indices(xp, *indices) >> xp.uint32(32 - bits)).astype(xp.int32)
     return ((2 * top + (1 - 2**bits)).astype(xp.float32) * xp.float32(2.0 ** (1 - bits))).astype(dtype)
+
+
+def keys_or_values(xp, cache_dtype, seed, kind: Kind, request, position, layer, heads, channels):
+    """`values` of a token, as they are written into a cache of `cache_dtype`: its `input_dtype`, [..., H, D].
+
+    For an 8-bit cache each token's head is made smaller by one of 1, 2, 4 and 8, which leaves the values exact: all
+    scales would be alike within a few percent otherwise, and one in another's place would hardly show.
+    """
+    dtype = np.dtype(input_dtype(cache_dtype))
+    made = values(xp, dtype, seed, kind, request, position, layer, heads, channels)
+    if np.dtype(cache_dtype).name not in _LARGEST:
+        return made
+    size = Kind.KEY_SIZE if kind == Kind.KEY else Kind.VALUE_SIZE
+    halvings = hash_indices(xp, seed, size, request, position, layer, heads, np.zeros(1, np.int32)) >> xp.uint32(30)
+    return (made.astype(xp.float32) * (xp.float32(1) / (xp.uint32(1) << halvings).astype(xp.float32))).astype(dtype)
+
+
+def as_held(x: np.ndarray, cache_dtype) -> np.ndarray:
+    """What a cache of `cache_dtype` holds of keys or values x [..., D]: float64, from the rule alone, in NumPy.
+
+    8 bits: x over its largest channel's share of 127 (int8, rounded to nearest even) or 448 (e4m3), and back.
+    """
+    dtype, x = np.dtype(cache_dtype), x.astype(np.float64)
+    if dtype.name not in _LARGEST:
+        return x
+    scale = np.abs(x).max(axis=-1, keepdims=True) / _LARGEST[dtype.name]
+    scaled = x / np.where(scale > 0, scale, 1.0)
+    held = np.rint(scaled) if dtype.name == "int8" else scaled.astype(np.float32).astype(dtype)
+    return held.astype(np.float64) * scale
 
 
 def checksum_terms(xp, output, *indices):

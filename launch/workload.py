@@ -115,6 +115,17 @@ def shorten(
     return [Request(r.id, fit(r.context, max_context), fit(r.generated, max_generated)) for r in requests]
 
 
+def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) -> int:
+    """How many of the sequences fit together into a pool of `num_pages` pages of `page_size` tokens.
+
+    In the requests' order, and from the first one again where they end, each with the whole pages of its prompt and
+    all of its answer, up to the first that no longer fits.
+    """
+    ends = np.cumsum([pages_needed(r.tokens, page_size) for r in requests], dtype=np.int64)
+    rounds, rest = divmod(num_pages, int(ends[-1]))
+    return rounds * len(requests) + int(np.searchsorted(ends, rest, side="right"))
+
+
 def pages_needed(tokens: int, page_size: int) -> int:
     """Pages that hold `tokens` tokens."""
     return math.ceil(tokens / page_size)

@@ -1,8 +1,9 @@
 """The XLA form of paged attention against gathering everything, timed on this host's CPU: `paged-dist-xla-report`.
 
 The op runs as CPU users run it, `sharded_paged_attention` on a `PagedKVCache`. Against it stands what one writes
-without it, under jit: gather every page of the tables, mask, softmax in f32. All forms get the same pages and lengths,
-take turns in one process, each repeat in another order, and must agree. The ratio is that to the fastest plain form.
+without it, under jit: gather every page of the tables (8-bit ones times their scales), mask, softmax in f32. All forms
+get the same pages and lengths, take turns in one process, each repeat in another order, and must agree. The ratio is
+that to the fastest plain form.
 """
 
 from __future__ import annotations
@@ -67,13 +68,16 @@ def _share(text: str) -> float:
     return share
 
 
-def gather_everything(query, keys, values, lengths, tables, *, pages_first: bool, f32_products: bool):
+def gather_everything(
+    query, keys, values, lengths, tables, key_scales=None, value_scales=None, *, pages_first: bool, f32_products: bool
+):
     """Attention as plainly as it can be written: every page of the tables is gathered, whatever the lengths.
 
     Args:
       query: [B, Hq, D] bf16 or f32; keys, values: [N, Hkv, P, D] with `pages_first`, else [Hkv, N, P, D].
       lengths: [B] int32; tables: [B, S] int32, every entry the id of a page.
-      f32_products: products of f32 copies; False: of what is stored, summed in f32.
+      key_scales, value_scales: f32, of int8 and fp8 pages, their shape less D.
+      f32_products: products of f32 copies; False: of what is stored, 8-bit pages in the query's dtype, summed in f32.
 
     Returns:
       [B, Hq, D] in query's dtype.
@@ -82,13 +86,20 @@ def gather_everything(query, keys, values, lengths, tables, *, pages_first: bool
     import jax.numpy as jnp
 
     def gather(pages):
-        """[B, Hkv, T, D]"""
+        """[B, Hkv, T, ...]"""
         found = pages[tables].swapaxes(1, 2) if pages_first else pages[:, tables].swapaxes(0, 1)
-        found = found.reshape(*found.shape[:2], -1, found.shape[-1])
+        return found.reshape(*found.shape[:2], -1, *found.shape[4:])
+
+    def dequantised(pages, scales):
+        """[B, Hkv, T, D]"""
+        found = gather(pages)
+        if scales is not None:
+            found = found.astype(jnp.float32) * gather(scales)[..., None]
+            return found if f32_products else found.astype(query.dtype)
         return found.astype(jnp.float32) if f32_products else found
 
     batch, heads, head_dim = query.shape
-    k, v = gather(keys), gather(values)
+    k, v = dequantised(keys, key_scales), dequantised(values, value_scales)
     q = query.reshape(batch, k.shape[1], -1, head_dim).astype(k.dtype)  # [B, Hkv, G, D]
     logits = jnp.einsum("bhgd,bhtd->bhgt", q, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
     live = jnp.arange(k.shape[2]) < lengths[:, None]  # [B, T]
@@ -103,18 +114,23 @@ def make_forms(sizes: dict) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, sharded_paged_attention
+    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, quantize_kv, sharded_paged_attention
+    from paged_dist.launch.synthetic import input_dtype
 
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
     columns = sizes["table_tokens"] // sizes["page_size"]
     spec = CacheSpec(heads, head_dim, batch * columns, sizes["page_size"], dtype)
     mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), input_dtype(dtype))
     query = draw(batch, sizes["num_q_heads"], head_dim)
     keys, values = (draw(heads, spec.num_pages, spec.page_size, head_dim) for _ in "kv")
     tables = jnp.asarray(rng.permutation(spec.num_pages).reshape(batch, columns), jnp.int32)
-    cache = PagedKVCache.from_pages(keys, values, mesh=mesh)
+    pools = keys, values
+    if spec.is_quantized:
+        (keys, key_scales), (values, value_scales) = (quantize_kv(x, dtype) for x in pools)
+        pools = keys, values, key_scales, value_scales
+    cache = PagedKVCache.from_pages(*pools, mesh=mesh)
 
     @jax.jit
     def attend(query, cache, lengths, tables):
@@ -123,16 +139,16 @@ def make_forms(sizes: dict) -> dict:
         )
 
     forms = {"paged_dist": lambda lengths: attend(query, cache, lengths, tables)}
-    for layout, pools in (
-        ("heads first", (keys, values)),
-        ("pages first", tuple(jnp.copy(x.swapaxes(0, 1)) for x in (keys, values))),
+    for layout, stored in (
+        ("heads first", pools),
+        ("pages first", tuple(jnp.copy(x.swapaxes(0, 1)) for x in pools)),
     ):
         for f32_products in (True,) if dtype == "float32" else (False, True):
             plain = jax.jit(
                 functools.partial(gather_everything, pages_first=layout == "pages first", f32_products=f32_products)
             )
-            forms[f"{layout}, {'f32' if f32_products else 'bf16'}"] = lambda lengths, plain=plain, pools=pools: plain(
-                query, *pools, lengths, tables
+            forms[f"{layout}, {'f32' if f32_products else 'bf16'}"] = lambda lengths, plain=plain, stored=stored: plain(
+                query, *stored[:2], lengths, tables, *stored[2:]
             )
     return forms
 

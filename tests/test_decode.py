@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -88,6 +89,23 @@ def test_every_layout_of_processes_gives_the_checksum_of_2x4(records, layout, pr
     assert {k: got[k] for k in same} == {k: want[k] for k in same}
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
+def test_8_bit_caches_have_one_checksum_too(records, tmp_path, kv_dtype):
+    path, bytes_per_token = tmp_path / "results.jsonl", 2 * 2 * 2 * (64 + 4)  # layers, kv heads, K and V
+    for command in ([*POD, "--processes=2", "--devices=4", "--", "decode"], DECODE):
+        code, out, err = run([*command, *SMALL, f"--kv_dtype={kv_dtype}", f"--output={path}"])
+        assert code == 0, out + err
+        assert f"{kv_dtype}, {bytes_per_token} B a token" in out.replace("\n           ", " ")
+    several, one = map(json.loads, path.read_text().splitlines())
+    assert several["checksum"] == one["checksum"] != records["bare"][0]["checksum"]
+    assert one["oracle_checked"] == 6 and one["oracle_passed"]
+    full = records["bare"][0]
+    assert (one["settings"]["dtype"], one["settings"]["input_dtype"]) == (kv_dtype, "bfloat16")
+    assert one["live_kv_bytes_per_step"] == pytest.approx(full["live_kv_bytes_per_step"] * 68 / 128)
+    assert one["capacity"] == full["capacity"], "whatever the cache in use"
+    assert one["capacity"][kv_dtype]["bytes_per_token"] == one["bytes_per_token"] == bytes_per_token
+
+
 def test_every_output_that_was_to_be_checked_was(records):
     for record, *_ in records.values():
         assert record["oracle_checked"] == 6 and record["oracle_passed"]
@@ -135,6 +153,7 @@ def engine_run(model, requests, batch=8, page_size=16):
     """(record-like summary, Measured) of a run over eight devices, checking one output of every request."""
     mesh = make_pod_mesh(**MESH_SHAPE)
     columns = max(-(-r.tokens // page_size) for r in requests)
+    columns = -(-columns // 4) * 4  # a shard's scales fill whole rows
     spec = CacheSpec(model.num_kv_heads, model.head_dim, batch * columns, page_size, model.dtype, model.num_layers)
     engine = Engine(model, spec, mesh, batch, columns)
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
@@ -148,6 +167,8 @@ CASES = [
     Model(2, 4, 2, 64, "float32", seed=3),
     Model(1, 8, 2, 128, "bfloat16", soft_cap=2.0, sliding_window=33),
     Model(3, 2, 2, 128, "float32", sliding_window=16),
+    Model(2, 4, 2, 64, "int8", sliding_window=100),
+    Model(1, 4, 2, 128, "float8_e4m3fn", soft_cap=3.0),
 ]
 
 
@@ -192,6 +213,22 @@ def test_the_oracle_sees_a_wrong_program(monkeypatch, capfd, fault):
     monkeypatch.setattr(step, "sharded_paged_attention", fault(step.sharded_paged_attention))
     measured = engine_run(CASES[0], REQUESTS[:6])
     assert measured.worst_error > ERROR_BOUNDS["float32"]
+    assert "wrong output: Check(request=" in capfd.readouterr().err
+
+
+def _scales_of_the_next_token(attend):
+    def rolled(q, cache, *args, **kw):
+        scales = {name: jnp.roll(getattr(cache, name), 1, axis=-1) for name in ("key_scales", "value_scales")}
+        return attend(q, dataclasses.replace(cache, **scales), *args, **kw)
+
+    return rolled
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size")
+def test_the_oracle_sees_wrong_scales(monkeypatch, capfd):
+    monkeypatch.setattr(step, "sharded_paged_attention", _scales_of_the_next_token(step.sharded_paged_attention))
+    measured = engine_run(Model(1, 4, 2, 128, "int8"), REQUESTS[:6])
+    assert measured.worst_error > 5 * ERROR_BOUNDS["int8"]
     assert "wrong output: Check(request=" in capfd.readouterr().err
 
 
@@ -311,9 +348,9 @@ def refused(tmp_path, *arguments):
         (["--model=3"], "model=3"),
         (["--context=2"], "not in this release"),
         (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
-        (["--kv_dtype=int8"], "--kv_dtype=int8 is not in this release"),
-        (["--kv_dtype=fp8"], "--kv_dtype=fp8 is not in this release"),
-        (["--kv_dtype=f64"], "--kv_dtype='f64'"),
+        (["--kv_dtype=f64"], "--kv_dtype='f64': is no cache dtype; use bf16, f32, int8 or fp8"),
+        (["--kv_dtype=int8", "--page_size=48"], "page_size=48: with int8 and fp8 must divide 128"),
+        (["--hbm_gib=0"], "--hbm_gib=0.0: must be above 0"),
         (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
         (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
         (["--batch=100000000"], "--batch=100000000: must be at most"),

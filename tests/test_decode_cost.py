@@ -1,5 +1,6 @@
 """What a decode launch copies out of the pools: counted token by token, and as the simulated kernels do it."""
 
+import dataclasses
 import math
 
 import jax
@@ -110,16 +111,25 @@ def test_the_count_is_what_the_simulated_kernel_copies(case, dmas):
     assert (len(dmas), sum(dmas)) == copies(plan, lengths, case.starts)
 
 
-@pytest.mark.parametrize("pages", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_jax_s_own_count_is_what_its_simulated_kernel_copies(pages, dmas):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("dtype", "pages"), [("float32", 2), pytest.param("float32", 4, marks=SLOW), ("int8", 2)])
+def test_jax_s_own_count_is_what_its_simulated_kernel_copies(dtype, pages, dmas):
     case = Case("", Hq=16, Hkv=2, P=8, S=4, lengths=(0, 1, 8, 9, 32, 31, 0))
     (query, k, v, lengths, tables), _ = make(case)
     tables = np.clip(tables, 0, k.shape[1] - 1)  # its dead pages are read: they must exist
+    op, scales = paged_attention, ()
+    if dtype == "int8":
+        op, scales = jax_kernel._over_int8, 2 * (jnp.ones((*k.shape[:-1], 1)),)
+        k, v = (jnp.nan_to_num(x).astype(jnp.int8) for x in (k, v))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="zero")):
-        jax.block_until_ready(paged_attention(query, k, v, lengths, tables, pages_per_compute_block=pages))
-    assert (len(dmas), sum(dmas)) == jax_kernel.copies(plan_of(case), lengths, pages)
+        jax.block_until_ready(op(query, k, v, lengths, tables, *scales, pages_per_compute_block=pages))
+    plan = plan_of(dataclasses.replace(case, dtype=dtype))
+    assert (len(dmas), sum(dmas)) == jax_kernel.copies(plan, lengths, pages)
     blocks = sum(math.ceil(n / (8 * pages)) for n in case.lengths)
-    assert len(dmas) == 2 * 2 * blocks * pages and set(dmas) == {8 * 128 * 4}
+    sizes = [8 * 128 * 4] if dtype == "float32" else [8 * 128, 8 * 128 * 4]  # scales: as wide as the pages
+    assert sorted(dmas) == sorted(2 * 2 * blocks * pages * sizes)
 
 
 @needs_libtpu

@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from aot import needs_libtpu
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
-from paged_dist.kernels.paged_attention import decode_launch
+from paged_dist.kernels.paged_attention import decode_cost, decode_launch
 from paged_dist.launch import compiled, kernel_report
 from paged_dist.launch import flags as shared
 
@@ -101,10 +101,43 @@ def test_the_report_prints_and_writes_what_was_counted_and_compiled(tmp_path):
     assert "no sliding window" in text
 
 
-@pytest.mark.parametrize(("sizes", "window"), [(None, 100), ((4, 2, 2), None), (None, 2**40)])
+@needs_libtpu
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
+    out = tmp_path / "out.jsonl"
+    small = ["--num_q_heads=4", "--num_kv_heads=2", "--page_size=64", "--context_tokens=100"]
+    code, text, err = run("--chips=v6e", "--batch=3", f"--kv_dtype={kv_dtype}", f"--output={out}", *small)
+    assert code == 0, err
+    record = json.loads(out.read_text())
+    ours, *theirs = record["kernels"]
+    assert record["settings"]["dtype"] == {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype]
+    plan = kernel_report.plan_of(kernel_report.Settings(**record["settings"]), 1)
+    assert (plan.query_dtype.name, plan.cache_dtype.name) == ("bfloat16", record["settings"]["dtype"])
+    assert (ours["copies"], ours["bytes_read"]) == decode_cost.copies(plan, [100] * 3)
+    assert ours["live_bytes"] == decode_cost.live_bytes(plan, [100] * 3)
+    assert ours["pool_copies"] == [] and ours["launches"] == 1 and f"{ours['bytes_read'] / 1e6:.2f}" in text
+    assert "and scales" in text
+    if kv_dtype == "fp8":
+        assert theirs == [] and "JAX's own has no fp8 pages with scales" in text
+    else:  # a block of two pages for each sequence and head, scales as wide as the pages and four times their bytes
+        assert theirs[0]["copies"] == 2 * 2 * (3 * 2 * 2)
+        assert theirs[0]["bytes_read"] == 2 * (3 * 2 * 2) * 64 * 128 * (1 + 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window", "dtype"),
+    [
+        (None, 100, "bfloat16"),
+        ((4, 2, 2), None, "bfloat16"),
+        (None, 2**40, "bfloat16"),
+        (None, None, "int8"),
+        (None, 100, "float8_e4m3fn"),
+    ],
+)
 @pytest.mark.parametrize("num_cores", [1, 2])
-def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, num_cores, sizes, window):
-    settings = kernel_report.Settings(("v5e",), (500, 20), 8, 2, 64, 32, window, "bfloat16", sizes, False, None)
+def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, num_cores, sizes, window, dtype):
+    head_dim = 64 if dtype == "bfloat16" else 128
+    settings = kernel_report.Settings(("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None)
     plan = kernel_report.plan_of(settings, num_cores)
     launched, kernel = [], decode_launch.decode_kernel
     monkeypatch.setattr(decode_launch, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
@@ -113,13 +146,20 @@ def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, num_cores, sizes,
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
     lengths, table = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((p.batch,), (p.batch, p.pages_per_sequence)))
 
+    scales = ()
+    if p.is_quantized:
+        scales = 2 * (jax.ShapeDtypeStruct(pool.shape[:-1], jnp.float32),)
+
     def attend(*arrays):
-        return paged_decode_attention(
-            *arrays, sliding_window=window, block_sizes=None if sizes is None else BlockSizes(*sizes), interpret=False
-        )
+        scales = dict(zip(("key_scales", "value_scales"), arrays[5:], strict=False))
+        block_sizes = None if sizes is None else BlockSizes(*sizes)
+        options = dict(sliding_window=window, block_sizes=block_sizes, interpret=False)
+        return paged_decode_attention(*arrays[:5], **scales, **options)
 
     jax.clear_caches()
-    jax.eval_shape(attend, query, pool, pool, lengths, table)  # for an unknown chip: traced for one core and for two
+    jax.eval_shape(
+        attend, query, pool, pool, lengths, table, *scales
+    )  # for an unknown chip: traced for one core and for two
     assert plan in launched
 
 
@@ -157,7 +197,7 @@ BAD_FLAGS = {
     "jax_block": (dict(jax_block_tokens=-1), "--jax_block_tokens=-1: must be at least 1"),
     "head_dim": (dict(head_dim=80), "head_dim=80: must be 64 or a multiple of 128"),
     "page_size": (dict(head_dim=64, page_size=24), "page_size=24: must be a multiple of 16 at head_dim 64"),
-    "dtype_to_come": (dict(kv_dtype="int8"), "--kv_dtype=int8 is not in this release"),
+    "page_and_scales": (dict(kv_dtype="int8", page_size=48), "page_size=48: with int8 and fp8 must divide 128"),
     "dtype": (dict(kv_dtype="f16"), "--kv_dtype='f16': is no cache dtype"),
     "two_sizes": (dict(block_sizes=["4", "8"]), "--block_sizes='4,8': must be pages_per_cell,cells_per_step,steps_ah"),
     "sizes": (dict(block_sizes=["3", "1", "2"]), "pages_per_cell=3: must be a power of two"),

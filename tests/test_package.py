@@ -127,7 +127,7 @@ import pathlib, sys
 import paged_dist, paged_dist.kernels, paged_dist.launch
 from paged_dist.kernels.paged_attention import kernel
 from paged_dist.kernels.kv_cache_update import tiles
-from paged_dist.launch import decode, local_pod, engine, kernel_report, xla_report
+from paged_dist.launch import accuracy, decode, local_pod, engine, kernel_report, xla_report
 home = pathlib.Path(sys.prefix)
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "paged_dist":
@@ -160,6 +160,7 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
     [
         ("paged-dist-local-pod", ["--help"], "--processes"),
         ("paged-dist-xla-report", ["--help"], "--table_tokens"),
+        ("paged-dist-accuracy", ["--help"], "--context_lengths"),
         ("paged-dist-kernel-report", ["--help"], "--lengths_trace"),
         ("paged-dist-decode", ["--num_requests=2", "--max_context=9", "--max_generated=2", "--layers=1"], "checksum"),
     ],
@@ -279,6 +280,7 @@ def test_run_names_its_commands_where_there_is_no_such_one():
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "deocde" in err and err.split(":")[-1].split() == [
         "test",
+        "accuracy",
         "decode",
         "kernel_report",
         "local_pod",

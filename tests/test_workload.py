@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from paged_dist import CacheSpec, PageAllocator
+from paged_dist import CacheSpec, PageAllocator, dequantize_kv, quantize_kv
+from paged_dist.launch import report
 from paged_dist.launch.schedule import Pool, Schedule, choose_checks
-from paged_dist.launch.synthetic import Kind, checksum_terms, hash_indices, values
+from paged_dist.launch.synthetic import Kind, as_held, checksum_terms, hash_indices, keys_or_values, values
 from paged_dist.launch.workload import (
     CONTEXT_PERCENTILES,
     GENERATED_PERCENTILES,
     Request,
     draw_requests,
+    pages_needed,
     read_trace,
+    sequences_that_fit,
     shorten,
 )
 
@@ -46,6 +49,34 @@ def test_shorten_scales_then_caps_and_keeps_a_token():
     requests = [Request(0, 1000, 10), Request(1, 1, 1)]
     assert shorten(requests, 0.5, max_context=300, max_generated=4) == [Request(0, 300, 4), Request(1, 1, 1)]
     assert shorten(requests) == requests
+
+
+# How many fit
+
+
+@pytest.mark.parametrize("num_pages", [0, 3, 4, 9, 10, 13, 1000, 10**12])
+def test_sequences_fit_in_order_with_whole_pages_and_over_again(num_pages):
+    requests = [Request(0, 10, 6), Request(1, 17, 16), Request(2, 80, 16)]  # 1, 3 and 6 pages of 16
+    left, count = num_pages % 10, 0
+    while left >= (need := pages_needed(requests[count].tokens, 16)):
+        left, count = left - need, count + 1
+    assert sequences_that_fit(requests, num_pages, 16) == num_pages // 10 * 3 + count
+
+
+def test_the_capacity_of_a_hand_computed_pod():
+    spec = CacheSpec(8, 128, 4, 128, "float32", 10)
+    requests = [Request(0, 100, 28), Request(1, 100, 29)]  # 1 and 2 pages
+    found = report.capacity(spec, requests, hbm_gib=1.0, chips=2)
+    assert found["hbm_gib"] == 1.0 and found["chips"] == 2
+    for dtype, token in (
+        ("bfloat16", 2 * 10 * 8 * 256),
+        ("int8", 2 * 10 * 8 * 132),
+        ("float8_e4m3fn", 2 * 10 * 8 * 132),
+    ):
+        pages = 2**31 // (128 * token)
+        fits = pages // 3 * 2 + (pages % 3 >= 1)
+        assert found[dtype] == {"bytes_per_token": token, "pages": pages, "sequences": fits}
+    assert report.capacity(CacheSpec(1, 128, 4, 48), requests, 1.0, 1)["int8"] is None
 
 
 # Traces
@@ -122,6 +153,29 @@ def test_values_are_centred_of_variance_four_thirds_and_exact_in_their_dtype():
     assert np.all(x * 2**15 % 2 == 1), "odd multiples of 2**-15: bfloat16 cannot hold them"
     y = values(np, jnp.dtype("bfloat16"), 0, Kind.VALUE, 3, np.arange(400), 0, np.arange(4), np.arange(64))
     assert np.all(y.astype(np.float64) * 2**7 % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_keys_of_an_8_bit_cache_differ_in_size_and_the_host_knows_what_it_holds(dtype):
+    request, position = np.array([[5]], np.int32), np.arange(200, dtype=np.int32)[None]
+    where = (7, Kind.KEY, request, position, 1, np.arange(2), np.arange(64))
+    made = jax.jit(lambda: keys_or_values(jnp, dtype, *where))()
+    want = keys_or_values(np, dtype, *where)
+    assert made.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(made).view(np.uint16), want.view(np.uint16))
+    size = np.abs(want.astype(np.float64)).max(axis=-1)
+    assert [round(float(q), 1) for q in np.quantile(size, (0.1, 0.35, 0.6, 0.9))] == [0.2, 0.5, 1.0, 2.0]
+    other = keys_or_values(np, dtype, *(Kind.VALUE if x is Kind.KEY else x for x in where))
+    assert np.corrcoef(np.log(size).ravel(), np.log(np.abs(other.astype(float)).max(-1)).ravel())[0, 1] < 0.2
+    held = np.asarray(dequantize_kv(*quantize_kv(made, dtype)), np.float64)
+    off = np.abs(as_held(want, dtype) - held) / size[..., None]
+    assert (off > 1e-6).mean() < 1e-3, "a tie may round either way, nothing else"
+
+
+def test_what_a_cache_of_other_dtypes_holds_is_what_it_was_given():
+    x = np.linspace(-3, 3, 12).astype(np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(as_held(x, "float32"), x)
+    np.testing.assert_array_equal(as_held(np.zeros((2, 4), np.float32), "int8"), 0)
 
 
 def test_every_index_changes_the_hash():

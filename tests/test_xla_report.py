@@ -34,7 +34,7 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("dtype, plain_forms", [("bf16", 4), ("f32", 2)])
+@pytest.mark.parametrize("dtype, plain_forms", [("bf16", 4), ("f32", 2), ("int8", 4), ("fp8", 4)])
 def test_it_measures_every_form_and_they_agree(tmp_path, dtype, plain_forms):
     path = tmp_path / "report.jsonl"
     code, out, err = run(*SMALL, f"--kv_dtype={dtype}", "--live=1,0.25,0", f"--output={path}")
@@ -60,7 +60,7 @@ def test_it_measures_every_form_and_they_agree(tmp_path, dtype, plain_forms):
         ("--table_tokens=100", "--table_tokens=100: must be a multiple of --page_size=64"),
         ("--head_dim=96", "head_dim=96: must be 64 or a multiple of 128"),
         ("--num_kv_heads=3", "--num_q_heads=4: must be a multiple of --num_kv_heads=3"),
-        ("--kv_dtype=int8", "--kv_dtype=int8"),
+        ("--kv_dtype=int4", "--kv_dtype='int4': is no cache dtype"),
         ("--repeats=0", "--repeats=0: must be at least 1"),
     ],
 )

@@ -1,0 +1,317 @@
+"""How far int8 and fp8 caches are from unquantised keys and values, by context length: `paged-dist-accuracy`.
+
+Decode attention as users run it, `write_prefill_kv` into a `PagedKVCache` and `sharded_paged_attention` over it, on one
+CPU device, against float64. Keys and values are Gaussian in f32, queries Gaussian in bf16, sm_scale 1 / sqrt(head_dim).
+Three cases: plain; outliers, a few of the keys' channels being 20 times the others; and those with key smoothing,
+calibrated on a sample of other keys. Each query head is scaled so that its logits have a standard deviation of one in
+every case: with the keys' outliers they would grow, the softmax would pick one token, and errors would tell of that.
+Errors are root mean squares relative to that of the output. The op's own error is that to float64 on what the cache
+holds, dequantised.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import NamedTuple
+
+from absl import flags
+
+from paged_dist._errors import bad_value, require
+from paged_dist.launch import flags as shared
+
+CONTEXT_LENGTHS = flags.DEFINE_list(
+    "context_lengths", ["128", "512", "2048", "8192", "32768"], "Live tokens of the sequences, one measurement each."
+)
+
+NAME = "paged-dist-accuracy"
+_TAKEN = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seed", "output")
+_DEFAULTS = {"batch": 2, "num_q_heads": 8, "num_kv_heads": 2}
+for _name in _TAKEN:
+    flags.declare_key_flag(_name)
+
+CASES = ("plain", "outliers", "smoothed")
+# The largest relative root mean square error allowed, by dtype and case; none where outliers are not smoothed.
+BOUNDS = {
+    ("int8", "plain"): 0.015,
+    ("int8", "smoothed"): 0.02,
+    ("float8_e4m3fn", "plain"): 0.05,
+    ("float8_e4m3fn", "smoothed"): 0.06,  # e4m3 gains nothing: its error is relative to each channel anyway
+}
+OWN_BOUND = 0.005  # of the op itself; rounding the output to bf16 is 0.0017 of it
+GROWTH_BOUND = 1.4  # of any length's error over the shortest's, which a few heads' draws move by a fifth
+DTYPES = ("int8", "float8_e4m3fn")
+_OUTLIERS, _OUTLIER_SIZE = 4, 20.0
+_SAMPLE = 512  # tokens that the smoothing is calibrated on
+_CHUNK = 2048  # tokens of a sequence that one prefill call writes
+
+
+class Settings(NamedTuple):
+    """What to measure. B, Hq, Hkv, D, P, and the context lengths in tokens, ascending."""
+
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    seed: int
+    lengths: tuple[int, ...]
+
+
+def settings_from_flags() -> Settings:
+    """The settings that the flags name.
+
+    Raises:
+      ValueError: a value outside its rule, or a flag of another launcher.
+    """
+    for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]:
+        if flag.name not in _TAKEN and flag.present:
+            raise bad_value(f"--{flag.name}", flag.value, "is no flag of this launcher", "see --help")
+    values = {name: flags.FLAGS[name].value for name in _TAKEN[:5]}
+    shared.at_least(1, **values)
+    shared.check_seed()
+    q, kv = values["num_q_heads"], values["num_kv_heads"]
+    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+    text = ",".join(CONTEXT_LENGTHS.value)
+    whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
+    lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
+    require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
+    shared.check_output(shared.OUTPUT.value)
+    return Settings(**values, seed=shared.SEED.value, lengths=tuple(sorted(set(lengths))))
+
+
+class Data(NamedTuple):
+    """One case's arrays, T the longest context."""
+
+    query: object  # [B, Hq, D] bf16
+    keys: object  # [B, T, Hkv, D] f32
+    values: object  # [B, T, Hkv, D] f32
+    smoothing: object  # [Hkv, D] f32, or None
+
+
+def draw(s: Settings) -> dict[str, Data]:
+    """The data of every case: the same draws, so that cases differ in nothing else."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paged_dist import calibrate_key_smoothing
+
+    rng = np.random.default_rng([s.seed, 3])
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    query = normal((s.batch, s.num_q_heads, s.head_dim))
+    keys, values = (normal((s.batch, max(s.lengths), s.num_kv_heads, s.head_dim)) for _ in "kv")
+    size = np.ones((s.num_kv_heads, s.head_dim), np.float32)
+    for head in size:
+        head[rng.choice(s.head_dim, _OUTLIERS, replace=False)] = _OUTLIER_SIZE
+    sample = normal((_SAMPLE, s.num_kv_heads, s.head_dim)) * size
+
+    def scaled(size):
+        """The query in bf16, each head's logits over keys of `size` [Hkv, D] of standard deviation 1."""
+        over = query * np.repeat(size, s.num_q_heads // s.num_kv_heads, axis=0)
+        over = np.sqrt(np.mean(np.square(over), axis=-1, keepdims=True))
+        return np.asarray(jnp.asarray(query / over, jnp.bfloat16))
+
+    plain = Data(scaled(np.ones_like(size)), keys, values, None)
+    outliers = Data(scaled(size), keys * size, values, None)
+    return {
+        "plain": plain,
+        "outliers": outliers,
+        "smoothed": outliers._replace(smoothing=np.asarray(calibrate_key_smoothing(sample))),
+    }
+
+
+def tables_of(s: Settings):
+    """int32 [B, S] page ids, shuffled over a pool that they fill but for the rest of its last row of scales."""
+    import numpy as np
+
+    columns = -(-max(s.lengths) // s.page_size)
+    rng = np.random.default_rng([s.seed, 4])
+    return rng.permutation(s.batch * columns).reshape(s.batch, columns).astype(np.int32)
+
+
+def fill(s: Settings, dtype: str, data: Data, tables):
+    """A cache of `dtype` on one device that holds data's keys and values on the pages of `tables` [B, S]."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, write_prefill_kv
+
+    pages = -(-tables.size // 128) * 128  # pages below 128 tokens share rows of scales
+    spec = CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, dtype)
+    mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
+    cache = PagedKVCache.create(spec, mesh, key_smoothing=data.smoothing)
+    write = jax.jit(write_prefill_kv, donate_argnums=0)
+    chunk = min(_CHUNK, max(s.lengths))
+    for start in range(0, max(s.lengths), chunk):
+        ends = np.full(s.batch, min(start + chunk, max(s.lengths)), np.int32)
+        more = ((0, 0), (0, start + chunk - int(ends[0])), (0, 0), (0, 0))
+        new = (np.pad(x[:, start : start + chunk], more) for x in (data.keys, data.values))
+        cache = write(cache, *new, ends, tables, starts=jnp.full(s.batch, start, jnp.int32))
+    return cache
+
+
+def held_pages(cache) -> tuple:
+    """(keys, values) [Hkv, N, P, D] float64: what the cache's pages stand for, dequantised in NumPy."""
+    import numpy as np
+
+    keys, values, *scales = (np.asarray(x).astype(np.float64) for x in cache.to_pages())
+    keys, values = (x * scale[..., None] for x, scale in zip((keys, values), scales, strict=True))
+    if cache.key_smoothing is not None:
+        keys *= np.asarray(cache.key_smoothing, np.float64)[:, None, None]
+    return keys, values
+
+
+def given_pages(s: Settings, data: Data) -> tuple:
+    """(keys, values) [Hkv, B * S, P, D] f32: the data itself, on pages in order."""
+    import numpy as np
+
+    rest = -max(s.lengths) % s.page_size
+
+    def paged(x):
+        x = np.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
+        return np.moveaxis(x, 2, 0).reshape(s.num_kv_heads, -1, s.page_size, s.head_dim)
+
+    return paged(data.keys), paged(data.values)
+
+
+def relative_rms(output, want) -> float:
+    """Root mean square of output - want over that of want; infinite where output is not finite."""
+    import numpy as np
+
+    error = float(np.sqrt(np.mean((output - want) ** 2) / np.mean(want**2)))
+    return error if math.isfinite(error) else math.inf
+
+
+def measure(s: Settings) -> list[dict]:
+    """One record for each length, dtype and case: length, dtype, case, `error` and the op's `own_error`."""
+    import jax
+    import numpy as np
+
+    from paged_dist import sharded_paged_attention
+    from paged_dist.kernels.paged_attention.oracle import attention_oracle
+
+    tables, scale = tables_of(s), s.head_dim**-0.5
+    in_order = np.arange(tables.size).reshape(tables.shape)
+    attend = jax.jit(functools.partial(sharded_paged_attention, sm_scale=scale))
+
+    def exact(data, pages, tables):
+        """length -> [B, Hq, D] float64"""
+        one = lambda n: attention_oracle(data.query, *pages, np.full(s.batch, n), tables, sm_scale=scale)[0]
+        return {n: one(n) for n in s.lengths}
+
+    found, want = [], {}
+    for case, data in draw(s).items():
+        if case != "smoothed":  # whose keys and query are those of the outliers
+            want = exact(data, given_pages(s, data), in_order)
+        for dtype in DTYPES:
+            cache = fill(s, dtype, data, tables)
+            held = exact(data, held_pages(cache), tables)
+            for n in s.lengths:
+                output = attend(data.query, cache, np.full(s.batch, n, np.int32), tables)
+                output = np.asarray(output).astype(np.float64)
+                errors = {"error": relative_rms(output, want[n]), "own_error": relative_rms(output, held[n])}
+                found.append({"length": n, "dtype": dtype, "case": case, **errors})
+    return found
+
+
+def failures(results: list[dict]) -> list[str]:
+    """What is over its bound, one line each."""
+    shortest = min(r["length"] for r in results)
+    first = {(r["dtype"], r["case"]): r["error"] for r in results if r["length"] == shortest}
+    failed = []
+    for r in results:
+        kind = r["dtype"], r["case"]
+        limits = [
+            ("error", r["error"], BOUNDS.get(kind, math.inf)),
+            ("own error", r["own_error"], OWN_BOUND),
+            (f"error over that at {shortest} tokens", r["error"] / first[kind], GROWTH_BOUND),
+        ][: 3 if kind in BOUNDS else 2]
+        for name, value, bound in limits:
+            if not value <= bound:
+                failed.append(f"{r['dtype']}, {r['case']}, {r['length']} tokens: {name} {value:.3g}, bound {bound:g}")
+    return failed
+
+
+def table(record: dict) -> str:
+    """The report as lines of at most 80 columns."""
+    from paged_dist.launch.report import wrap
+
+    s, results = record["settings"], record["results"]
+    at = {(r["length"], r["dtype"], r["case"]): r for r in results}
+    percent = lambda x: f"{100 * x:.2f}"
+    shapes = (
+        f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, head_dim {s['head_dim']}, "
+        f"pages of {s['page_size']}, bf16 query"
+    )
+    columns = lambda cells: "".join(cell.rjust(9) for cell in cells)
+    lines = [
+        wrap("shapes", shapes),
+        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        "",
+        (" " * 6 + "".join(dtype.center(36) for dtype in DTYPES)).rstrip(),
+        "tokens" + columns([*CASES, "own"]) * 2,
+    ]
+    for n in s["lengths"]:
+        line = f"{n:>6}"
+        for dtype in DTYPES:
+            own = max(at[n, dtype, case]["own_error"] for case in CASES)
+            line += columns([percent(at[n, dtype, case]["error"]) for case in CASES] + [percent(own)])
+        lines.append(line)
+    line = f"{'bound':>6}"
+    for dtype in DTYPES:
+        bounds = [BOUNDS.get((dtype, case)) for case in CASES] + [OWN_BOUND]
+        line += columns(["-" if bound is None else percent(bound) for bound in bounds])
+    lines.append(line)
+    lines += ["", "% of the output's root mean square; own: the op's, on what the cache holds"]
+    lines += [f"FAILED: {line}" for line in record["failures"]] or ["all within their bounds, none growing with length"]
+    return "\n".join(lines)
+
+
+def main(argv) -> int:
+    """Measures what the flags describe; 0, or 1 where an error is over its bound."""
+    del argv
+    try:
+        s = settings_from_flags()
+        shared.simulate_devices(1, many_processes=False)
+
+        from paged_dist import CacheSpec
+        from paged_dist.launch import report
+
+        CacheSpec(s.num_kv_heads, s.head_dim, 128, s.page_size, "int8")
+    except ValueError as e:
+        raise shared.UsageError(str(e)) from e
+
+    results = measure(s)
+    record = {
+        "benchmark": "accuracy",
+        "settings": s._asdict(),
+        "results": results,
+        "bounds": {
+            "error": {f"{dtype} {case}": bound for (dtype, case), bound in BOUNDS.items()},
+            "own_error": OWN_BOUND,
+            "growth": GROWTH_BOUND,
+        },
+        "failures": failures(results),
+        "versions": report.versions(),
+    }
+    print(table(record), flush=True)
+    try:
+        if shared.OUTPUT.value is not None:
+            report.append_json_line(shared.OUTPUT.value, record)
+    except OSError as e:
+        print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
+        return 1
+    return int(bool(record["failures"]))
+
+
+def cli() -> None:
+    """The console script."""
+    for name, value in _DEFAULTS.items():
+        flags.FLAGS.set_default(name, value)
+    shared.cli(main, NAME)
+
+
+if __name__ == "__main__":
+    cli()

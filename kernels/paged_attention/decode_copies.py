@@ -15,17 +15,28 @@ from paged_dist.kernels.paged_attention.decode_plan import Plan
 from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 
 
-class Paced:
-    """A stream of small pieces of scalar work, done in equal parts between pieces of vector work."""
+_EARLY = 0.85  # where K's and V's copies are one stream; between 0.8 and 0.9 by replay
 
-    def __init__(self, pieces, count: int):
-        self._pieces, self._count, self._parts = pieces, count, 0
+
+class Paced:
+    """A stream of small pieces of scalar work, done in equal parts between pieces of vector work.
+
+    `early`: the share of them that the parts do; `finish` does the rest, beside the last products' latency.
+    """
+
+    def __init__(self, pieces, count: int, early: float = 1.0):
+        self._pieces, self._count, self._parts = pieces, int(count * early), 0
 
     def advance(self, parts: int) -> None:
         """Does the next of `parts` parts."""
         before, self._parts = self._parts, self._parts + 1
         for _ in range(self._count * self._parts // parts - self._count * before // parts):
             next(self._pieces)
+
+    def finish(self) -> None:
+        """Does what is left."""
+        for _ in self._pieces:
+            pass
 
 
 @dataclasses.dataclass
@@ -38,10 +49,10 @@ class Copies:
     cursor: tuple | None
 
     def start_keys(self, ring: Ring) -> None:
-        self.keys(ring).advance(1)
+        self.keys(ring).finish()
 
     def start_values(self, ring: Ring) -> None:
-        self.values(ring).advance(1)
+        self.values(ring).finish()
 
     def keys(self, ring: Ring) -> Paced:
         """The next step's cells are taken from the cursor into `ring`'s slots."""
@@ -65,7 +76,8 @@ class Copies:
         if plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
             scales.append((refs.key_scales.at[layer], refs.k_scales.at[ring.here]))
             scales.append((refs.value_scales.at[layer], refs.v_scales.at[ring.cells]))
-        return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]))
+        early = _EARLY if plan.values_with_keys else 1.0
+        return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]), early)
 
     def values(self, ring: Ring) -> Paced:
         """The cells that `keys` noted in `ring`'s slots; nothing where V came with K."""
@@ -80,7 +92,7 @@ class Copies:
     def _layer(self):
         return 0 if self.refs.layer is None else self.refs.layer[0]
 
-    def _paced(self, cells, copies: PageCopies) -> Paced:
+    def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> Paced:
         plan = self.plan
 
         def pieces():
@@ -89,7 +101,7 @@ class Copies:
                     self._start_page(cell, p, copies.of_cell(c))
                     yield
 
-        return Paced(pieces(), plan.C * plan.pages_per_cell)
+        return Paced(pieces(), plan.C * plan.pages_per_cell, early)
 
     def _start_page(self, cell: Cell, p: int, copies: PageCopies) -> None:
         plan = self.plan

@@ -413,6 +413,8 @@ class Body:
                 outs[g] = jnp.where(cell.is_first, 0.0, outs[g]) * _widen(decay, plan.W) + new
                 sums[g] = jnp.where(cell.is_first, first_sums[g], sums[g]) * decay + lane_sums
             self._write_row(cell, outs, sums, [w[3] for w in weights[c * plan.H : (c + 1) * plan.H]])
+        if copies is not None:
+            copies.finish()
         for g in range(plan.H):
             refs.run_out[g], refs.run_sum[g] = outs[g], sums[g]
 

@@ -14,7 +14,6 @@ from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.decode_plan import Plan
 from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 
-
 _EARLY = 0.85  # where K's and V's copies are one stream; between 0.8 and 0.9 by replay
 
 

@@ -167,7 +167,7 @@ CASES = [
     Model(2, 4, 2, 64, "float32", seed=3),
     Model(1, 8, 2, 128, "bfloat16", soft_cap=2.0, sliding_window=33),
     Model(3, 2, 2, 128, "float32", sliding_window=16),
-    Model(2, 4, 2, 64, "int8", sliding_window=100),
+    pytest.param(Model(2, 4, 2, 64, "int8", sliding_window=100), marks=pytest.mark.slow),
     Model(1, 4, 2, 128, "float8_e4m3fn", soft_cap=3.0),
 ]
 
@@ -238,10 +238,11 @@ def test_an_output_of_nan_is_an_infinite_error():
 
 
 @needs_libtpu
-def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool(dtype):
     mesh = make_pod_mesh(topology="v5p:4x4x4", model=8)
-    model = Model(4, 32, 8, 128, "bfloat16")
-    spec = CacheSpec(8, 128, 8 * 512, 128, "bfloat16", 4)
+    model = Model(4, 32, 8, 128, dtype)
+    spec = CacheSpec(8, 128, 8 * 512, 128, dtype, 4)
     engine = Engine(model, spec, mesh, 64, 64)
     for lowered in engine._lowered:
         compiled = lowered.compile()

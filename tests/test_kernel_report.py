@@ -102,7 +102,7 @@ def test_the_report_prints_and_writes_what_was_counted_and_compiled(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
     out = tmp_path / "out.jsonl"
     small = ["--num_q_heads=4", "--num_kv_heads=2", "--page_size=64", "--context_tokens=100"]
@@ -131,7 +131,7 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
         ((4, 2, 2), None, "bfloat16"),
         (None, 2**40, "bfloat16"),
         (None, None, "int8"),
-        (None, 100, "float8_e4m3fn"),
+        pytest.param(None, 100, "float8_e4m3fn", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("num_cores", [1, 2])

@@ -76,7 +76,21 @@ def fp8_bits(x: jax.Array) -> jax.Array:
 def dequantize_kv(
     values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype=jnp.float32
 ) -> jax.Array:
-    """What (values [..., D], scales [...]) stand for: [..., D] in `dtype`, times `smoothing` if given."""
+    """What `quantize_kv` made stands for: values * scales, times `smoothing` if given.
+
+    Args:
+      values: [..., D], int8 or float8_e4m3fn (any dtype).
+      scales: [...] f32, values' shape less D.
+      smoothing: [Hkv, D], what x was divided by.
+      dtype: of the result.
+
+    Returns:
+      [..., D] in `dtype`.
+
+    Raises:
+      ValueError: scales of another shape.
+    """
+    require(scales.shape == values.shape[:-1], "scales.shape", scales.shape, f"must be {values.shape[:-1]}")
     x = values.astype(jnp.float32) * scales[..., None]
     return (x if smoothing is None else x * smoothing.astype(jnp.float32)).astype(dtype)
 

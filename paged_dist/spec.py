@@ -142,7 +142,16 @@ class CacheSpec:
             f"must be a multiple of the mesh's data x context size {data} x {context}",
         )
         if self.is_quantized:
-            check_scale_rows(self.num_pages // (data * context), self.page_size)
+            pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size
+            require(
+                self.num_pages % (pages * data * context) == 0,
+                "num_pages",
+                self.num_pages,
+                f"with {self.dtype} at page_size {self.page_size} must be a multiple of {pages} on each of the mesh's "
+                f"data x context = {data * context} shards: their rows of scales must fill whole tiles, or XLA lays "
+                "them out in a way that every call would copy",
+                f"{-(-self.num_pages // (pages * data * context)) * pages * data * context} works",
+            )
 
     def partition_spec(self, axes: MeshAxes = MeshAxes()) -> PartitionSpec:
         """How a stored pool is split: heads over model, pages over (data, context), layers not at all."""

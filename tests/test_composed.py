@@ -80,7 +80,29 @@ def test_decode_loop_is_in_place_on_the_other_generations(topology, data, model)
     _assert_in_place(pd.CacheSpec(2 * model, 128, 256 * data, 128, num_layers=4), mesh)
 
 
-def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> None:
+QUANTIZED = [
+    ("v5p:4x4x4", 8, 8, dict(dtype="int8")),
+    ("v6e:8x8", 8, 8, dict(dtype="float8_e4m3fn", num_layers=8)),
+    ("v5e:4x8", 8, 4, dict(dtype="int8", head_dim=64, page_size=64, num_layers=4)),
+    ("v4:4x4x4", 8, 8, dict(dtype="float8_e4m3fn", num_layers=4)),
+    ("tpu7x:4x4x4", 8, 8, dict(dtype="float8_e4m3fn", head_dim=256)),
+    ("tpu7x:4x4x4", 16, 8, dict(dtype="int8", num_layers=4)),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("local_heads", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("topology", "data", "model", "options"), QUANTIZED, ids=[f"{p[0]}-{p[3]}" for p in QUANTIZED])
+def test_decode_loop_of_8_bit_caches_copies_neither_pools_nor_scales(topology, data, model, options, local_heads):
+    mesh = pod_mesh(topology, data, model)
+    options = dict(head_dim=128, page_size=128) | options
+    spec = pd.CacheSpec(local_heads * model, num_pages=4096 * data, **options)
+    text = _assert_in_place(spec, mesh)
+    layer_scales = 4 * local_heads * 4096 * spec.page_size
+    assert aot.values_as_large_as(text, layer_scales) == []
+
+
+def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> str:
     compiled = aot.compile_on(mesh, decode_loop(spec), *loop_arguments(spec, mesh), donate_argnums=0)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
@@ -89,6 +111,7 @@ def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> None:
     assert aot.collectives(text) == []
     assert memory.temp_size_in_bytes < layer_pool
     assert memory.alias_size_in_bytes >= spec.bytes_per_chip(mesh)
+    return text
 
 
 @needs_libtpu

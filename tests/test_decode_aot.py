@@ -23,7 +23,8 @@ def shapes(B=32, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=32, L=None, dtype="b
 
 def compiled_text(chip, arrays, **options):
     """The compiled program, which holds no copy of a pool, nor as much temporary memory."""
-    operands = {name: options.pop(name) for name in ("layer", "starts", "sinks") if name in options}
+    names = ("layer", "starts", "sinks", "key_scales", "value_scales")
+    operands = {name: options.pop(name) for name in names if name in options}
 
     def run(*args):
         return paged_decode_attention(*args[:5], **dict(zip(operands, args[5:], strict=True)), **options)
@@ -84,6 +85,35 @@ def test_one_kernel_and_no_copy_on_every_chip(chip, name, lse):
     kinds = dict(starts=((B,), jnp.int32), sinks=((Hq,), jnp.float32), layer=((), jnp.int32))
     given = {k: jax.ShapeDtypeStruct(*kinds[k]) if k in kinds else v for k, v in options.items()}
     assert kernels(compiled_text(chip, arrays, return_lse=lse, **given)) == 1 or name in SPLIT
+
+
+QUANTIZED = {
+    "one_head": dict(Hq=8, Hkv=1, N=512),
+    "gqa": dict(N=512),
+    "page_64": dict(Hq=8, Hkv=2, R=64, N=256),
+    "page_16": dict(Hq=8, Hkv=1, R=16, S=64, N=4096),
+    "page_256_heads_in_one_register": dict(Hq=4, Hkv=4, R=256, S=16),
+    "head_dim_256": dict(Hq=16, Hkv=2, D=256, W=256, N=512),
+}
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "dtype"),
+    [
+        pytest.param(chip, name, dtype, marks=() if (name, dtype) in OFTEN else pytest.mark.slow)
+        for OFTEN in [(("one_head", "int8"), ("gqa", "float8_e4m3fn"))]
+        for chip in CHIPS
+        for name in QUANTIZED
+        for dtype in ("int8", "float8_e4m3fn")
+    ],
+)
+def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name, dtype):
+    arrays = shapes(**QUANTIZED[name], dtype=dtype)
+    scales = jax.ShapeDtypeStruct(arrays[1].shape[:-1], jnp.float32)
+    text = compiled_text(chip, arrays, key_scales=scales, value_scales=scales)
+    assert kernels(text) == 1
+    if arrays[1].shape[2] == 128:  # pages of any other size have their scales copied, as the docstring says
+        assert values_as_large_as(text, scales.size * 4) == []
 
 
 @pytest.mark.parametrize(("B", "S"), [(32, 4), (32, 32), (32, 33), (256, 4), (8, 64)])

@@ -219,7 +219,6 @@ def test_a_table_of_256_by_1024_is_split_and_runs():
 
 BAD = [
     (dict(layer=0), ValueError, r"key_cache\.shape=.*\[L, Hkv, N, P, D\]"),
-    (dict(key_scales=jnp.ones((2, 8, 8))), NotImplementedError, "key_scales"),
     (dict(starts=jnp.zeros(3, jnp.int32)), ValueError, r"starts\.shape=\(3,\).*\(2,\)"),
     (dict(starts=jnp.zeros(2)), ValueError, r"starts\.dtype='float32'"),
     (dict(sinks=jnp.zeros(3)), ValueError, r"sinks\.shape=\(3,\).*\(4,\)"),

@@ -432,7 +432,7 @@ def test_bad_specs_are_refused(arguments, names):
     [
         (pd.CacheSpec(6, 128, 16), "num_kv_heads=6.*multiple of the mesh's model size 4.*context"),
         (pd.CacheSpec(4, 128, 15), "num_pages=15.*multiple of the mesh's data x context size 2 x 1"),
-        (pd.CacheSpec(4, 128, 8, 16, dtype="int8"), "num_pages=4.*multiple of 8 on each shard"),
+        (pd.CacheSpec(4, 128, 8, 16, dtype="int8"), "num_pages=8.*multiple of 64 on each.*128 works"),
     ],
 )
 def test_specs_that_do_not_divide_over_the_mesh_are_refused(spec, names):

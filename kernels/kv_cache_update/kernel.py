@@ -18,12 +18,12 @@ from paged_dist.kernels.kv_cache_update.tiles import (
     ITEMS_PER_STEP,
     VMEM_BUDGET,
     PoolShape,
-    Tiles,
-    align_scales,
-    align_tokens,
+    align,
+    as_rows,
     choose_tile_rows,
     plan_tiles,
     scale_unit,
+    spread_scales,
     tile_bytes,
     token_in_tile,
 )
@@ -253,13 +253,17 @@ def write_tiles_pallas(
     dtype, new_tokens, quantized = pools[0].dtype, key.shape[1], len(pools) == 4
     tile_rows = choose_tile_rows(pool, new_tokens, dtype.itemsize)
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows)
+    new = tuple(align(x, tiles, tile_rows * pool.tokens_per_row) for x in (smooth(key, key_smoothing), value))
+    if quantized and new_tokens > 1:  # of tiles, not before: a gather of scales is slow, and XLA of jax 0.12 dies of it
+        made, unit = [quantize_kv(x, dtype) for x in new], scale_unit(pool)
+        lanes = [spread_scales(scales, pool, max(pool.page_size, LANES)) for _, scales in made]
+        new = (
+            *(values for values, _ in made),
+            *(x if unit == 1 else x.reshape(*x.shape[:2], unit, LANES) for x in lanes),
+        )
+    new = (*(as_rows(x, pool) for x in new[:2]), *new[2:])
     if new_tokens == 1:  # a row of f32 broadcasts over a tile for nothing; the values are exact in it
-        rows = [align_tokens(x, tiles, pool, tile_rows)[:, :, 0] for x in (smooth(key, key_smoothing), value)]
-        new = tuple(x.astype(jnp.float32) for x in rows)
-    elif quantized:
-        new = _quantized(key, value, key_smoothing, dtype, tiles, pool, tile_rows)
-    else:
-        new = tuple(align_tokens(x, tiles, pool, tile_rows) for x in (key, value))
+        new = tuple(x[:, :, 0].astype(jnp.float32) for x in new)
     plan = (tiles.page, tiles.row, tiles.first, tiles.last)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     for begin in range(0, tiles.page.shape[0], ITEMS_PER_LAUNCH):
@@ -267,18 +271,6 @@ def write_tiles_pallas(
         pools = _launch(pools, jax.tree.map(part, plan), jax.tree.map(part, new), layer, pool, tile_rows,
                         new_tokens == 1, interpret)  # fmt: skip
     return pools
-
-
-def _quantized(key, value, key_smoothing, dtype, tiles: Tiles, pool: PoolShape, tile_rows: int) -> tuple:
-    """Several tokens a tile, quantised: (K, V, K's scales, V's), as a launch takes them."""
-    made = (quantize_kv(key, dtype, smoothing=key_smoothing), quantize_kv(value, dtype))
-    unit = scale_unit(pool)
-
-    def rows(scales):
-        scales = align_scales(scales, tiles, pool, tile_rows, max(pool.page_size, LANES))
-        return scales if unit == 1 else scales.reshape(*scales.shape[:2], unit, LANES)
-
-    return (*(align_tokens(x, tiles, pool, tile_rows) for x, _ in made), *(rows(scales) for _, scales in made))
 
 
 def _leaders(page, first, last, items: int, pool: PoolShape) -> jax.Array:

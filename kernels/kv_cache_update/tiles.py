@@ -140,36 +140,38 @@ def plan_tiles(
     )
 
 
-def align_tokens(new: jax.Array, tiles: Tiles, pool: PoolShape, tile_rows: int) -> jax.Array:
-    """Tokens [B, T, Hkv, D] as the tiles hold them, [M, Hkv, tile_rows, W], or [M, Hkv, 1, W] where T = 1.
+def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
+    """Tokens [B, T, Hkv, D] by tiles of `tile` tokens, [M, Hkv, tile, D]; or [M, Hkv, 1, D] where T = 1.
 
-    What no token is for holds some other token, for `first` and `last` to mask.
+    Token j of a sequence's tiles is new token j - shift; what that leaves undefined is some other token, for `first`
+    and `last` to mask.
     """
-    if new.shape[1] == 1:  # the mask picks its row and lanes
-        return jnp.tile(jnp.swapaxes(new, 1, 2), (1, 1, 1, pool.tokens_per_row))
-    rows = _align(new, tiles, tile_rows * pool.tokens_per_row)
-    return rows.reshape(-1, new.shape[2], tile_rows, pool.lanes)
-
-
-def align_scales(scales: jax.Array, tiles: Tiles, pool: PoolShape, tile_rows: int, lanes: int) -> jax.Array:
-    """Scales [B, T, Hkv] in the order that `pack_scales` stores them, [M, Hkv, lanes], repeated to fill the lanes.
-
-    A tile's scales lie `tile_rows` side by side, wherever in the page the tile does, so that every place of a lane
-    can hold what the tile has for it: the mask picks the place, and nothing is shifted. `lanes` is a multiple of P.
-    """
-    tokens = pool.tokens_per_row
-    rows = _align(scales[..., None], tiles, tile_rows * tokens)[..., 0]  # [M, Hkv, tile]
-    rows = jnp.swapaxes(rows.reshape(*rows.shape[:2], tile_rows, tokens), -1, -2)
-    page = jnp.tile(rows, pool.rows // tile_rows).reshape(*rows.shape[:2], pool.page_size)
-    return jnp.tile(page, lanes // pool.page_size)
-
-
-def _align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
-    """[B, T, Hkv, X] as [M, Hkv, tile, X]: token j of a sequence's tiles is new token j - shift."""
-    batch, new_tokens, kv_heads, _ = new.shape
+    batch, new_tokens, kv_heads, head_dim = new.shape
+    new = jnp.swapaxes(new, 1, 2)
+    if new_tokens == 1:
+        return new
     count = tiles.page.shape[0] // batch
     source = jnp.arange(count * tile, dtype=jnp.int32)[None] - tiles.shift[:, None]
     source = jnp.clip(source, 0, new_tokens - 1)[:, None, :, None]
-    rows = jnp.take_along_axis(jnp.swapaxes(new, 1, 2), source, axis=2, mode="promise_in_bounds")
-    rows = rows.reshape(batch, kv_heads, count, tile, -1)
-    return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, -1)
+    rows = jnp.take_along_axis(new, source, axis=2, mode="promise_in_bounds")
+    rows = rows.reshape(batch, kv_heads, count, tile, head_dim)
+    return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, head_dim)
+
+
+def as_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
+    """What `align` made as stored rows, [M, Hkv, tile_rows, W]; a lone token in all places of its row, for a mask."""
+    if tokens.shape[2] == 1:
+        return jnp.tile(tokens, (1, 1, 1, pool.tokens_per_row))
+    return tokens.reshape(*tokens.shape[:2], -1, pool.lanes)
+
+
+def spread_scales(scales: jax.Array, pool: PoolShape, lanes: int) -> jax.Array:
+    """Scales of tiles [M, Hkv, tile] in the order that `pack_scales` stores them, repeated to [M, Hkv, lanes].
+
+    A tile's scales lie side by side (packed: those of its rows' first tokens do, and those of the second ones),
+    wherever in the page the tile does, so that every place of a lane can hold what the tile has for it: the mask
+    picks the place, and nothing is shifted. `lanes` is a multiple of P.
+    """
+    rows = jnp.swapaxes(scales.reshape(*scales.shape[:2], -1, pool.tokens_per_row), -1, -2)
+    page = jnp.tile(rows, pool.rows // rows.shape[-1]).reshape(*rows.shape[:2], pool.page_size)
+    return jnp.tile(page, lanes // pool.page_size)

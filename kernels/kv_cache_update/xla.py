@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist.kernels._dispatch import as_stored_dtype, meant_dtype
-from paged_dist.kernels.kv_cache_update.tiles import PoolShape, align_scales, align_tokens, plan_tiles, token_in_tile
-from paged_dist.kernels.quantization import quantize_kv
+from paged_dist.kernels.kv_cache_update.tiles import PoolShape, align, as_rows, plan_tiles, spread_scales, token_in_tile
+from paged_dist.kernels.quantization import quantize_kv, smooth
 
 
 def write_tiles_xla(
@@ -30,7 +30,7 @@ def write_tiles_xla(
     target = jnp.where(tiles.last > tiles.first, tiles.page, pool.pages)  # out of range: dropped
 
     def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-        new = align_tokens(new, tiles, pool, tile_rows)
+        new = as_rows(new, pool)
         if tile_rows == pool.rows:
             old = pages[layer, :, tiles.page]  # [M, Hkv, rows, W]
             return pages.at[layer, :, target].set(jnp.where(mask, new, old), mode="drop")
@@ -41,17 +41,16 @@ def write_tiles_xla(
         scales = stored.reshape(pool.layers, pool.kv_heads, pool.pages, pool.page_size)
         if new_tokens == 1:
             lane = tiles.row + tiles.first * pool.rows  # one row, `first` is which of its tokens
-            return scales.at[layer, :, target, lane].set(new[:, 0], mode="drop").reshape(stored.shape)
-        new = align_scales(new, tiles, pool, tile_rows, pool.page_size)  # [M, Hkv, P]
+            return scales.at[layer, :, target, lane].set(new[:, :, 0], mode="drop").reshape(stored.shape)
+        new = spread_scales(new, pool, pool.page_size)  # [M, Hkv, P]
         token = token_in_tile(tile_rows, tokens_per_row, tokens_per_row).T.reshape(-1)  # [P] as stored
         live = ((token >= tiles.first[:, None]) & (token < tiles.last[:, None]))[:, None]
         blended = jnp.where(live, new, scales[layer, :, tiles.page])
         return scales.at[layer, :, target].set(blended, mode="drop").reshape(stored.shape)
 
+    key, value = (align(x, tiles, tile_rows * tokens_per_row) for x in (smooth(key, key_smoothing), value))
     if len(pools) == 2:
         return tuple(map(write, pools, (key, value)))
-    dtype = meant_dtype(pools[0].dtype)
-    key, key_scales = quantize_kv(key, dtype, smoothing=key_smoothing)
-    value, value_scales = quantize_kv(value, dtype)
+    (key, key_scales), (value, value_scales) = (quantize_kv(x, meant_dtype(pools[0].dtype)) for x in (key, value))
     new = as_stored_dtype(pools[0].dtype, key, value)
     return (*map(write, pools[:2], new), *map(write_scales, pools[2:], (key_scales, value_scales)))

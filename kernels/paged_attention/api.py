@@ -21,6 +21,7 @@ from paged_dist.kernels.paged_attention.checks import (
     check_smem,
     choose_pages_per_compute_block,
 )
+from paged_dist.kernels.paged_attention.decode import paged_decode_attention
 from paged_dist.kernels.paged_attention.launch import attend_pages_pallas
 from paged_dist.kernels.paged_attention.megacore import check_target, simulation
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
@@ -33,6 +34,8 @@ def page_attention(
     context_lens,
     block_tables,
     *,
+    key_scales=None,
+    value_scales=None,
     sm_scale: float = 1.0,
     mask_value: float = DEFAULT_MASK_VALUE,
     attn_logits_soft_cap: float | None = None,
@@ -56,6 +59,9 @@ def page_attention(
         table.
       block_tables: [B, S] int32 page ids; entries past a sequence's last page, or before its window, may hold
         anything and are never used.
+      key_scales, value_scales: [Hkv, N, P] f32, for int8 and float8_e4m3fn caches. `paged_decode_attention` does the
+        work then, and the arguments that shape the seed-level kernels (mask_value, pages_per_compute_block,
+        megacore_mode, inline_seq_dim) have no effect.
       sm_scale: logits are sm_scale * q.k. ejkernel calls it `attn_scale`, and takes 1 / sqrt(D) where none is given.
       mask_value: what a masked logit becomes, finite and negative.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
@@ -86,9 +92,22 @@ def page_attention(
         if hasattr(cache, "weight") and hasattr(cache, "scales"):
             raise not_yet(
                 f"{name} as a QuantizedTensor",
-                "paged_decode_attention(key_scales=..., "
-                "value_scales=...) will take int8 and fp8 pages; pass bfloat16 or float32 pages here",
+                f"pass its weight as {name}, and its scales[..., 0] / 127.5 as {name.split('_')[0]}_scales",
             )
+    if key_scales is not None or value_scales is not None:
+        return paged_decode_attention(
+            query,
+            key_cache,
+            value_cache,
+            context_lens,
+            block_tables,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            sm_scale=sm_scale,
+            soft_cap=attn_logits_soft_cap,
+            sliding_window=sliding_window,
+            interpret=interpret,
+        )
     query, key_cache, value_cache, context_lens, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
     )

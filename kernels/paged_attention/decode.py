@@ -20,7 +20,7 @@ from paged_dist.kernels.paged_attention.checks import (
 )
 from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
-from paged_dist.kernels.paged_attention.megacore import on_each_core
+from paged_dist.kernels.paged_attention.megacore import on_target
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
 
@@ -49,14 +49,17 @@ def paged_decode_attention(
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over tokens starts[b] <= t < lengths[b].
 
     Args:
-      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128. bf16 pages are multiplied in
-        bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16.
-      key_cache, value_cache: [Hkv, N, P, D] bf16 or f32, or [L, Hkv, N, P, D] with `layer`; P a multiple of 8. At
-        D = 64 two tokens may share a row, [.., P / 2, 128], which is read in place; [.., P, 64] is copied on a TPU.
+      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128. Pages below f32 are multiplied
+        beside bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16.
+      key_cache, value_cache: [Hkv, N, P, D] bf16, f32, int8 or float8_e4m3fn, or [L, Hkv, N, P, D] with `layer`; P a
+        multiple of 8, for 8 bits one that divides 128 or a multiple of it. At D = 64 two tokens of bf16 or f32 may
+        share a row, [.., P / 2, 128], which is read in place; [.., P, 64] is copied on a TPU.
       lengths: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full table.
       block_tables: [B, S] int32 page ids. Entries past a sequence's last page, or before its first, may hold
         anything. On a TPU the others are used unchecked: an id outside the pool reads outside it.
-      key_scales, value_scales: of int8 and fp8 pages; not in this release.
+      key_scales, value_scales: [Hkv, N, P] f32, or [L, Hkv, N, P], of int8 and fp8 pages (`quantize_kv`): a token's
+        key and value are its elements times its scale. They multiply scores and weights, in f32. Read in place at
+        P = 128; for other P the scales (3% of the pools) are copied on a TPU. A `PagedKVCache` is never copied.
       starts: [B] int32, first token attended to, default 0. Pages wholly before it are not read.
       layer: int32 scalar, may be traced, for caches with a layer axis: the kernel's own copies pick it.
       sm_scale: logits are sm_scale * q.k.
@@ -75,7 +78,6 @@ def paged_decode_attention(
     Raises:
       ValueError: arguments that disagree or are outside the rules above; block sizes that do not fit in VMEM; a row
         of the table that does not fit in SMEM. (A whole table need not: the batch is split into several launches.)
-      NotImplementedError: key_scales or value_scales.
 
     Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
     `decode_kernel.py` describes.
@@ -174,7 +176,7 @@ def decode_stored_pages(
         if key_scales is not None and made != stored:
             rest = [*rest[:-2], *(pack_scales(unpack_scales(x, page_size, stored), made) for x in rest[-2:])]
 
-        def launch(*operands, num_cores):
+        def launch(*operands, target):
             query, key_pages, value_pages, lengths, block_tables, *rest = operands
             made = decode_pages_pallas(
                 query,
@@ -186,12 +188,16 @@ def decode_stored_pages(
                 **options,
                 return_lse=return_lse,
                 block_sizes=block_sizes,
-                num_cores=num_cores,
+                target=target,
                 interpret=interpret,
             )
             return made if return_lse else (made,)
 
-        output, *lse = on_each_core(launch, query, *pools, *rest, interpret=interpret)
+        asks = ("num_cores",)
+        if key_scales is not None:
+            fp8 = pools[0].dtype == jnp.float8_e4m3fn
+            asks += ("multiplies_fp8", "outruns_core") if fp8 else ("outruns_core",)
+        output, *lse = on_target(launch, query, *pools, *rest, asks=asks, interpret=interpret)
         return (output[..., :head_dim], *lse)
 
     def xla(*operands):

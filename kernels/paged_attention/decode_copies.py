@@ -57,24 +57,24 @@ class Copies:
                     self.work.note_step(ring.cells, tiles, pages)
                 yield cell
 
-        refs, layer = self.refs, self._layer
-        copies = PageCopies(refs.key_pages.at[layer], refs.k.at[ring.here], refs.k_sems.at[ring.here])
-        if self.plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
-            copies = dataclasses.replace(
-                copies,
-                scales=(
-                    (refs.key_scales.at[layer], refs.k_scales.at[ring.here]),
-                    (refs.value_scales.at[layer], refs.v_scales.at[ring.cells]),
-                ),
-            )
-        return self._paced(cells(), copies)
+        plan, refs, layer = self.plan, self.refs, self._layer
+        pages = [(refs.key_pages.at[layer], refs.k.at[ring.here])]
+        if plan.values_with_keys:
+            pages.append((refs.value_pages.at[layer], refs.v.at[ring.cells]))
+        scales = []
+        if plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
+            scales.append((refs.key_scales.at[layer], refs.k_scales.at[ring.here]))
+            scales.append((refs.value_scales.at[layer], refs.v_scales.at[ring.cells]))
+        return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]))
 
     def values(self, ring: Ring) -> Paced:
-        """The cells that `keys` noted in `ring`'s slots."""
-        refs = self.refs
-        cells = (Cell.load(refs.cells, ring.cells, c, self.plan) for c in range(self.plan.C))
-        copies = PageCopies(refs.value_pages.at[self._layer], refs.v.at[ring.here], refs.v_sems.at[ring.here])
-        return self._paced(cells, copies)
+        """The cells that `keys` noted in `ring`'s slots; nothing where V came with K."""
+        plan, refs = self.plan, self.refs
+        if plan.values_with_keys:
+            return Paced(iter(()), 0)
+        cells = (Cell.load(refs.cells, ring.cells, c, plan) for c in range(plan.C))
+        pages = [(refs.value_pages.at[self._layer], refs.v.at[ring.here])]
+        return self._paced(cells, PageCopies(pages, [], refs.v_sems.at[ring.here]))
 
     @property
     def _layer(self):
@@ -130,31 +130,32 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class PageCopies:
-    """Where pages come from and go to: a layer's pool [Hkv, N, R, W], buffers [C, blocks, T, 128] or one cell's."""
+    """Where a step's pages, or a cell's, come from and go to: pairs of a layer's pool and the buffers."""
 
-    pool: jax.Array
-    to: jax.Array
+    pages: list[tuple[jax.Array, jax.Array]]  # [Hkv, N, R, W]; [C, blocks, T, 128], of a cell less C
+    scales: list[tuple[jax.Array, jax.Array]]  # [Hkv, rows, 1, 128]; [C, Hkv, rows, 1, 128]
     sem: jax.Array
-    scales: tuple[tuple[jax.Array, jax.Array], ...] = ()  # (pool [Hkv, rows, 1, 128], buffers [C, Hkv, rows, 1, 128])
 
     def of_cell(self, c: int) -> PageCopies:
-        return PageCopies(self.pool, self.to.at[c], self.sem, tuple((pool, to.at[c]) for pool, to in self.scales))
+        pages, scales = ([(pool, to.at[c]) for pool, to in pairs] for pairs in (self.pages, self.scales))
+        return PageCopies(pages, scales, self.sem)
+
+    def start(self, plan: Plan, page, source, there) -> None:
+        """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
+        for pool, to in self.pages:
+            if plan.W == LANES:
+                pltpu.make_async_copy(pool.at[:, page, source], to.at[:, there], self.sem).start()
+                continue
+            for h in range(plan.Hkv):
+                for i in range(plan.W // LANES):
+                    lanes = pl.ds(i * LANES, LANES)
+                    block = to.at[h * (plan.W // LANES) + i, there]
+                    pltpu.make_async_copy(pool.at[h, page, source, lanes], block, self.sem).start()
 
     def start_scales(self, plan: Plan, page, p: int) -> None:
-        """Starts the copies of all rows of scales of a cell's page p; a row that pages share comes once for each."""
+        """All rows of scales of a cell's page p; a row that pages share comes once for each."""
         rows = plan.scale_rows_per_page
         first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)
         for pool, to in self.scales:
             copy = pltpu.make_async_copy(pool.at[:, pl.ds(first, rows)], to.at[:, pl.ds(p * rows, rows)], self.sem)
             copy.start()
-
-    def start(self, plan: Plan, page, source, there) -> None:
-        """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
-        if plan.W == LANES:
-            pltpu.make_async_copy(self.pool.at[:, page, source], self.to.at[:, there], self.sem).start()
-            return
-        for h in range(plan.Hkv):
-            for i in range(plan.W // LANES):
-                lanes = pl.ds(i * LANES, LANES)
-                block = self.to.at[h * (plan.W // LANES) + i, there]
-                pltpu.make_async_copy(self.pool.at[h, page, source, lanes], block, self.sem).start()

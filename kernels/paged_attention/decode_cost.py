@@ -9,6 +9,8 @@ import numpy as np
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.decode_plan import Plan
 
+_SCALE_BYTES = 4
+
 
 class Copies(NamedTuple):
     """DMAs out of the pools, K's and V's, and the bytes that they move."""
@@ -22,7 +24,8 @@ def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copi
 
     A page that holds a live token is copied once, whole but at the ends of its sequence: of the last page the rows up
     to the last live one, of the first those from the first live one, in units of `unit` rows. A copy is of all kv
-    heads, or of 128 lanes of one where rows are wider. Block sizes and cores change neither number.
+    heads, or of 128 lanes of one where rows are wider. 8-bit pages come with the rows of 128 scales that hold theirs.
+    Block sizes and cores change neither number.
 
     Args:
       plan: of the launch, or of the call where that is several launches.
@@ -40,11 +43,15 @@ def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copi
     before_start = first % page // unit_tokens * unit_tokens
     tokens = (pages * page - behind_end - before_start).sum()
     pieces = 1 if plan.W == LANES else plan.Hkv * plan.W // LANES
-    return Copies(2 * int(pages.sum()) * pieces, int(tokens) * bytes_per_token(plan))
+    count, size = 2 * int(pages.sum()) * pieces, int(tokens) * _bytes_of_token(plan)
+    if plan.is_quantized:
+        rows = 2 * int(pages.sum()) * plan.scale_rows_per_page
+        count, size = count + 2 * int(pages.sum()), size + rows * plan.Hkv * LANES * _SCALE_BYTES
+    return Copies(count, size)
 
 
 def live_bytes(plan: Plan, lengths, starts=None) -> int:
-    """Bytes of the K and V that are attended to: the least that any kernel reads."""
+    """Bytes of the K and V that are attended to, and of their scales: the least that any kernel reads."""
     first, end = live_span(plan, lengths, starts)
     return int((end - first).sum()) * bytes_per_token(plan)
 
@@ -59,5 +66,9 @@ def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]
 
 
 def bytes_per_token(plan: Plan) -> int:
-    """Bytes of one token's K and V, all local heads."""
+    """Bytes of one token's K and V, all local heads, scales included."""
+    return _bytes_of_token(plan) + (2 * plan.Hkv * _SCALE_BYTES if plan.is_quantized else 0)
+
+
+def _bytes_of_token(plan: Plan) -> int:
     return 2 * plan.Hkv * plan.D * plan.cache_dtype.itemsize

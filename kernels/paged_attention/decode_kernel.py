@@ -55,7 +55,7 @@ class Refs(NamedTuple):
     lse: jax.Array | None  # HBM f32 [B, 1, Hq]
     q: jax.Array  # VMEM [B + 1, H * M, W], the whole query; row B, here and below, is for cells of no sequence
     k: jax.Array  # VMEM [steps_ahead + 1, C, Hkv * W / 128, T, 128]
-    v: jax.Array  # VMEM, the same shape
+    v: jax.Array  # VMEM, the same shape, or one buffer more where V comes with K
     k_scales: jax.Array | None  # VMEM f32 [steps_ahead + 1, C, Hkv, rows of scales in a cell, 1, 128]
     v_scales: jax.Array | None  # one step more, for they come with K
     scores: jax.Array  # VMEM f32 [C, H, M, T]
@@ -191,6 +191,11 @@ class Body:
     work: WorkList
     ring: Ring
 
+    @property
+    def _stages_of_keys(self) -> int:
+        """1 where K's copies are issued between the scores alone, 2 where between the sums too."""
+        return 2 if self.plan.values_with_keys else 1
+
     def wait_for_copies(self) -> None:
         """Waits for step s's K and step s-1's V."""
         self._wait(self.ring, self.refs.k, self.refs.k_sems)
@@ -200,7 +205,8 @@ class Body:
 
     def wait_for_values(self) -> None:
         """Waits for step s-1's V."""
-        self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_sems)
+        if not self.plan.values_with_keys:
+            self._wait(self.ring.plus(-1), self.refs.v, self.refs.v_sems)
 
     def _wait_for_scales(self) -> None:
         """Waits for step s's scales of K and V, which came with its K."""
@@ -211,19 +217,23 @@ class Body:
 
     def _wait(self, ring: Ring, ref, sems) -> None:
         """Waits for a step's tiles. A wait only counts bytes, so here are as many in one piece."""
-        plan, unit = self.plan, self.plan.tile if self.plan.tile % self.plan.register_rows == 0 else self.plan.page_rows
-        blocks = self.work.tiles_of(ring.cells) * ref.shape[-3]
-        part = ref.reshape(math.prod(ref.shape[:-1]) // unit, unit, LANES).at[pl.ds(0, blocks), pl.ds(0, plan.tile)]
-        pl.when(blocks > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
+        plan, tiles = self.plan, self.work.tiles_of(ring.cells) * (2 if self.plan.values_with_keys else 1)
+        if plan.tile == plan.register_rows:
+            blocks = ref.reshape(math.prod(ref.shape[:-1]) // plan.tile, plan.tile, LANES)
+            part = blocks.at[pl.ds(0, tiles * ref.shape[-3])]
+        else:  # pages, which a buffer pads to whole registers: those of HBM count right
+            part = self.refs.key_pages.at[0, 0, pl.ds(0, tiles * plan.Hkv)]
+        pl.when(tiles > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
 
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
-        self._clear_edges(self.refs.v, self.ring.plus(-1))
+        before = self.ring.plus(-1)
+        self._clear_edges(self.refs.v.at[before.of_values(self.plan)], before)
 
     def clear_key_edges(self) -> None:
         """The same for step s's K where two tokens share a row; elsewhere a dead K only makes a dead score."""
         if self.plan.tokens_per_row > 1:
-            self._clear_edges(self.refs.k, self.ring)
+            self._clear_edges(self.refs.k.at[self.ring.here], self.ring)
 
     def _clear_edges(self, ref, ring: Ring) -> None:
         if not self.plan.cache_may_hold_nan:
@@ -231,7 +241,7 @@ class Body:
         for c in range(self.plan.C):
             cell = Cell.load(self.refs.cells, ring.cells, c, self.plan)
             for edge in (cell.end, cell.start) if self.plan.has_starts else (cell.end,):
-                self._clear_tile(ref.at[ring.here, c], cell, edge)
+                self._clear_tile(ref.at[c], cell, edge)
 
     def _clear_tile(self, ref, cell: Cell, edge) -> None:
         """Clears the tile that `edge`'s token is in, by whole registers' rows."""
@@ -270,7 +280,7 @@ class Body:
         plan, refs, ring = self.plan, self.refs, self.ring
         copies = Copies(plan, refs, self.work, cursor)
         keys = copies.keys(ring.plus(plan.sizes.steps_ahead))
-        values = copies.values(ring.plus(plan.sizes.steps_ahead - 1))
+        values = keys if plan.values_with_keys else copies.values(ring.plus(plan.sizes.steps_ahead - 1))
         self.clear_edges()
         self.clear_key_edges()
         weights = self.weigh()
@@ -292,7 +302,7 @@ class Body:
                 s = self._masked_scores(c, g, cell, part)
                 refs.scores[c, g, :, part] = s
                 top += [s[:, t : t + LANES] for t in range(0, part.size, LANES)]
-                copies.advance(plan.C * plan.H * len(plan.parts))
+                copies.advance(self._stages_of_keys * plan.C * plan.H * len(plan.parts))
             top = jnp.max(functools.reduce(jnp.maximum, top), axis=1, keepdims=True)
             top = jnp.broadcast_to(top, (plan.M, LANES))
             if plan.tokens_per_row > 1:  # a row's tokens share their maximum, and so can be added up at the end
@@ -396,7 +406,7 @@ class Body:
                     product = functools.partial(self._times_values, c, each, part)
                     new.append(self._each_head(g, product, (plan.M, plan.W)))
                     if copies is not None:
-                        copies.advance(plan.C * plan.H * len(plan.parts))
+                        copies.advance(self._stages_of_keys * plan.C * plan.H * len(plan.parts))
                 new = _sum(new)
                 new = jnp.where(cell.end > 0, new, 0.0)  # a cell of no sequence holds anything
                 # A select, for the sequence before may have left NaN.
@@ -440,7 +450,7 @@ class Body:
         blocks = plan.W // LANES
         part = lambda i: dot(
             q[:, i * LANES : (i + 1) * LANES],
-            refs.k[self.ring.here, c, h * blocks + i, rows],
+            self._wide(refs.k[self.ring.here, c, h * blocks + i, rows]),
             1,
             plan.query_dtype,
         )
@@ -451,11 +461,15 @@ class Body:
 
     def _times_values(self, c, each, rows: pl.Slice, h):
         """Weights [M, T], one or each head's, times some rows of step s-1's V of kv head h: [M, W]."""
-        plan, slot = self.plan, self.ring.plus(-1).here
+        plan, slot = self.plan, self.ring.plus(-1).of_values(self.plan)
         blocks = plan.W // LANES
         weight = each[h % len(each)][:, rows.start : rows.start + rows.size]
-        parts = [dot(weight, self.refs.v[slot, c, h * blocks + i, rows], 0, plan.query_dtype) for i in range(blocks)]
+        v = [self._wide(self.refs.v[slot, c, h * blocks + i, rows]) for i in range(blocks)]
+        parts = [dot(weight, block, 0, plan.query_dtype) for block in v]
         return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
+
+    def _wide(self, pages):
+        return pages.astype(jnp.bfloat16) if self.plan.widens_pages else pages
 
     def _each_head(self, g, product, shape):
         """`product(h)` of the kv heads that share row group g, each in its own rows."""

@@ -22,7 +22,7 @@ from paged_dist.kernels.paged_attention.decode_plan import (
     vmem_limit,
 )
 from paged_dist.kernels.paged_attention.launch import block_diagonal
-from paged_dist.kernels.paged_attention.megacore import simulation
+from paged_dist.kernels.paged_attention.megacore import Target, simulation
 
 
 def decode_pages_pallas(
@@ -42,7 +42,7 @@ def decode_pages_pallas(
     sliding_window=None,
     return_lse=True,
     block_sizes: BlockSizes | None = None,
-    num_cores: int = 1,
+    target: Target,
     interpret: Interpret = False,
 ):
     """(output [B, Hq, D], lse [B, Hq] f32), or the output alone, by the decode kernel.
@@ -53,7 +53,7 @@ def decode_pages_pallas(
       sinks: [Hq] f32 logits added to the softmax denominator.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pages, as `pack_scales` stores them.
       block_sizes: None for `choose_block_sizes`.
-      num_cores: 2 puts both cores of a megacore chip to work.
+      target: of the chip: the number of cores, how pages are multiplied, default block sizes.
       interpret: False compiles; True or an InterpretParams simulates.
 
     A batch whose table does not fit in scalar memory, or whose queries take too much vector memory, becomes several
@@ -65,16 +65,19 @@ def decode_pages_pallas(
     p = check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
     if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
         sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
+    sizes_for = (target.num_cores, target.outruns_core)
     plan = Plan(
         p,
-        choose_block_sizes(p, sliding_window, num_cores) if block_sizes is None else block_sizes,
+        choose_block_sizes(p, sliding_window, *sizes_for) if block_sizes is None else block_sizes,
         sm_scale=float(sm_scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sliding_window=sliding_window,
         has_starts_operand=starts is not None,
         has_sinks=sinks is not None,
         return_lse=return_lse,
-        num_cores=num_cores,
+        num_cores=target.num_cores,
+        widens_pages=p.is_quantized and not target.multiplies_fp8,
+        values_with_keys=p.is_quantized and target.outruns_core,
     )
     check_block_sizes(plan)
     rows = rows_per_launch(plan)

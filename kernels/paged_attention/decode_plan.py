@@ -18,7 +18,11 @@ _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
 # Tokens in a cell of few heads, by least page size: a cell's own scalar work weighs most where each page's does too,
 # and a long cell is paid whole for a short sequence.
 _CELL_TOKENS = ((128, 512), (32, 1024), (0, 2048))
-_CELL_TOKENS_QUANTIZED = 2048  # two copies more a page and half the time for them: a cell's own work weighs more
+# Of 8-bit pages, which take two copies more and half the time: in a cell, and in a step at most. The larger sizes are
+# for a chip whose core they keep busier than its HBM; they cost short and uneven sequences more than they give there.
+_QUANTIZED_TOKENS = (1024, 4096)
+_QUANTIZED_TOKENS_CORE_BOUND = (2048, 8192)
+_FEW_TOKENS = 64
 _PART_ROWS = 512
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
@@ -72,6 +76,8 @@ class Plan:
     has_sinks: bool = False
     return_lse: bool = False
     num_cores: int = 1
+    widens_pages: bool = False  # 8-bit pages are multiplied as bf16
+    values_with_keys: bool = False  # V's copies are issued with K's, not a step behind: less scalar work, a later end
 
     B = property(lambda self: self.problem.batch)
     Hq = property(lambda self: self.problem.num_q_heads)
@@ -134,7 +140,7 @@ class Plan:
         shapes = dict(
             q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),
             k=((ahead + 1, *block), p.cache_dtype),
-            v=((ahead + 1, *block), p.cache_dtype),
+            v=((ahead + (2 if self.values_with_keys else 1), *block), p.cache_dtype),
             scores=((self.C, self.H, self.M, self.T), f32),
             top=((self.C, *stat), f32),
             decay=((self.C, *stat), f32),
@@ -180,7 +186,9 @@ def _tiled(major: int, minor: int) -> int:
     return sublanes * _round_up(minor, LANES)
 
 
-def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_cores: int = 1) -> BlockSizes:
+def choose_block_sizes(
+    problem: Problem, sliding_window: int | None = None, num_cores: int = 1, outruns_core: bool = False
+) -> BlockSizes:
     """The sizes where the caller names none: about a MiB of K a step, in cells as long as the work is likely to be.
 
     Found by replaying the compiled schedule for v5e, v5p, v6e and v7x. Two cores have half the work each, and so half
@@ -190,16 +198,22 @@ def choose_block_sizes(problem: Problem, sliding_window: int | None = None, num_
     row_bytes = p.num_kv_heads * p.width * jnp.dtype(p.cache_dtype).itemsize
     wide = p.width > LANES  # its pages are copied in pieces, whose scalar work larger steps and cells spread
     rows = max(1, _STEP_BYTES * (2 if wide else 1) // num_cores // row_bytes)  # of a step
+    if p.is_quantized and p.page_size < _FEW_TOKENS:  # four copies a page in straight-line code: it has to compile
+        rows = max(1, rows // 4)
     tokens = next(tokens for page_size, tokens in _CELL_TOKENS if p.page_size >= page_size)
-    tokens = _CELL_TOKENS_QUANTIZED if p.is_quantized else tokens * (2 if wide else 1)
+    tokens *= 2 if wide else 1
+    if p.is_quantized:
+        tokens, most = _QUANTIZED_TOKENS_CORE_BOUND if outruns_core else _QUANTIZED_TOKENS
+        rows = min(rows, most // p.tokens_per_row)
     if sliding_window is not None:
         tokens = max(tokens, min(_WINDOW_TOKENS, sliding_window))
-    pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // p.rows)
+    page_rows = _round_up(p.rows, SUBLANES * 4 // jnp.dtype(p.cache_dtype).itemsize)  # as they lie in a cell
+    pages = _power_of_two(min(rows, tokens // p.tokens_per_row) // page_rows)
     pages = min(pages, _power_of_two_above(p.pages_per_sequence))
-    cells = _power_of_two(rows // max(LANES, pages * p.rows))
+    cells = _power_of_two(rows // max(LANES, pages * page_rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))
     cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
-    buffers = 6 * cells * max(LANES, pages * p.rows) * row_bytes
+    buffers = 6 * cells * max(LANES, pages * page_rows) * row_bytes
     ahead = 1 if buffers > vmem_limit(num_cores) // 2 else 2  # only for pages of megabytes
     return BlockSizes(pages, cells, ahead)
 
@@ -212,7 +226,7 @@ def vmem_limit(num_cores: int) -> int:
 def check_block_sizes(plan: Plan) -> None:
     """Raises ValueError where the smallest launch would not fit in a core's vector memory."""
     need = dataclasses.replace(plan, problem=plan.problem.replace(batch=plan.num_cores)).vmem_bytes
-    default = choose_block_sizes(plan.problem, plan.sliding_window, plan.num_cores)
+    default = choose_block_sizes(plan.problem, plan.sliding_window, plan.num_cores, plan.values_with_keys)
     require(
         need <= vmem_limit(plan.num_cores),
         "block_sizes",

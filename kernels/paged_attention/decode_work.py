@@ -59,7 +59,10 @@ class Cell(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of step s: `here` in K's and V's rings of `ahead` + 1 buffers, `cells` in the ring of `ahead` + 2 notes."""
+    """Slots of step s: `here` in K's and V's rings of `ahead` + 1 buffers, `cells` in the ring of `ahead` + 2 notes.
+
+    What comes with K and is used a step later, scales of V or V itself, is in a ring like the notes'.
+    """
 
     here: jax.Array
     cells: jax.Array
@@ -68,6 +71,10 @@ class Ring:
     @classmethod
     def start(cls, plan: Plan) -> Ring:
         return cls(jnp.int32(0), jnp.int32(0), plan.sizes.steps_ahead)
+
+    def of_values(self, plan: Plan):
+        """V's slot."""
+        return self.cells if plan.values_with_keys else self.here
 
     def plus(self, by: int) -> Ring:
         """Step s + by's."""

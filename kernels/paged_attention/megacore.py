@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -77,22 +78,53 @@ def simulation(megacore_mode: str | None, interpret: Interpret) -> Interpret:
     return interpret
 
 
-def on_each_core(launch, *operands, interpret: Interpret):
-    """`launch(*operands, num_cores)` with as many cores as a device has of the chip that the program is lowered for.
+class Target(NamedTuple):
+    """What the decode kernel wants to know of a chip."""
+
+    num_cores: int = 1
+    multiplies_fp8: bool = True  # the matrix unit takes float8_e4m3fn
+    outruns_core: bool = False  # 8-bit pages of few heads arrive faster than a core starts their copies
+
+    @classmethod
+    def of(cls, device) -> Target:
+        kind = getattr(device, "device_kind", "")
+        return cls(NUM_CORES if has_megacore(device) else 1, kind != "TPU v4", kind == "TPU7x")
+
+
+_TARGETS = (Target(), Target(2), Target(2, False), Target(1, False), Target(1, True, True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Is:
+    target: Target
+    asks: tuple[str, ...]
+
+    def __call__(self, device) -> bool:
+        return _asked(Target.of(device), self.asks) == self.target
+
+
+def _asked(target: Target, asks: tuple[str, ...]) -> Target:
+    return Target(**{name: getattr(target, name) for name in asks})
+
+
+def on_target(launch, *operands, asks: tuple[str, ...], interpret: Interpret):
+    """`launch(*operands, target)` with the `Target` that the program is lowered for, its fields `asks` filled in.
 
     Where the chip is not known when this is traced (a plain `jit`, lowered for an absent TPU), it is asked for while
-    the program is lowered, and the branch not taken is gone from the compiled program.
+    the program is lowered, and the branches not taken are gone from the compiled program.
     """
-    if isinstance(interpret, pltpu.InterpretParams):
-        return launch(*operands, num_cores=interpret.num_cores_or_threads or 1)
     if interpret:
-        return launch(*operands, num_cores=1)
+        cores = interpret.num_cores_or_threads if isinstance(interpret, pltpu.InterpretParams) else 1
+        return launch(*operands, target=Target(cores or 1))
     device = target_device(*(x for x in operands if x is not None))
     if device is not None:
-        return launch(*operands, num_cores=NUM_CORES if has_megacore(device) else 1)
-    return jax.lax.cond(
-        lowered_for(has_megacore),
-        functools.partial(launch, num_cores=NUM_CORES),
-        functools.partial(launch, num_cores=1),
-        *operands,
-    )
+        return launch(*operands, target=_asked(Target.of(device), asks))
+
+    def choose(targets):
+        target, *others = targets
+        if not others:
+            return functools.partial(launch, target=target)
+        is_it = lowered_for(_Is(target, asks))
+        return lambda *x: jax.lax.cond(is_it, functools.partial(launch, target=target), choose(others), *x)
+
+    return choose(list(dict.fromkeys(_asked(target, asks) for target in _TARGETS)))(*operands)

@@ -16,7 +16,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
-from paged_dist.launch.workload import pages_needed, read_trace
+from paged_dist.launch.workload import pages_needed, read_trace, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
@@ -115,15 +115,12 @@ def plan_of(s: Settings, num_cores: int):
 
     from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
-    from paged_dist.kernels._tiling import LANES
     from paged_dist.kernels.paged_attention import decode_plan
     from paged_dist.kernels.paged_attention.checks import check_pools
-    from paged_dist.kernels.quantization import is_quantized
     from paged_dist.launch.synthetic import input_dtype
 
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
-    unit = max(1, LANES // s.page_size) if is_quantized(s.dtype) else 1  # pages that share a row of scales
-    num_pages = -(-sum(pages) // unit) * unit
+    num_pages = whole_pool(sum(pages), s.page_size, s.dtype)
     spec = CacheSpec(s.num_kv_heads, s.head_dim, num_pages, s.page_size, s.dtype, num_layers=1)
     pool, scales = jax.ShapeDtypeStruct(spec.pool_shape, s.dtype), None
     if spec.is_quantized:

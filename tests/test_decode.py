@@ -20,7 +20,7 @@ from paged_dist.launch import report, step
 from paged_dist.launch.engine import ERROR_BOUNDS, Engine, Measured, relative_error
 from paged_dist.launch.schedule import Pool, Schedule
 from paged_dist.launch.step import Model
-from paged_dist.launch.workload import Request
+from paged_dist.launch.workload import Request, whole_pool
 
 LIMIT = 240  # seconds until a run under test is killed
 DECODE = [sys.executable, "-m", "paged_dist.launch.decode"]
@@ -153,8 +153,8 @@ def engine_run(model, requests, batch=8, page_size=16):
     """(record-like summary, Measured) of a run over eight devices, checking one output of every request."""
     mesh = make_pod_mesh(**MESH_SHAPE)
     columns = max(-(-r.tokens // page_size) for r in requests)
-    columns = -(-columns // 4) * 4  # a shard's scales fill whole rows
-    spec = CacheSpec(model.num_kv_heads, model.head_dim, batch * columns, page_size, model.dtype, model.num_layers)
+    pages = whole_pool(batch * columns, page_size, model.dtype, shards=4)
+    spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     engine = Engine(model, spec, mesh, batch, columns)
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
     pool = Pool(batch, 4, 1, spec.num_pages // 4, page_size)

@@ -104,8 +104,8 @@ def trace_lengths(path: str, batch: int) -> tuple[int, ...]:
     return tuple(r.context + r.generated // 2 for r in requests)
 
 
-def plan_of(s: Settings, num_cores: int):
-    """The plan of `paged_decode_attention` for the whole batch, on a chip of `num_cores` cores.
+def plan_of(s: Settings, target):
+    """The plan of `paged_decode_attention` for the whole batch, on a chip that is the `Target` of the op.
 
     Raises:
       ValueError: shapes or block sizes that the op refuses.
@@ -139,11 +139,18 @@ def plan_of(s: Settings, num_cores: int):
     if window is not None:
         window = min(window, problem.pages_per_sequence * problem.page_size)
     sizes = (
-        decode_plan.choose_block_sizes(problem, window, num_cores)
+        decode_plan.choose_block_sizes(problem, window, target.num_cores, target.outruns_core)
         if s.block_sizes is None
         else BlockSizes(*s.block_sizes)
     )
-    plan = decode_plan.Plan(problem, sizes, sliding_window=window, num_cores=num_cores)
+    plan = decode_plan.Plan(
+        problem,
+        sizes,
+        sliding_window=window,
+        num_cores=target.num_cores,
+        widens_pages=s.dtype == "float8_e4m3fn" and not target.multiplies_fp8,
+        values_with_keys=problem.is_quantized and target.outruns_core,
+    )
     decode_plan.check_block_sizes(plan)
     decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
@@ -315,13 +322,13 @@ def main(argv) -> int:
             raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
         shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
 
-        from paged_dist.kernels.paged_attention.megacore import NUM_CORES, has_megacore
+        from paged_dist.kernels.paged_attention.megacore import Target
         from paged_dist.launch import report
         from paged_dist.launch.compiled import one_chip_mesh
 
-        plan_of(s, 1)  # says what is wrong with the shapes before libtpu takes its seconds to load
+        plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
-        plans = {c: plan_of(s, NUM_CORES if has_megacore(m.devices.flat[0]) else 1) for c, m in meshes.items()}
+        plans = {chip: plan_of(s, Target.of(mesh.devices.flat[0])) for chip, mesh in meshes.items()}
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e
 

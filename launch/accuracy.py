@@ -20,6 +20,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(
     "context_lengths", ["128", "512", "2048", "8192", "32768"], "Live tokens of the sequences, one measurement each."
@@ -122,7 +123,7 @@ def draw(s: Settings) -> dict[str, Data]:
 
 
 def tables_of(s: Settings):
-    """int32 [B, S] page ids, shuffled over a pool that they fill but for the rest of its last row of scales."""
+    """int32 [B, S] page ids, shuffled."""
     import numpy as np
 
     columns = -(-max(s.lengths) // s.page_size)
@@ -138,8 +139,7 @@ def fill(s: Settings, dtype: str, data: Data, tables):
 
     from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, write_prefill_kv
 
-    pages = -(-tables.size // 128) * 128  # pages below 128 tokens share rows of scales
-    spec = CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, dtype)
+    spec = CacheSpec(s.num_kv_heads, s.head_dim, whole_pool(tables.size, s.page_size, dtype), s.page_size, dtype)
     mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
     cache = PagedKVCache.create(spec, mesh, key_smoothing=data.smoothing)
     write = jax.jit(write_prefill_kv, donate_argnums=0)

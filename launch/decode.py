@@ -19,7 +19,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
-from paged_dist.launch.workload import Request, draw_requests, pages_needed, read_trace, shorten
+from paged_dist.launch.workload import Request, draw_requests, pages_needed, read_trace, shorten, whole_pool
 
 TRACE = flags.DEFINE_string(
     "trace",
@@ -152,8 +152,6 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
       ValueError, NotImplementedError: what does not.
     """
     from paged_dist import CacheSpec
-    from paged_dist.kernels._tiling import LANES
-    from paged_dist.kernels.quantization import is_quantized
     from paged_dist.launch.schedule import Pool
 
     page_size = shared.PAGE_SIZE.value
@@ -176,9 +174,7 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
     pages = shared.NUM_PAGES.value
     if pages is None:
         pages = Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
-        # Pages of less than 128 tokens share rows of scales, which a shard's pages fill.
-        unit = shards * max(1, LANES // page_size) if is_quantized(model.dtype) else shards
-        pages = -(-pages // unit) * unit
+        pages = whole_pool(pages, page_size, model.dtype, shards)
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     spec.check_mesh(mesh)
     check_memory(spec, mesh)

@@ -16,7 +16,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
-from paged_dist.launch.workload import pages_needed, read_trace
+from paged_dist.launch.workload import pages_needed, read_trace, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
@@ -104,8 +104,8 @@ def trace_lengths(path: str, batch: int) -> tuple[int, ...]:
     return tuple(r.context + r.generated // 2 for r in requests)
 
 
-def plan_of(s: Settings, num_cores: int):
-    """The plan of `paged_decode_attention` for the whole batch, on a chip of `num_cores` cores.
+def plan_of(s: Settings, target):
+    """The plan of `paged_decode_attention` for the whole batch, on a chip that is the `Target` of the op.
 
     Raises:
       ValueError: shapes or block sizes that the op refuses.
@@ -115,15 +115,12 @@ def plan_of(s: Settings, num_cores: int):
 
     from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
-    from paged_dist.kernels._tiling import LANES
     from paged_dist.kernels.paged_attention import decode_plan
     from paged_dist.kernels.paged_attention.checks import check_pools
-    from paged_dist.kernels.quantization import is_quantized
     from paged_dist.launch.synthetic import input_dtype
 
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
-    unit = max(1, LANES // s.page_size) if is_quantized(s.dtype) else 1  # pages that share a row of scales
-    num_pages = -(-sum(pages) // unit) * unit
+    num_pages = whole_pool(sum(pages), s.page_size, s.dtype)
     spec = CacheSpec(s.num_kv_heads, s.head_dim, num_pages, s.page_size, s.dtype, num_layers=1)
     pool, scales = jax.ShapeDtypeStruct(spec.pool_shape, s.dtype), None
     if spec.is_quantized:
@@ -142,11 +139,18 @@ def plan_of(s: Settings, num_cores: int):
     if window is not None:
         window = min(window, problem.pages_per_sequence * problem.page_size)
     sizes = (
-        decode_plan.choose_block_sizes(problem, window, num_cores)
+        decode_plan.choose_block_sizes(problem, window, target.num_cores, target.outruns_core)
         if s.block_sizes is None
         else BlockSizes(*s.block_sizes)
     )
-    plan = decode_plan.Plan(problem, sizes, sliding_window=window, num_cores=num_cores)
+    plan = decode_plan.Plan(
+        problem,
+        sizes,
+        sliding_window=window,
+        num_cores=target.num_cores,
+        widens_pages=s.dtype == "float8_e4m3fn" and not target.multiplies_fp8,
+        values_with_keys=problem.is_quantized and target.outruns_core,
+    )
     decode_plan.check_block_sizes(plan)
     decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
@@ -318,13 +322,13 @@ def main(argv) -> int:
             raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
         shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
 
-        from paged_dist.kernels.paged_attention.megacore import NUM_CORES, has_megacore
+        from paged_dist.kernels.paged_attention.megacore import Target
         from paged_dist.launch import report
         from paged_dist.launch.compiled import one_chip_mesh
 
-        plan_of(s, 1)  # says what is wrong with the shapes before libtpu takes its seconds to load
+        plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
-        plans = {c: plan_of(s, NUM_CORES if has_megacore(m.devices.flat[0]) else 1) for c, m in meshes.items()}
+        plans = {chip: plan_of(s, Target.of(mesh.devices.flat[0])) for chip, mesh in meshes.items()}
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e
 

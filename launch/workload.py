@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from paged_dist._errors import bad_value, require
+from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels.quantization import is_quantized
 
 CONTEXT_COLUMN = "ContextTokens"
 GENERATED_COLUMN = "GeneratedTokens"
@@ -124,6 +126,15 @@ def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) 
     ends = np.cumsum([pages_needed(r.tokens, page_size) for r in requests], dtype=np.int64)
     rounds, rest = divmod(num_pages, int(ends[-1]))
     return rounds * len(requests) + int(np.searchsorted(ends, rest, side="right"))
+
+
+def whole_pool(pages: int, page_size: int, dtype, shards: int = 1) -> int:
+    """The smallest number of pages, `pages` at least, that a cache of `dtype` splits into `shards`.
+
+    8-bit pages come with rows of 128 scales, and a shard's rows fill whole tiles of 8.
+    """
+    unit = math.lcm(SUBLANES * LANES, page_size) // page_size if is_quantized(dtype) else 1
+    return -(-pages // (unit * shards)) * unit * shards
 
 
 def pages_needed(tokens: int, page_size: int) -> int:

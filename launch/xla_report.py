@@ -18,6 +18,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
 LIVE = flags.DEFINE_list("live", ["1", "0.25"], "Shares of those tokens that are live, one measurement each.")
@@ -119,13 +120,14 @@ def make_forms(sizes: dict) -> dict:
 
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
     columns = sizes["table_tokens"] // sizes["page_size"]
-    spec = CacheSpec(heads, head_dim, batch * columns, sizes["page_size"], dtype)
+    num_pages = whole_pool(batch * columns, sizes["page_size"], dtype)
+    spec = CacheSpec(heads, head_dim, num_pages, sizes["page_size"], dtype)
     mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), input_dtype(dtype))
     query = draw(batch, sizes["num_q_heads"], head_dim)
     keys, values = (draw(heads, spec.num_pages, spec.page_size, head_dim) for _ in "kv")
-    tables = jnp.asarray(rng.permutation(spec.num_pages).reshape(batch, columns), jnp.int32)
+    tables = jnp.asarray(rng.permutation(batch * columns).reshape(batch, columns), jnp.int32)
     pools = keys, values
     if spec.is_quantized:
         (keys, key_scales), (values, value_scales) = (quantize_kv(x, dtype) for x in pools)

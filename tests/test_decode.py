@@ -20,7 +20,7 @@ from paged_dist.launch import report, step
 from paged_dist.launch.engine import ERROR_BOUNDS, Engine, Measured, relative_error
 from paged_dist.launch.schedule import Pool, Schedule
 from paged_dist.launch.step import Model
-from paged_dist.launch.workload import Request
+from paged_dist.launch.workload import Request, whole_pool
 
 LIMIT = 240  # seconds until a run under test is killed
 DECODE = [sys.executable, "-m", "paged_dist.launch.decode"]
@@ -153,8 +153,8 @@ def engine_run(model, requests, batch=8, page_size=16):
     """(record-like summary, Measured) of a run over eight devices, checking one output of every request."""
     mesh = make_pod_mesh(**MESH_SHAPE)
     columns = max(-(-r.tokens // page_size) for r in requests)
-    columns = -(-columns // 4) * 4  # a shard's scales fill whole rows
-    spec = CacheSpec(model.num_kv_heads, model.head_dim, batch * columns, page_size, model.dtype, model.num_layers)
+    pages = whole_pool(batch * columns, page_size, model.dtype, shards=4)
+    spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     engine = Engine(model, spec, mesh, batch, columns)
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
     pool = Pool(batch, 4, 1, spec.num_pages // 4, page_size)
@@ -167,7 +167,7 @@ CASES = [
     Model(2, 4, 2, 64, "float32", seed=3),
     Model(1, 8, 2, 128, "bfloat16", soft_cap=2.0, sliding_window=33),
     Model(3, 2, 2, 128, "float32", sliding_window=16),
-    Model(2, 4, 2, 64, "int8", sliding_window=100),
+    pytest.param(Model(2, 4, 2, 64, "int8", sliding_window=100), marks=pytest.mark.slow),
     Model(1, 4, 2, 128, "float8_e4m3fn", soft_cap=3.0),
 ]
 
@@ -238,10 +238,11 @@ def test_an_output_of_nan_is_an_infinite_error():
 
 
 @needs_libtpu
-def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool(dtype):
     mesh = make_pod_mesh(topology="v5p:4x4x4", model=8)
-    model = Model(4, 32, 8, 128, "bfloat16")
-    spec = CacheSpec(8, 128, 8 * 512, 128, "bfloat16", 4)
+    model = Model(4, 32, 8, 128, dtype)
+    spec = CacheSpec(8, 128, 8 * 512, 128, dtype, 4)
     engine = Engine(model, spec, mesh, 64, 64)
     for lowered in engine._lowered:
         compiled = lowered.compile()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from aot import needs_libtpu
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 from paged_dist.kernels.paged_attention import decode_cost, decode_launch
+from paged_dist.kernels.paged_attention.megacore import Target
 from paged_dist.launch import compiled, kernel_report
 from paged_dist.launch import flags as shared
 
@@ -102,7 +104,7 @@ def test_the_report_prints_and_writes_what_was_counted_and_compiled(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
     out = tmp_path / "out.jsonl"
     small = ["--num_q_heads=4", "--num_kv_heads=2", "--page_size=64", "--context_tokens=100"]
@@ -111,7 +113,7 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
     record = json.loads(out.read_text())
     ours, *theirs = record["kernels"]
     assert record["settings"]["dtype"] == {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype]
-    plan = kernel_report.plan_of(kernel_report.Settings(**record["settings"]), 1)
+    plan = kernel_report.plan_of(kernel_report.Settings(**record["settings"]), Target())
     assert (plan.query_dtype.name, plan.cache_dtype.name) == ("bfloat16", record["settings"]["dtype"])
     assert (ours["copies"], ours["bytes_read"]) == decode_cost.copies(plan, [100] * 3)
     assert ours["live_bytes"] == decode_cost.live_bytes(plan, [100] * 3)
@@ -131,14 +133,15 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
         ((4, 2, 2), None, "bfloat16"),
         (None, 2**40, "bfloat16"),
         (None, None, "int8"),
-        (None, 100, "float8_e4m3fn"),
+        pytest.param(None, 100, "float8_e4m3fn", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("num_cores", [1, 2])
-def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, num_cores, sizes, window, dtype):
+@pytest.mark.parametrize("chip", ["v4", "v5p", "v6e", "v7x"])
+def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, chip, sizes, window, dtype):
     head_dim = 64 if dtype == "bfloat16" else 128
     settings = kernel_report.Settings(("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None)
-    plan = kernel_report.plan_of(settings, num_cores)
+    kind = {"v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}[chip]
+    plan = kernel_report.plan_of(settings, Target.of(SimpleNamespace(device_kind=kind)))
     launched, kernel = [], decode_launch.decode_kernel
     monkeypatch.setattr(decode_launch, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
     p = plan.problem
@@ -157,9 +160,7 @@ def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, num_cores, sizes,
         return paged_decode_attention(*arrays[:5], **scales, **options)
 
     jax.clear_caches()
-    jax.eval_shape(
-        attend, query, pool, pool, lengths, table, *scales
-    )  # for an unknown chip: traced for one core and for two
+    jax.eval_shape(attend, query, pool, pool, lengths, table, *scales)  # for an unknown chip: traced for every kind
     assert plan in launched
 
 

@@ -21,6 +21,7 @@ from paged_dist.launch.workload import (
     read_trace,
     sequences_that_fit,
     shorten,
+    whole_pool,
 )
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -61,6 +62,17 @@ def test_sequences_fit_in_order_with_whole_pages_and_over_again(num_pages):
     while left >= (need := pages_needed(requests[count].tokens, 16)):
         left, count = left - need, count + 1
     assert sequences_that_fit(requests, num_pages, 16) == num_pages // 10 * 3 + count
+
+
+@pytest.mark.parametrize("page_size", [8, 64, 128, 256, 384, 2048])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_whole_pool_is_the_least_that_the_cache_takes(dtype, page_size):
+    mesh = AbstractMesh((3, 1, 1), ("data", "context", "model"))
+    pages = whole_pool(100, page_size, dtype, shards=3)
+    CacheSpec(1, 128, pages, page_size, dtype).check_mesh(mesh)
+    for fewer in range(100, pages):
+        with pytest.raises(ValueError, match="num_pages"):
+            CacheSpec(1, 128, fewer, page_size, dtype).check_mesh(mesh)
 
 
 def test_the_capacity_of_a_hand_computed_pod():

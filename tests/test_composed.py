@@ -61,10 +61,16 @@ PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 128), (64, 64), (256, 16)])
-@pytest.mark.parametrize("num_layers", [None, 8], ids=["one_layer", "scan_over_8_layers"])
-@pytest.mark.parametrize("local_heads", [1, 8])
-@pytest.mark.parametrize(("topology", "data", "model"), PODS[:2], ids=[p[0] for p in PODS[:2]])
+@pytest.mark.parametrize(
+    ("topology", "data", "model", "local_heads", "num_layers", "head_dim", "page_size"),
+    [
+        pytest.param(*pod, local_heads, num_layers, *shape, marks=() if pod is often else pytest.mark.slow)
+        for shape, often in (((128, 128), PODS[0]), ((64, 64), PODS[1]), ((256, 16), PODS[0]))
+        for num_layers in (None, 8)  # one layer, or a scan over 8
+        for local_heads in (1, 8)
+        for pod in PODS[:2]
+    ],
+)
 def test_decode_loop_copies_no_pool_and_has_no_collective(
     topology, data, model, local_heads, num_layers, head_dim, page_size
 ):

@@ -71,7 +71,7 @@ SPLIT = ("large_batch_packed",)
 @pytest.mark.parametrize(
     ("chip", "name", "lse"),
     [
-        pytest.param(chip, name, lse, marks=pytest.mark.slow if name in LONG and chip not in ("v5e", "v7x") else ())
+        pytest.param(chip, name, lse, marks=pytest.mark.slow if name in LONG and chip != "v7x" else ())
         for chip in CHIPS
         for name in SHAPES
         for lse in (False, True)
@@ -97,11 +97,15 @@ QUANTIZED = {
 }
 
 
+# test_composed.py compiles the other dtype for each chip.
+OFTEN = [("v4", "one_head", "int8"), ("v5e", "gqa", "float8_e4m3fn"), ("v5p", "one_head", "float8_e4m3fn")]
+OFTEN += [("v6e", "one_head", "int8"), ("v7x", "gqa", "int8")]
+
+
 @pytest.mark.parametrize(
     ("chip", "name", "dtype"),
     [
-        pytest.param(chip, name, dtype, marks=() if (name, dtype) in OFTEN else pytest.mark.slow)
-        for OFTEN in [(("one_head", "int8"), ("gqa", "float8_e4m3fn"))]
+        pytest.param(chip, name, dtype, marks=() if (chip, name, dtype) in OFTEN else pytest.mark.slow)
         for chip in CHIPS
         for name in QUANTIZED
         for dtype in ("int8", "float8_e4m3fn")
@@ -117,7 +121,7 @@ def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name,
 
 
 @pytest.mark.parametrize(("B", "S"), [(32, 4), (32, 32), (32, 33), (256, 4), (8, 64)])
-@pytest.mark.parametrize("chip", ["v5e", "v7x"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v7x", marks=pytest.mark.slow)])
 def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
     entry = text[text.index("ENTRY") :]
@@ -126,8 +130,8 @@ def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
 
 @pytest.mark.parametrize(
     ("chip", "B", "S"),
-    [(chip, 256, 1024) for chip in CHIPS]
-    + [pytest.param(c, 1024, 1024, marks=() if c == "v6e" else pytest.mark.slow) for c in CHIPS],
+    [pytest.param(c, 256, 1024, marks=() if c in ("v5p", "v6e") else pytest.mark.slow) for c in CHIPS]
+    + [pytest.param(c, 1024, 1024, marks=pytest.mark.slow) for c in CHIPS],
 )
 def test_tables_beyond_scalar_memory_become_several_launches(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))

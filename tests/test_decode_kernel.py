@@ -23,7 +23,7 @@ ONE_PAGE = BlockSizes(pages_per_cell=1, cells_per_step=4, steps_ahead=1)
 CASES = [
     (Case("gqa"), SMALL),
     (Case("gqa_three_steps_ahead"), BlockSizes(1, 1, 3)),
-    (Case("default_sizes", P=16, S=3, lengths=(48, 0, 1, 17, 16)), None),
+    (Case("default_sizes", P=128, S=2, lengths=(256, 0, 1, 130)), None),
     (Case("mqa_odd_table", Hq=3, Hkv=1, S=5, lengths=(40, 0, 0, 33, 1)), SMALL),
     (Case("four_heads_share_a_register", Hq=8, Hkv=4, lengths=(32, 5)), SMALL),
     (Case("group_of_five", Hq=10, Hkv=2, lengths=(9, 31)), SMALL),
@@ -58,6 +58,8 @@ CASES = [
 # Repeats of a claim that another case makes; run with `-m slow`.
 LONG = {("packed_head_dim_64", 2), ("nine_sequences", 2), ("starts", 2), ("page_48_bf16", 1), ("group_of_24", 1)}
 LONG |= {("packed_window_and_cap", 1), ("starts_and_window", 1), ("page_24_bf16", 1), ("soft_cap", 1)}
+LONG |= {("window_beyond_int32", 1), ("all_empty", 2), ("bf16", 2), ("mqa_odd_table", 1), ("window_of_two_pages", 1)}
+LONG |= {("window_and_cells_of_no_sequence", 1), ("four_heads_share_a_register", 1), ("page_8_bf16", 1)}
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 
 
@@ -165,10 +167,7 @@ def test_sinks_join_the_denominator_and_are_an_empty_rows_lse(D, interpret):
 
 def test_block_sizes_change_rounding_only_and_runs_change_nothing():
     case = Case("sizes", P=16, S=6, lengths=(96, 0, 50, 17, 95, 1))
-    outputs = [
-        np.asarray(run(case, sizes, simulated())[0][0])
-        for sizes in (SMALL, SMALL, BlockSizes(4, 1, 2), BlockSizes(8, 2, 1))
-    ]
+    outputs = [np.asarray(run(case, sizes, simulated())[0][0]) for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     for output in outputs[2:]:
         np.testing.assert_allclose(output, outputs[0], atol=1e-6, rtol=1e-5)

@@ -199,7 +199,8 @@ _CACHE = "query, key_cache, value_cache, context_lens, block_tables, *"
         (
             "page_attention",
             f"{_CACHE}, sm_scale=1.0, mask_value=DEFAULT, attn_logits_soft_cap=None, sliding_window=None, "
-            "pages_per_compute_block=None, megacore_mode=None, inline_seq_dim=True, interpret=None",
+            "pages_per_compute_block=None, megacore_mode=None, inline_seq_dim=True, interpret=None, "
+            "key_scales=None, value_scales=None",
         ),
         (
             "MultiPageAsyncCopyDescriptor",

@@ -34,8 +34,6 @@ def page_attention(
     context_lens,
     block_tables,
     *,
-    key_scales=None,
-    value_scales=None,
     sm_scale: float = 1.0,
     mask_value: float = DEFAULT_MASK_VALUE,
     attn_logits_soft_cap: float | None = None,
@@ -44,6 +42,8 @@ def page_attention(
     megacore_mode: str | None = None,
     inline_seq_dim: bool = True,
     interpret: Interpret = None,
+    key_scales=None,
+    value_scales=None,
 ) -> jax.Array:
     """Attention of one query token a sequence over its pages, on one chip.
 
@@ -59,9 +59,6 @@ def page_attention(
         table.
       block_tables: [B, S] int32 page ids; entries past a sequence's last page, or before its window, may hold
         anything and are never used.
-      key_scales, value_scales: [Hkv, N, P] f32, for int8 and float8_e4m3fn caches. `paged_decode_attention` does the
-        work then, and the arguments that shape the seed-level kernels (mask_value, pages_per_compute_block,
-        megacore_mode, inline_seq_dim) have no effect.
       sm_scale: logits are sm_scale * q.k. ejkernel calls it `attn_scale`, and takes 1 / sqrt(D) where none is given.
       mask_value: what a masked logit becomes, finite and negative.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
@@ -72,6 +69,9 @@ def page_attention(
       inline_seq_dim: loop over a sequence's blocks inside the kernel (True), or in its grid.
       interpret: None follows the platform that the program is lowered for: the Pallas kernel on TPU, plain XLA
         elsewhere. False is the kernel; True or a `pltpu.InterpretParams` simulates it on the host.
+      key_scales, value_scales: [Hkv, N, P] f32, for int8 and float8_e4m3fn caches. `paged_decode_attention` does the
+        work then, and the arguments that shape the seed-level kernels (mask_value, pages_per_compute_block,
+        megacore_mode, inline_seq_dim) have no effect.
 
     Returns:
       [B, Hq, D] in the query's dtype, accumulated in f32; 0 for an empty sequence.

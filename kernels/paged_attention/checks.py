@@ -165,7 +165,9 @@ def _check(names, query, keys, values, lengths, tables, *, layers: int, dtypes: 
         f"{k_name}.dtype",
         dtype,
         f"must be one of {dtypes}" + (" where scales are given" if with_scales else ""),
-        "leave out key_scales and value_scales" if with_scales else "int8 and fp8 pages need key_scales, value_scales",
+        "leave out key_scales and value_scales"
+        if with_scales
+        else "int8 and fp8 pages need key_scales, value_scales (page_attention, paged_decode_attention)",
     )
     require(
         values.dtype == keys.dtype,

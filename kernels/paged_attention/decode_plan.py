@@ -162,6 +162,8 @@ class Plan:
     def vmem_bytes(self) -> int:
         """Vector memory of the launch: the buffers, padded to whole tiles, and room for what the compiler spills."""
         spilled = 2 * self.C * self.H * _round_up(self.M, SUBLANES) * self.T * 4
+        if self.widens_pages:  # a part of K and one of V as bf16
+            spilled += 4 * min(_PART_ROWS, self.T) * self.W * 2
         return sum(_padded_bytes(*x) for x in self.scratch_shapes.values()) + spilled + (1 << 20)
 
     @property

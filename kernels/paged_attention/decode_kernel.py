@@ -22,15 +22,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_copies import Copies, Paced
+from paged_dist.kernels.paged_attention.decode_edges import clear_edges
 from paged_dist.kernels.paged_attention.decode_plan import Plan
+from paged_dist.kernels.paged_attention.decode_scales import scales_of_rows
 from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.paged_attention.kernel import dot
 
@@ -228,52 +229,12 @@ class Body:
     def clear_edges(self) -> None:
         """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
         before = self.ring.plus(-1)
-        self._clear_edges(self.refs.v.at[before.of_values(self.plan)], before)
+        clear_edges(self.plan, self.refs.cells, before, self.refs.v.at[before.of_values(self.plan)])
 
     def clear_key_edges(self) -> None:
         """The same for step s's K where two tokens share a row; elsewhere a dead K only makes a dead score."""
         if self.plan.tokens_per_row > 1:
-            self._clear_edges(self.refs.k.at[self.ring.here], self.ring)
-
-    def _clear_edges(self, ref, ring: Ring) -> None:
-        if not self.plan.cache_may_hold_nan:
-            return
-        for c in range(self.plan.C):
-            cell = Cell.load(self.refs.cells, ring.cells, c, self.plan)
-            for edge in (cell.end, cell.start) if self.plan.has_starts else (cell.end,):
-                self._clear_tile(ref.at[c], cell, edge)
-
-    def _clear_tile(self, ref, cell: Cell, edge) -> None:
-        """Clears the tile that `edge`'s token is in, by whole registers' rows."""
-        plan, rows = self.plan, self.plan.register_rows
-        edge = jnp.clip(edge, 0, plan.tokens_per_cell - 1)
-        if plan.tile == rows:
-            first, count = div(edge, rows * plan.tokens_per_row), 1
-        else:  # the whole page
-            count = plan.page_rows // rows
-            first = div(edge, plan.page_size) * count
-        for i in range(count):
-            self._clear_register(ref, cell, first + i)
-
-    def _clear_register(self, ref, cell: Cell, at) -> None:
-        """Rows that share a 32-bit word are cleared as its parts, whatever they stand for."""
-        plan, rows = self.plan, self.plan.register_rows
-        word, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
-        in_word = rows // SUBLANES
-        mask = jnp.zeros((SUBLANES, LANES), jnp.int32)
-        for i in range(in_word):
-            token = plan.token_of_row(at * rows + word * in_word + i)
-            if plan.tokens_per_row > 1:
-                token += lax.div(lane, jnp.int32(plan.D))
-            live = token < cell.end
-            if plan.has_starts:
-                live &= token >= cell.start
-            bits = 32 // in_word
-            part = -1 if in_word == 1 else np.uint32(((1 << bits) - 1) << (bits * i)).view(np.int32)
-            mask |= jnp.where(live, jnp.int32(part), 0)
-        for h in range(ref.shape[0]):
-            part = ref.at[h, pl.ds(pl.multiple_of(at * rows, rows), rows)]
-            part[...] = pltpu.bitcast(pltpu.bitcast(part[...], jnp.int32) & mask, part.dtype)
+            clear_edges(self.plan, self.refs.cells, self.ring, self.refs.k.at[self.ring.here])
 
     def compute(self, cursor):
         """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
@@ -346,7 +307,8 @@ class Body:
                 each = [parts]
                 if plan.is_quantized:
                     heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
-                    scales = [self._scales(refs.v_scales.at[before.cells, c], cell, h, pl.ds(0, plan.T)) for h in heads]
+                    ref, rows = refs.v_scales.at[before.cells, c], pl.ds(0, plan.T)
+                    scales = [scales_of_rows(plan, self.work, ref, cell, h, rows) for h in heads]
                     # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
                     each = [
                         [
@@ -358,39 +320,6 @@ class Body:
                 each = [jnp.concatenate(x, axis=1).astype(dtype) for x in each]
                 weights.append((each, _sum(parts), refs.decay[c, g], top))
         return weights
-
-    def _scales(self, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
-        """Head h's scales of some of a cell's rows, as scores lie: [1 or M, 128] each. `ref`: [Hkv, .., 1, 128]."""
-        plan = self.plan
-        columns = []
-        for t in range(rows.start, rows.start + rows.size, LANES):
-            tokens = [self._scales_of_column(ref, cell, h, t, j) for j in range(plan.tokens_per_row)]
-            if plan.tokens_per_row > 1:
-                row = lax.broadcasted_iota(jnp.int32, (plan.M, LANES), 0)
-                tokens = [jnp.where(row < plan.M // 2, *(jnp.broadcast_to(x, row.shape) for x in tokens))]
-            columns.append(tokens[0])
-        return columns
-
-    def _scales_of_column(self, ref, cell: Cell, h: int, t: int, j: int):
-        """[1, 128]: the scales of token j of the cell's rows t to t + 127."""
-        plan = self.plan
-        if plan.R % LANES == 0:
-            page, row = divmod(t, plan.R)
-            return ref[h, page * plan.scale_rows_per_page + (j * plan.R + row) // LANES]
-        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        merged = None
-        for p in range(t // plan.page_rows, min(plan.pages_per_cell, (t + LANES) // plan.page_rows)):
-            first, to = j * plan.R, p * plan.page_rows - t
-            by = to - first
-            if plan.page_size < LANES:  # where in the row its page's scales begin
-                by = by - rem(self.work.page_id(cell, p), LANES // plan.page_size) * plan.page_size
-                by = by & (LANES - 1)
-            else:
-                by = by % LANES
-            row = ref[h, p]
-            row = row if isinstance(by, int) and by == 0 else pltpu.roll(row, by, 1)
-            merged = row if merged is None else jnp.where(lane < to, merged, row)
-        return merged
 
     def sum_up(self, weights, copies: Paced | None = None) -> None:
         """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
@@ -458,7 +387,8 @@ class Body:
         )
         s = functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
         if plan.is_quantized:
-            s *= jnp.concatenate(self._scales(refs.k_scales.at[self.ring.here, c], cell, h, rows), axis=1)
+            scales = scales_of_rows(plan, self.work, refs.k_scales.at[self.ring.here, c], cell, h, rows)
+            s *= jnp.concatenate(scales, axis=1)
         return s
 
     def _times_values(self, c, each, rows: pl.Slice, h):

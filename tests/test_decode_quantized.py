@@ -86,7 +86,7 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     assert_no_races()
 
 
-@pytest.mark.parametrize("case", [x[0] for x in CASES], ids=lambda case: f"{case.name}-{case.dtype}")
+@pytest.mark.parametrize("case", [x[0] for x in CASES[::2]], ids=lambda case: f"{case.name}-{case.dtype}")
 def test_xla_form_equals_the_oracle(case):
     arrays, scales, expected = make_quantized(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)

@@ -152,7 +152,7 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
         compile_on(mesh, attend(), *arrays)
 
 
-@on_every_chip
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIPS])
 @pytest.mark.parametrize(
     "shape",
     [

@@ -219,8 +219,19 @@ def test_arrays_that_do_not_make_a_cache_are_refused(arguments, options, names):
 # ------------------------------------------------------------------------------- attention over it, in plain XLA
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "uint8"])
-@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 16), (64, 64), (128, 128), (64, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "dtype"),
+    [
+        pytest.param(*shape, dtype, marks=() if dtype == often else pytest.mark.slow)
+        for shape, often in (
+            ((128, 16), "int8"),
+            ((64, 64), "uint8"),
+            ((128, 128), "float8_e4m3fn"),
+            ((64, 256), "int8"),
+        )
+        for dtype in ("int8", "float8_e4m3fn", "uint8")
+    ],
+)
 def test_attention_over_quantised_pages_is_the_oracle_and_dead_ones_change_nothing(head_dim, page_size, dtype):
     rng, width, tokens_per_row = np.random.default_rng(page_size), 4, max(1, 128 // head_dim)
     lengths = np.array([0, 1, page_size, page_size + 3, width * page_size], np.int32)
@@ -263,6 +274,7 @@ def test_no_pool_is_widened_nor_scales_copied(dtype):
     assert not re.search(r"\b(f32|f16|bf16)\[8192,", compiled.as_text().replace("f32[8192,128]", ""))
 
 
+@pytest.mark.slow  # test_quantized_attend.py makes the claim of the op itself
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layers", [None, 2])
 def test_what_a_cache_hands_to_attention_stands_for_the_tokens_written(layers, dtype):

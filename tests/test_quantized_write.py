@@ -282,7 +282,7 @@ def assert_in_place(compiled, spec: pd.CacheSpec, mesh) -> None:
 @needs_libtpu
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "heads", "layers", "dtype"),
-    [(128, 128, 8, 4, "int8"), (64, 64, 1, None, "float8_e4m3fn")],
+    [(128, 128, 8, 4, "int8"), pytest.param(64, 64, 1, None, "float8_e4m3fn", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(("topology", "data", "model"), PODS, ids=[p[0] for p in PODS])
 def test_appends_copy_neither_pool_nor_scales(topology, data, model, head_dim, page_size, heads, layers, dtype):
@@ -295,7 +295,8 @@ def test_appends_copy_neither_pool_nor_scales(topology, data, model, head_dim, p
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "heads", "dtype"), [(128, 128, 8, "float8_e4m3fn"), (64, 16, 1, "int8")]
+    ("head_dim", "page_size", "heads", "dtype"),
+    [(128, 128, 8, "float8_e4m3fn"), pytest.param(64, 16, 1, "int8", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("chip", aot.CHIPS)
 def test_prompts_copy_neither_pool_nor_scales(chip, head_dim, page_size, heads, dtype):

@@ -99,8 +99,15 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", [None, RACES], ids=["xla", "simulated"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [
+        pytest.param(AxisType.Auto, None, id="auto-xla"),
+        pytest.param(AxisType.Explicit, None, id="explicit-xla"),
+        pytest.param(AxisType.Auto, RACES, id="auto-simulated"),
+        pytest.param(AxisType.Explicit, RACES, id="explicit-simulated", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "case",
     [Case(), Case(64), Case(64, dtype="float32", layers=2), Case(256, 8, lengths=(3, 0, 17, 32))],
@@ -314,7 +321,7 @@ def absent_mesh(chip: str, data: int = 2, model: int = 2) -> Mesh:
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_local_forms_compile_for_every_chip(chip, check_vma):
     mesh = absent_mesh(chip)
     spec = pd.CacheSpec(4, 128, 256, num_layers=2)

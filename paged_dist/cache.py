@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
 from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype
+from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import check_scales
 from paged_dist.kernels.quantization import pack_scales, unpack_scales
 from paged_dist.mesh import MeshAxes
@@ -77,6 +78,12 @@ class PagedKVCache:
             warnings.warn(
                 f"CacheSpec(page_size={spec.page_size}): below 64 tokens a page the DMA engine, not HBM, sets "
                 "the pace on TPU; 128 is the default",
+                stacklevel=2,
+            )
+        elif spec.is_quantized and spec.page_size < LANES:
+            warnings.warn(
+                f"CacheSpec(page_size={spec.page_size}, dtype={spec.dtype!r}): below {LANES} tokens 8-bit pages share "
+                "rows of scales, and with one kv head a chip save no time on TPU; 128 is the default",
                 stacklevel=2,
             )
         key_smoothing = _check_key_smoothing(spec, key_smoothing)

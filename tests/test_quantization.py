@@ -139,7 +139,7 @@ def pages_of(dtype, head_dim, page_size, layers, seed=0):
     return *pages, *(jnp.asarray(rng.random(shape[:-1]), jnp.float32) for _ in "kv")
 
 
-@pytest.mark.filterwarnings("ignore:.*page_size=16")
+@pytest.mark.filterwarnings("ignore:.*page_size=")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "page_size", "layers"), [(128, 128, None), (64, 64, 2), (64, 16, None)])

@@ -434,6 +434,7 @@ def test_bad_specs_are_refused(arguments, names):
         pd.CacheSpec(**(dict(num_kv_heads=4, head_dim=128, num_pages=16) | arguments))
 
 
+@pytest.mark.filterwarnings("ignore:.*page_size=")
 @pytest.mark.parametrize(
     ("spec", "names"),
     [

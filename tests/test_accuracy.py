@@ -26,6 +26,7 @@ def of(results, dtype, case):
     return [r["error"] for r in results if (r["dtype"], r["case"]) == (dtype, case)]
 
 
+@pytest.mark.filterwarnings("ignore:.*page_size=")
 def test_errors_are_within_their_bounds_and_do_not_grow_with_length(results):
     assert len(results) == 2 * 2 * 3
     assert max(of(results, "int8", "plain")) < 0.015 and max(of(results, "float8_e4m3fn", "plain")) < 0.05

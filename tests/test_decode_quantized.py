@@ -14,8 +14,10 @@ from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attention
 from paged_dist.kernels.paged_attention import decode_plan
+from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
+from paged_dist.kernels.paged_attention.megacore import Target
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
-from paged_dist.kernels.quantization import dequantize_kv, quantize_kv
+from paged_dist.kernels.quantization import dequantize_kv, pack_scales, quantize_kv
 
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 INT8, FP8 = "int8", "float8_e4m3fn"
@@ -83,6 +85,25 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     options = dict(starts=starts, return_lse=True, block_sizes=sizes, interpret=simulated(cores))
     check(case, expected, *paged_decode_attention(*arrays, **scales, **case.options, **options))
+    assert_no_races()
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        (Case("v7x", P=128, lengths=(0, 1, 130, 256, 500, 512), dtype=FP8, **BF16), Target(1, True, True)),
+        (Case("v7x_starts", P=128, lengths=(500, 300), starts=(131, 299), dtype=INT8, **BF16), Target(1, True, True)),
+        (Case("v4", P=128, S=2, lengths=(130, 0, 256), dtype=FP8, **BF16), Target(2, False)),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_what_single_chips_do_differently_equals_the_oracle(case, target):
+    """V's copies with K's, which share one semaphore, and pages widened before they are multiplied."""
+    (query, k, v, *rest), scales, expected = make_quantized(case)
+    starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
+    scales = {name: pack_scales(x)[None] for name, x in scales.items()}
+    options = dict(block_sizes=SMALL, target=target, interpret=simulated(target.num_cores), **case.options)
+    check(case, expected, *decode_pages_pallas(query, k[None], v[None], *rest, starts=starts, **scales, **options))
     assert_no_races()
 
 

@@ -31,7 +31,12 @@ def pod(tmp_path):
             f"folder = {str(tmp_path)!r}\n" + textwrap.dedent(script)
         )
         process = subprocess.Popen(
-            [*MODULE, *flags, "--", str(path), "--its=own"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*MODULE, *flags, "--", str(path), "--its=own"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A suite in a shell's background has it ignored, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process

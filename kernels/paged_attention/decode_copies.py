@@ -48,12 +48,13 @@ class Copies:
     cursor: tuple | None
 
     def start_keys(self, ring: Ring) -> None:
-        self.keys(ring).finish()
+        """Before the loop, where V waits for its buffers to be cleared."""
+        self.keys(ring, with_values=False).finish()
 
     def start_values(self, ring: Ring) -> None:
         self.values(ring).finish()
 
-    def keys(self, ring: Ring) -> Paced:
+    def keys(self, ring: Ring, *, with_values: bool) -> Paced:
         """The next step's cells are taken from the cursor into `ring`'s slots."""
 
         def cells():
@@ -69,23 +70,22 @@ class Copies:
 
         plan, refs, layer = self.plan, self.refs, self._layer
         pages = [(refs.key_pages.at[layer], refs.k.at[ring.here])]
-        if plan.values_with_keys:
-            pages.append((refs.value_pages.at[layer], refs.v.at[ring.cells]))
+        if with_values:
+            pages.append((refs.value_pages.at[layer], refs.v.at[ring.of_values(plan)]))
         scales = []
         if plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
             scales.append((refs.key_scales.at[layer], refs.k_scales.at[ring.here]))
             scales.append((refs.value_scales.at[layer], refs.v_scales.at[ring.cells]))
-        early = _EARLY if plan.values_with_keys else 1.0
+        early = _EARLY if with_values else 1.0
         return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]), early)
 
     def values(self, ring: Ring) -> Paced:
-        """The cells that `keys` noted in `ring`'s slots; nothing where V came with K."""
+        """The cells that `keys` noted in `ring`'s slots."""
         plan, refs = self.plan, self.refs
-        if plan.values_with_keys:
-            return Paced(iter(()), 0)
         cells = (Cell.load(refs.cells, ring.cells, c, plan) for c in range(plan.C))
-        pages = [(refs.value_pages.at[self._layer], refs.v.at[ring.here])]
-        return self._paced(cells, PageCopies(pages, [], refs.v_sems.at[ring.here]))
+        pages = [(refs.value_pages.at[self._layer], refs.v.at[ring.of_values(plan)])]
+        sems = refs.k_sems if plan.values_with_keys else refs.v_sems
+        return self._paced(cells, PageCopies(pages, [], sems.at[ring.here]))
 
     @property
     def _layer(self):

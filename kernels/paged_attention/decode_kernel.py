@@ -94,7 +94,7 @@ def decode_kernel(plan: Plan, refs: Refs) -> None:
         cursor = copies.cursor
     if plan.cache_may_hold_nan:
         pl.when(work.is_ragged)(lambda: _clear_values(plan, refs))  # while the first K is on its way
-    for a in range(ahead - 1):
+    for a in range(ahead if plan.values_with_keys else ahead - 1):
         Copies(plan, refs, work, None).start_values(ring.plus(a))
     # Everything from here to the first wait hides behind the first copies' latency.
     rows = _prepare(plan, refs, work, core)
@@ -240,7 +240,7 @@ class Body:
         """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
         plan, refs, ring = self.plan, self.refs, self.ring
         copies = Copies(plan, refs, self.work, cursor)
-        keys = copies.keys(ring.plus(plan.sizes.steps_ahead))
+        keys = copies.keys(ring.plus(plan.sizes.steps_ahead), with_values=plan.values_with_keys)
         values = keys if plan.values_with_keys else copies.values(ring.plus(plan.sizes.steps_ahead - 1))
         self.clear_edges()
         self.clear_key_edges()

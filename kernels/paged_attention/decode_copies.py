@@ -47,9 +47,8 @@ class Copies:
     work: WorkList
     cursor: tuple | None
 
-    def start_keys(self, ring: Ring) -> None:
-        """Before the loop, where V waits for its buffers to be cleared."""
-        self.keys(ring, with_values=False).finish()
+    def start_keys(self, ring: Ring, *, with_values: bool) -> None:
+        self.keys(ring, with_values=with_values).finish()
 
     def start_values(self, ring: Ring) -> None:
         self.values(ring).finish()

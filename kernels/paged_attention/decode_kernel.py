@@ -88,13 +88,15 @@ def decode_kernel(plan: Plan, refs: Refs) -> None:
     work = WorkList.build(plan, refs, core)
     ring, ahead = Ring.start(plan), plan.sizes.steps_ahead
     cursor = (jnp.int32(0), jnp.int32(0))
-    for a in range(ahead):  # V a step behind K, here as in the loop
+    # V as in the loop, a step behind K or with it, but that it waits for its buffers to be cleared.
+    together = plan.values_with_keys and not plan.cache_may_hold_nan
+    for a in range(ahead):
         copies = Copies(plan, refs, work, cursor)
-        copies.start_keys(ring.plus(a))
+        copies.start_keys(ring.plus(a), with_values=together)
         cursor = copies.cursor
     if plan.cache_may_hold_nan:
         pl.when(work.is_ragged)(lambda: _clear_values(plan, refs))  # while the first K is on its way
-    for a in range(ahead if plan.values_with_keys else ahead - 1):
+    for a in range(0 if together else ahead if plan.values_with_keys else ahead - 1):
         Copies(plan, refs, work, None).start_values(ring.plus(a))
     # Everything from here to the first wait hides behind the first copies' latency.
     rows = _prepare(plan, refs, work, core)

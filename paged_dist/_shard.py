@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paged_dist._compat import has_explicit_axes, varying_axes
-from paged_dist._errors import bad_value, not_yet, require
+from paged_dist._errors import bad_value, require
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels._dispatch import Interpret
+from paged_dist.kernels._stripes import Stripes
 from paged_dist.mesh import MeshAxes
 
 Implementation = str | pltpu.InterpretParams | None
@@ -59,8 +61,6 @@ def op_mesh(
     if implementation == "pallas" and platform != "tpu":
         works = "pass None, which follows the platform, or 'pallas_interpret'"
         raise bad_value("implementation", implementation, f"needs a TPU, not {platform}", works)
-    if axes.size(mesh, "context") > 1:
-        raise not_yet(f"a context axis of size {axes.size(mesh, 'context')}", "use a mesh with context=1")
     return mesh
 
 
@@ -94,15 +94,13 @@ def _reshard(mesh: Mesh | AbstractMesh, specs, tree):
     return jax.tree.map(put, specs, tree, is_leaf=lambda s: isinstance(s, P))
 
 
-def check_context_is_one(axes: MeshAxes) -> None:
-    """Inside a `shard_map`: raises NotImplementedError where the pages of one sequence are split."""
-    size = jax.lax.axis_size(axes.names("context")) if axes.names("context") else 1
-    if size > 1:
-        raise not_yet(f"a context axis of size {size}", "use a mesh with context=1")
+def context_size(axes: MeshAxes) -> int:
+    """Inside a `shard_map`: over how many shards the pages of one sequence are split."""
+    return jax.lax.axis_size(axes.names("context")) if axes.names("context") else 1
 
 
 def invariant_over_context(x: jax.Array, axes: MeshAxes) -> jax.Array:
-    """Inside a `shard_map`: `x`, typed as the same on every context shard, of which there is one.
+    """Inside a `shard_map` with one context shard: `x`, typed as the same on every one.
 
     In a caller's `shard_map` the pools, and so `x`, vary over context, and only a reduction changes the type; its
     groups are single, and XLA on TPU drops it.
@@ -111,12 +109,39 @@ def invariant_over_context(x: jax.Array, axes: MeshAxes) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
-def local_page_ids(block_tables: jax.Array, pages: int, axes: MeshAxes) -> jax.Array:
-    """Inside a `shard_map`: global page ids made local to this shard, which owns ids [r * pages, (r + 1) * pages).
+def local_pages(block_tables: jax.Array, pages: int, axes: MeshAxes) -> tuple[jax.Array, Stripes | None]:
+    """Inside a `shard_map`: this shard's columns of `block_tables`, with local page ids, and which columns they are.
 
-    Ids of other shards come out negative or past the pool; so do unused entries.
+    Page i of a sequence lies on context shard (o + i) mod C, o being the shard that owns its first page's id. Ids of
+    other shards, where a table is wrong, come out negative or past the pool; so do unused entries, and what
+    follows the last column where C does not divide the table's width.
+
+    Args:
+      block_tables: [B, S] int32 global ids. This shard r = data shard * C + context shard owns ids
+        [r * pages, (r + 1) * pages).
+
+    Returns:
+      ([B, ceil(S / C)] int32, Stripes), or ([B, S] int32, None) with one context shard.
     """
+    size, stripes = context_size(axes), None
+    if size > 1:
+        owner = jax.lax.div(jnp.maximum(block_tables[:, 0], 0), jnp.int32(pages))  # any, where a sequence has no page
+        here = jax.lax.axis_index(axes.names("context")).astype(jnp.int32)
+        stripes = Stripes(jax.lax.rem(here - jax.lax.rem(owner, jnp.int32(size)) + size, jnp.int32(size)), size)
+        block_tables = _columns(block_tables, stripes)
     names = tuple(name for name in axes.pages if jax.lax.axis_size(name) > 1)  # those of size 1 change no number
-    if not names:
-        return block_tables
-    return block_tables - jax.lax.axis_index(names).astype(block_tables.dtype) * pages
+    if names:
+        block_tables = block_tables - jax.lax.axis_index(names).astype(block_tables.dtype) * pages
+    return block_tables, stripes
+
+
+def _columns(block_tables: jax.Array, stripes: Stripes) -> jax.Array:
+    """Columns first[b] + k * stride of row b of a table [B, S], for every k: [B, ceil(S / stride)]."""
+    stride = stripes.stride
+    groups = -(-block_tables.shape[1] // stride)
+    short = groups * stride - block_tables.shape[1]
+    padded = jnp.pad(block_tables, ((0, 0), (0, short)), constant_values=-1)
+    made = padded[:, ::stride]
+    for i in range(1, stride):  # no gather, which on a TPU is a launch of its own and slow
+        made = jnp.where(stripes.first[:, None] == i, padded[:, i::stride], made)
+    return made

@@ -1,4 +1,4 @@
-"""Attend: each shard runs paged attention over its own heads and pages."""
+"""Attend: each shard runs paged attention over its own heads and pages, and those of one sequence's pages merge."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
     check_batch,
-    check_context_is_one,
+    context_size,
     interpret_of,
     invariant_over_context,
-    local_page_ids,
+    local_pages,
     op_mesh,
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_sinks
-from paged_dist.kernels.paged_attention.decode import decode_stored_pages
+from paged_dist.kernels.paged_attention.decode import add_sinks, decode_stored_pages
+from paged_dist.merge import merge_partials, my_heads
 from paged_dist.mesh import MeshAxes
+
+OUTPUT_HEADS = ("replicated", "scattered")
 
 
 def sharded_paged_attention(
@@ -39,6 +42,7 @@ def sharded_paged_attention(
     sliding_window: int | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
+    output_heads: str = "replicated",
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
     implementation: Implementation = None,
@@ -46,9 +50,10 @@ def sharded_paged_attention(
     """Decode attention of one new token a sequence over a sharded paged KV cache.
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over the live tokens t of sequence
-    b. Each shard computes its own sequences and heads from its own pages, so the compiled program has no
-    collective; the pools are only read. The method is paged attention (Kwon et al., SOSP 2023) with the online
-    softmax of FlashAttention (Dao et al., 2022).
+    b. Each shard computes its own sequences and heads from its own pages, and the pools are only read. With one
+    context shard the compiled program has no collective. With more, what the shards of a sequence's pages made is
+    merged over `context`: a maximum of [B, Hq] and a sum of [B, Hq, D + 1], in f32. The method is paged attention
+    (Kwon et al., SOSP 2023) with the online softmax of FlashAttention (Dao et al., 2022).
 
     Args:
       query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None).
@@ -62,6 +67,9 @@ def sharded_paged_attention(
       sliding_window: attend to the last `sliding_window` tokens only; pages wholly before them are not read.
       sinks: [Hq] f32 logits, each added to its head's softmax denominator. P(model).
       return_lse: also return the natural log of the softmax denominator, sinks included.
+      output_heads: 'replicated' gives every context shard all heads of its model shard; 'scattered' gives each
+        Hq / (model x context) of them, by a reduce-scatter in place of the sum, which is half the bytes and what an
+        output projection sharded over (model, context) wants.
       mesh: None: the cache's mesh, else the one in scope.
       axes: which mesh axes split sequences, one sequence's pages, and heads.
       implementation: None: the Pallas kernel where the program is lowered for TPU, XLA operations elsewhere;
@@ -69,11 +77,11 @@ def sharded_paged_attention(
 
     Returns:
       The output [B, Hq, D] in query's dtype, P(data, model, None); with `return_lse`, also lse [B, Hq] f32,
-      P(data, model). An empty sequence gives output 0 and lse -inf (with sinks: the sink).
+      P(data, model). Scattered: P(data, (model, context), None) and P(data, (model, context)). An empty sequence
+      gives output 0 and lse -inf (with sinks: the sink).
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
-      NotImplementedError: a context axis larger than 1.
     """
     query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
     sinks = None if sinks is None else jnp.asarray(sinks)
@@ -81,6 +89,8 @@ def sharded_paged_attention(
     cache.check_layer(layer)
     _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
+    context, model = axes.size(mesh, "context"), axes.size(mesh, "model")
+    _check_output_heads(output_heads, query.shape[-2] // model, context)
     return _sharded(
         query,
         cache,
@@ -92,6 +102,7 @@ def sharded_paged_attention(
         soft_cap=None if soft_cap is None else float(soft_cap),
         sliding_window=None if sliding_window is None else int(sliding_window),
         return_lse=return_lse,
+        output_heads=output_heads,
         mesh=mesh,
         axes=axes,
         implementation=implementation,
@@ -99,13 +110,18 @@ def sharded_paged_attention(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("sm_scale", "soft_cap", "sliding_window", "return_lse", "mesh", "axes", "implementation")
-)
+    jax.jit,
+    static_argnames=(
+        "sm_scale", "soft_cap", "sliding_window", "return_lse", "output_heads", "mesh", "axes", "implementation",
+    ),
+)  # fmt: skip
 def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, **options):
     data, model = axes.names("data") or None, axes.names("model") or None
     local = functools.partial(_local, axes=axes, **options)
-    # One context shard: pools that are only read need not vary over it, and no reduction makes the output the same.
-    pools = cache.partition_specs(dataclasses.replace(axes, context=None))
+    pools = cache.partition_specs(axes)
+    if axes.size(mesh, "context") == 1:
+        # Pools that are only read need not vary over it, and no reduction makes the output the same.
+        pools = cache.partition_specs(dataclasses.replace(axes, context=None))
     in_specs = (
         P(data, model, None),
         pools,
@@ -114,6 +130,8 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
         None if layer is None else P(),
         None if sinks is None else P(model),
     )
+    if options["output_heads"] == "scattered":
+        model = (axes.names("model") + axes.names("context")) or None
     out_specs = P(data, model, None)
     if options["return_lse"]:
         out_specs = (out_specs, P(data, model))
@@ -143,6 +161,7 @@ def paged_attention_local(
     sliding_window: int | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
+    output_heads: str = "replicated",
     axes: MeshAxes = MeshAxes(),
     implementation: Implementation = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -158,12 +177,14 @@ def paged_attention_local(
       Everything else as in `sharded_paged_attention`.
 
     Returns:
-      [B / data, Hq / model, D], and lse [B / data, Hq / model] with `return_lse`.
+      [B / data, Hq / model, D], and lse [B / data, Hq / model] with `return_lse`; scattered, Hq / (model x context)
+      heads of them.
 
     Raises:
-      ValueError, NotImplementedError: as `sharded_paged_attention`.
+      ValueError: as `sharded_paged_attention`.
     """
     _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
+    _check_output_heads(output_heads, query.shape[-2], context_size(axes))
     return _local(
         query,
         cache,
@@ -175,6 +196,7 @@ def paged_attention_local(
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         return_lse=return_lse,
+        output_heads=output_heads,
         axes=axes,
         implementation=implementation,
     )
@@ -192,33 +214,52 @@ def _local(
     soft_cap,
     sliding_window,
     return_lse,
+    output_heads,
     axes,
     implementation,
 ):
-    check_context_is_one(axes)
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
-    tables = local_page_ids(block_tables, key_pages.shape[2], axes)
+    tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
+    options = dict(sm_scale=float(sm_scale), soft_cap=soft_cap, interpret=interpret_of(implementation))
+    attend = lambda lengths, **more: decode_stored_pages(
+        _smoothed(query, smoothing),
+        key_pages,
+        value_pages,
+        lengths,
+        tables,
+        layer,
+        **cache.stacked_scales(),
+        **options,
+        **more,
+    )
+    if stripes is None:
+        with jax.named_scope("attend"):
+            made = attend(lengths, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
+            made = made if return_lse else (made,)
+            output, *lse = (invariant_over_context(x, axes) for x in made)
+        return (output, *lse) if return_lse else output
+
+    page_size = cache.spec.page_size
     with jax.named_scope("attend"):
-        query = _smoothed(query, smoothing)
-        made = decode_stored_pages(
-            query,
-            key_pages,
-            value_pages,
-            lengths,
-            tables,
-            layer,
-            sinks=sinks,
-            sm_scale=float(sm_scale),
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
-            return_lse=return_lse,
-            interpret=interpret_of(implementation),
-            **cache.stacked_scales(),
-        )
-        made = made if return_lse else (made,)
-        output, *lse = (invariant_over_context(x, axes) for x in made)
-    return (output, *lse) if return_lse else output
+        starts, ends = _spans(lengths, block_tables.shape[1] * page_size, sliding_window)
+        here = lambda tokens: None if tokens is None else stripes.tokens_before(tokens, page_size)
+        output, lse = attend(here(ends), starts=here(starts), sliding_window=None, return_lse=True)
+    with jax.named_scope("merge"):
+        names, scatter = axes.names("context"), output_heads == "scattered"
+        output, lse = merge_partials(output, lse, names, scatter=scatter)
+        if sinks is not None:  # once, and not in each shard's part
+            output, lse = add_sinks(output, lse, my_heads(sinks, names) if scatter else sinks)
+        output = output.astype(query.dtype)
+    return (output, lse) if return_lse else output
+
+
+def _spans(lengths, most: int, sliding_window: int | None) -> tuple[jax.Array | None, jax.Array]:
+    """(first token attended to, or None for 0; one past the last) [B], both counted in the whole sequence."""
+    ends = jnp.clip(lengths, 0, most)
+    if sliding_window is None or sliding_window >= most:
+        return None, ends
+    return jnp.maximum(ends - sliding_window, 0), ends
 
 
 def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
@@ -254,3 +295,15 @@ def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, slidi
         require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
     check_sinks(sinks, heads)
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
+
+
+def _check_output_heads(output_heads: str, heads: int, context: int) -> None:
+    """`heads`: query heads of one model shard."""
+    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
+    require(
+        output_heads == "replicated" or heads % context == 0,
+        "output_heads",
+        output_heads,
+        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
+        "'replicated' takes any",
+    )

@@ -13,9 +13,8 @@ from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
     check_batch,
-    check_context_is_one,
     interpret_of,
-    local_page_ids,
+    local_pages,
     op_mesh,
     run_sharded,
 )
@@ -57,7 +56,6 @@ def append_kv(
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
-      NotImplementedError: a context axis larger than 1.
     """
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
@@ -112,7 +110,7 @@ def append_kv_local(
       This shard's pools with the tokens written.
 
     Raises:
-      ValueError, NotImplementedError: as `append_kv`.
+      ValueError: as `append_kv`.
     """
     _check_append(cache, key, value, positions, block_tables, implementation)
     return _append_local(cache, key, value, positions, block_tables, layer, axes=axes, implementation=implementation)
@@ -161,7 +159,6 @@ def write_prefill_kv(
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
-      NotImplementedError: a context axis larger than 1.
     """
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
@@ -242,7 +239,7 @@ def write_prefill_kv_local(
       This shard's pools with the tokens written.
 
     Raises:
-      ValueError, NotImplementedError: as `write_prefill_kv`.
+      ValueError: as `write_prefill_kv`.
     """
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     return _prefill_local(
@@ -263,10 +260,9 @@ def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer
 
 
 def _write_local(cache, key, value, starts, ends, block_tables, layer, axes, implementation):
-    check_context_is_one(axes)
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
-    tables = local_page_ids(block_tables, key_pages.shape[2], axes)
+    tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
     written = write_kv_pages(
         key_pages,
         value_pages,
@@ -278,6 +274,7 @@ def _write_local(cache, key, value, starts, ends, block_tables, layer, axes, imp
         layer,
         **cache.stacked_scales(),
         key_smoothing=smoothing,
+        stripes=stripes,
         interpret=interpret_of(implementation),
     )
     return cache.with_pools(*written)

@@ -472,15 +472,3 @@ def test_a_wrong_id_in_a_live_entry_reads_a_page_of_the_pool():
         output = pd.sharded_paged_attention(*args, sm_scale=SCALE, implementation=implementation)
         assert np.isfinite(output).all()
         np.testing.assert_allclose(output[1:], case.oracle(sm_scale=SCALE)[0][1:], rtol=1e-5, atol=1e-5)
-
-
-def test_context_axis_is_refused_in_the_local_form_too():
-    mesh = pod(shape=(2, 2, 2))
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), mesh)
-    heads = P("data", "model", None)
-    step = jax.shard_map(
-        pd.paged_attention_local, mesh=mesh, in_specs=(heads, cache.partition_specs(), P("data"), P("data")),
-        out_specs=heads,
-    )  # fmt: skip
-    with pytest.raises(NotImplementedError, match="context axis of size 2"):
-        step(jnp.zeros((4, 8, 128)), cache, jnp.zeros(4, jnp.int32), jnp.zeros((4, 4), jnp.int32))

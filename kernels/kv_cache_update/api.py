@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, meant_dtype
+from paged_dist.kernels._stripes import Stripes
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.kv_cache_update.kernel import write_tiles_pallas
 from paged_dist.kernels.kv_cache_update.tiles import PoolShape, pool_shape
@@ -28,6 +29,7 @@ def write_kv_pages(
     key_scales: jax.Array | None = None,
     value_scales: jax.Array | None = None,
     key_smoothing: jax.Array | None = None,
+    stripes: Stripes | None = None,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, ...]:
     """Writes new tokens' keys and values into their pages, in place where the pools are donated.
@@ -48,6 +50,8 @@ def write_kv_pages(
       layer: int32 scalar, traced or not, below L; None is 0.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pools, as `pack_scales` stores them.
       key_smoothing: [Hkv, D], divides the keys before they are quantised.
+      stripes: which pages the table's columns are, where a sequence's pages lie on several chips: starts and ends
+        stay those of the sequence, and tokens whose pages lie elsewhere are not written.
       interpret: see `paged_dist.kernels._dispatch.dispatch`.
 
     Returns:
@@ -88,7 +92,7 @@ def write_kv_pages(
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     stored, quantized = key_pages.dtype, key_scales is not None
     pools = (key_pages, value_pages, key_scales, value_scales)[: 4 if quantized else 2]
-    smoothing = () if key_smoothing is None else (key_smoothing,)
+    last = (key_smoothing, stripes)
     if not quantized:
         key, value = as_stored_dtype(stored, key, value)
     count = len(pools)
@@ -103,7 +107,7 @@ def write_kv_pages(
         return write_tiles_xla(operands[:count], *operands[count:], pool=pool)
 
     starts, ends, block_tables = (x.astype(jnp.int32) for x in (starts, ends, block_tables))
-    return dispatch(kernel, xla, *pools, key, value, starts, ends, block_tables, layer, *smoothing, interpret=interpret)
+    return dispatch(kernel, xla, *pools, key, value, starts, ends, block_tables, layer, *last, interpret=interpret)
 
 
 def _check_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:

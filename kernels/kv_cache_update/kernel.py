@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
 from paged_dist.kernels._dispatch import Interpret, in_hbm
+from paged_dist.kernels._stripes import Stripes
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.kv_cache_update.tiles import (
     ITEMS_PER_STEP,
@@ -242,6 +243,7 @@ def write_tiles_pallas(
     block_tables: jax.Array,
     layer: jax.Array,
     key_smoothing: jax.Array | None = None,
+    stripes: Stripes | None = None,
     *,
     pool: PoolShape,
     interpret: Interpret = False,
@@ -252,7 +254,7 @@ def write_tiles_pallas(
     """
     dtype, new_tokens, quantized = pools[0].dtype, key.shape[1], len(pools) == 4
     tile_rows = choose_tile_rows(pool, new_tokens, dtype.itemsize)
-    tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows)
+    tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
     new = tuple(align(x, tiles, tile_rows * pool.tokens_per_row) for x in (smooth(key, key_smoothing), value))
     if quantized and new_tokens > 1:  # of tiles, not before: a gather of scales is slow, and XLA of jax 0.12 dies of it
         made, unit = [quantize_kv(x, dtype) for x in new], scale_unit(pool)

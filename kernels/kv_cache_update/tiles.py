@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paged_dist.kernels._stripes import Stripes
 from paged_dist.kernels._tiling import LANES, SUBLANES
 
 VMEM_BUDGET = 8 * 2**20  # bytes for a launch's buffers: half of the smallest chip's default scope
@@ -51,7 +52,7 @@ class Tiles(NamedTuple):
     row: jax.Array  # [M] int32, first stored row inside the page, a multiple of tile_rows
     first: jax.Array  # [M] int32, first token written, counted from the tile's start
     last: jax.Array  # [M] int32, one past the last token written; == first where nothing is written
-    shift: jax.Array  # [B] int32, the first new token, counted from the sequence's first tile's start
+    source: jax.Array  # [M] int32, which new token is the tile's first; may lie outside of those there are
 
     def blend_mask(self, tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
         """[M, 1, tile_rows, W] bool: which stored elements are replaced."""
@@ -99,7 +100,13 @@ def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:
 
 
 def plan_tiles(
-    starts: jax.Array, ends: jax.Array, block_tables: jax.Array, new_tokens: int, pool: PoolShape, tile_rows: int
+    starts: jax.Array,
+    ends: jax.Array,
+    block_tables: jax.Array,
+    new_tokens: int,
+    pool: PoolShape,
+    tile_rows: int,
+    stripes: Stripes | None = None,
 ) -> Tiles:
     """The tiles that tokens [starts, ends) of each sequence fall in.
 
@@ -109,49 +116,56 @@ def plan_tiles(
       new_tokens: T, the most of a sequence.
       pool: the stored pool.
       tile_rows: rows of a tile, a divisor of `pool.rows`.
+      stripes: which pages the table's columns are, where sequences lie on several chips: tiles are of this one's
+        pages alone. starts and ends count the sequence's tokens all the same.
     """
-    tile = tile_rows * pool.tokens_per_row
-    count = 1 if new_tokens == 1 else (new_tokens + tile - 2) // tile + 1  # the start may lie anywhere in a tile
+    tile, page_size = tile_rows * pool.tokens_per_row, pool.page_size
+    stride = 1 if stripes is None else stripes.stride
+    most = min(new_tokens, -(-((new_tokens + page_size - 2) // page_size + 1) // stride) * page_size)  # that lie here
+    count = 1 if new_tokens == 1 else (most + tile - 2) // tile + 1  # the first may lie anywhere in a tile
     width = block_tables.shape[1]
     live = (starts >= 0) & (
-        starts < min(width * pool.page_size, 2**31 - 1)
+        starts < min(width * stride * page_size, 2**31 - 1)
     )  # past the table nothing is written, nor int32 overrun
-    origin = jnp.where(live, starts, 0) // tile * tile  # [B] first token of the first tile
+    start = jnp.where(live, starts, 0)
+    here = start if stripes is None else stripes.tokens_before(start, page_size)
+    origin = here // tile * tile  # [B] first token of the first tile, of those that lie here
     tile_start = origin[:, None] + tile * jnp.arange(count, dtype=jnp.int32)  # [B, count]
     end = jnp.where(live, jnp.minimum(ends, starts + new_tokens), 0)
 
-    slot = tile_start // pool.page_size
+    slot = tile_start // page_size
+    token = tile_start if stripes is None else stripes.token(slot, tile_start % page_size, page_size)
     if count <= 3:  # a fused compare and sum; XLA's gather on TPU is a launch of its own
         hit = slot[:, :, None] == jnp.arange(width, dtype=jnp.int32)
         page = jnp.sum(jnp.where(hit, block_tables[:, None], 0), axis=-1)
     else:
         page = jnp.take_along_axis(block_tables, jnp.clip(slot, 0, width - 1), axis=1, mode="promise_in_bounds")
     owned = (slot < width) & (page >= 0) & (page < pool.pages)
-    first = jnp.clip(jnp.where(live, starts, 0)[:, None] - tile_start, 0, tile)
-    last = jnp.where(owned, jnp.clip(end[:, None] - tile_start, first, tile), first)
+    first = jnp.clip(start[:, None] - token, 0, tile)
+    last = jnp.where(owned, jnp.clip(end[:, None] - token, first, tile), first)
 
     flat = lambda x: x.reshape(-1).astype(jnp.int32)
     return Tiles(
         page=flat(jnp.clip(page, 0, pool.pages - 1)),
-        row=flat(tile_start % pool.page_size // pool.tokens_per_row),
+        row=flat(tile_start % page_size // pool.tokens_per_row),
         first=flat(first),
         last=flat(last),
-        shift=starts - origin,
+        source=flat(token - starts[:, None]),
     )
 
 
 def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
     """Tokens [B, T, Hkv, D] by tiles of `tile` tokens, [M, Hkv, tile, D]; or [M, Hkv, 1, D] where T = 1.
 
-    Token j of a sequence's tiles is new token j - shift; what that leaves undefined is some other token, for `first`
-    and `last` to mask.
+    Token j of a tile is new token `source` + j; what that leaves undefined is some other token, for `first` and `last`
+    to mask.
     """
     batch, new_tokens, kv_heads, head_dim = new.shape
     new = jnp.swapaxes(new, 1, 2)
     if new_tokens == 1:
         return new
     count = tiles.page.shape[0] // batch
-    source = jnp.arange(count * tile, dtype=jnp.int32)[None] - tiles.shift[:, None]
+    source = (tiles.source[:, None] + jnp.arange(tile, dtype=jnp.int32)).reshape(batch, count * tile)
     source = jnp.clip(source, 0, new_tokens - 1)[:, None, :, None]
     rows = jnp.take_along_axis(new, source, axis=2, mode="promise_in_bounds")
     rows = rows.reshape(batch, kv_heads, count, tile, head_dim)

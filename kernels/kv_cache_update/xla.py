@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist.kernels._dispatch import as_stored_dtype, meant_dtype
+from paged_dist.kernels._stripes import Stripes
 from paged_dist.kernels.kv_cache_update.tiles import PoolShape, align, as_rows, plan_tiles, spread_scales, token_in_tile
 from paged_dist.kernels.quantization import quantize_kv, smooth
 
@@ -19,13 +20,14 @@ def write_tiles_xla(
     block_tables: jax.Array,
     layer: jax.Array,
     key_smoothing: jax.Array | None = None,
+    stripes: Stripes | None = None,
     *,
     pool: PoolShape,
 ) -> tuple[jax.Array, ...]:
     """Same arguments and results as `write_tiles_pallas`. One token is one row here, more are whole pages."""
     new_tokens, tokens_per_row = key.shape[1], pool.tokens_per_row
     tile_rows = 1 if new_tokens == 1 else pool.rows
-    tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows)
+    tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
     mask = tiles.blend_mask(tile_rows, tokens_per_row, pool.lanes)
     target = jnp.where(tiles.last > tiles.first, tiles.page, pool.pages)  # out of range: dropped
 

@@ -1,0 +1,47 @@
+"""Merge: what the shards of a sequence's pages computed becomes the attention over all of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def merge_partials(
+    output: jax.Array, lse: jax.Array, names: tuple[str, ...], *, scatter: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Inside a `shard_map`: attention over the tokens of all shards along mesh axes `names`, from each shard's own.
+
+    With w_c = exp(lse_c - max lse) the output is sum(w_c out_c) / sum(w_c), and lse is max lse + log(sum(w_c)): the
+    associative step of online softmax (Milakov and Gimelshein, arXiv:1805.02867), as FlashDecoding takes it between
+    chunks of a sequence. A shard without tokens of a sequence (lse -inf, output 0) changes nothing.
+
+    What is communicated: a maximum of [..., H], a sum of [..., H, D] and [..., H], all f32.
+
+    Args:
+      output: [..., H, D], each shard's; lse: [..., H] f32, natural log of each one's softmax denominator.
+      scatter: the sum is a reduce-scatter over H, which the shards' number must divide: each gets H / shards heads,
+        in the order of the shards.
+
+    Returns:
+      (output, lse) f32, the same on every shard; with `scatter`, this shard's heads of them. 0 and -inf where no shard
+      has a token.
+    """
+    top = lax.pmax(lse, names)
+    weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - top))  # -inf less -inf is NaN
+    parts = output.astype(jnp.float32) * weight[..., None], weight
+    if scatter:
+        axes = output.ndim - 2
+        output, total = (lax.psum_scatter(x, names, scatter_dimension=axes, tiled=True) for x in parts)
+        top = my_heads(top, names)
+    else:
+        output, total = lax.psum(parts, names)
+    is_empty = total == 0.0
+    output = output / jnp.where(is_empty, 1.0, total)[..., None]
+    return output, jnp.where(is_empty, -jnp.inf, top + jnp.log(total))
+
+
+def my_heads(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Inside a `shard_map`: of x [..., H], the same on every shard along `names`, this shard's H / shards heads."""
+    count = x.shape[-1] // lax.axis_size(names)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(names) * count, count, axis=-1)

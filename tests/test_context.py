@@ -27,8 +27,11 @@ def edges(rng, page_size: int, most: int, count: int) -> list[int]:
     return [0, most, *np.clip(lengths, 0, most)[2:]]
 
 
-@pytest.mark.parametrize("window", [None, 1, 8, 11, 24, 50, 1000])
-@pytest.mark.parametrize("context", [1, 2, 3, 4, 8])
+often = lambda values, rest: [*values, *(pytest.param(v, marks=pytest.mark.slow) for v in rest)]
+
+
+@pytest.mark.parametrize("window", often([None, 1, 11, 1000], [8, 24, 50]))
+@pytest.mark.parametrize("context", often([2, 3, 4, 8], [1]))
 def test_attention_over_context_shards_is_the_oracle(context, window):
     """Every first shard, every page edge, windows from one token to more than there are."""
     rng = np.random.default_rng([context, window or 0])
@@ -39,3 +42,129 @@ def test_attention_over_context_shards_is_the_oracle(context, window):
         query, case.cache(mesh), lengths, tables, sm_scale=SCALE, sliding_window=window, return_lse=True
     )
     case.check(output, lse, sm_scale=SCALE, sliding_window=window)
+
+
+KERNELS = [
+    dict(data=2, context=2, model=2, kv_heads=2, group=4, lengths=(3, 0, 33, 64)),
+    dict(context=4, kv_heads=1, group=8, head_dim=64, page_size=16, dtype="bfloat16", lengths=(5, 130, 64, 0, 17, 200)),
+    dict(context=3, kv_heads=2, page_size=16, dtype="bfloat16", lengths=(16, 47, 48, 100)),
+    dict(data=2, context=4, group=8, lengths=(70, 1, 9, 40, 8, 0, 32, 64)),
+]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(sliding_window=19)], ids=["", "window"])
+@pytest.mark.parametrize("shape", [KERNELS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[1:])])
+def test_the_kernel_on_simulated_context_shards_is_the_oracle(shape, options):
+    case = Case(**shape)
+    query, lengths, tables = case.arguments
+    output, lse = pd.sharded_paged_attention(
+        query, case.cache(case.mesh()), lengths, tables, sm_scale=SCALE, return_lse=True, implementation=RACES, **options
+    )
+    case.check(output, lse, sm_scale=SCALE, **options)
+    assert_no_races()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
+def test_sinks_enter_once_and_heads_come_as_asked(output_heads, kind):
+    case = Case((0, 33, 7, 64), data=2, context=2, model=2, kv_heads=2, group=4)
+    mesh = case.mesh(kind)
+    query, lengths, tables = case.arguments
+    output, lse = pd.sharded_paged_attention(
+        query, case.cache(mesh), lengths, tables, sm_scale=SCALE, sinks=jnp.asarray(SINKS), return_lse=True,
+        output_heads=output_heads,
+    )  # fmt: skip
+    case.check(output, lse, sm_scale=SCALE, sinks=SINKS)
+    heads = ("model", "context") if output_heads == "scattered" else "model"
+    assert output.sharding.is_equivalent_to(NamedSharding(mesh, P("data", heads, None)), 3)
+    assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P("data", heads)), 2)
+
+
+def test_empty_sequences_give_zero_and_minus_infinity_or_the_sink():
+    case = Case((0, 0, 0, 0), data=2, context=4, group=4)
+    query, lengths, tables = case.arguments
+    run = functools.partial(
+        pd.sharded_paged_attention, query, case.cache(case.mesh()), lengths, tables, return_lse=True
+    )
+    for sinks in (None, jnp.asarray(SINKS[:4])):
+        output, lse = run(sinks=sinks)
+        assert not np.asarray(output).any()
+        np.testing.assert_array_equal(lse, np.broadcast_to(-np.inf if sinks is None else sinks, (4, 4)))
+
+
+def test_heads_that_cannot_be_scattered_are_refused():
+    case = Case((8, 8), context=3, group=4)
+    query, lengths, tables = case.arguments
+    run = functools.partial(pd.sharded_paged_attention, query, case.cache(case.mesh()), lengths, tables)
+    with pytest.raises(ValueError, match=r"output_heads='scattered'.*4 query heads.*3 context shards.*'replicated'"):
+        run(output_heads="scattered")
+    with pytest.raises(ValueError, match=r"output_heads='split'.*replicated"):
+        run(output_heads="split")
+
+
+# ------------------------------------------------------------------------------------------------------- writes
+
+
+def written(cache, rows) -> list[np.ndarray]:
+    """The tokens of `rows`, a list of (row's table, count): [Hkv, count, D] of keys, then of values."""
+    pools = [np.asarray(x, np.float32) for x in cache.to_pages()[:2]]
+    page_size = cache.spec.page_size
+    return [
+        pool[:, table[t // page_size], t % page_size] for table, count in rows for t in [np.arange(count)] for pool in pools
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size=")
+@pytest.mark.parametrize("implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"])
+@pytest.mark.parametrize("new_tokens", [1, 5, 40])
+@pytest.mark.parametrize("context", often([2, 8], [3, 4]))
+def test_tokens_are_written_where_their_pages_lie(context, new_tokens, implementation):
+    """Rows that begin anywhere; what was there before and after stays, also in pages that nobody owns."""
+    rng = np.random.default_rng([context, new_tokens])
+    starts = np.array([0, 7, 8, 13, 8 * context - 1, 8 * context, -1, 30], np.int32)
+    lengths = np.where(starts < 0, 0, starts + new_tokens)
+    tables, pages = lay_tables(rng, lengths, 8, -(-int(lengths.max()) // 8), 1, context)
+    mesh = pod(1, context, 1)
+    before = [rng.standard_normal((2, pages, 8, 128)).astype(np.float32) for _ in "kv"]
+    cache = pd.PagedKVCache.from_pages(*map(jnp.asarray, before), mesh=mesh)
+    new = [rng.standard_normal((8, new_tokens, 2, 128)).astype(np.float32) for _ in "kv"]
+    key, value = (jnp.asarray(x[:, 0] if new_tokens == 1 else x) for x in new)
+    cache = pd.append_kv(cache, key, value, jnp.asarray(starts), jnp.asarray(tables), implementation=implementation)
+    for old, x in zip(before, new, strict=True):
+        for b in range(8):
+            for t in range(new_tokens if starts[b] >= 0 else 0):
+                old[:, tables[b, (starts[b] + t) // 8], (starts[b] + t) % 8] = x[b, t]
+    for pool, expected in zip(cache.to_pages(), before, strict=True):
+        np.testing.assert_array_equal(pool, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size=")
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
+    """A stacked 8-bit cache of 4 context shards, written in pieces, holds what one of 1 does."""
+    held = []
+    for context in (1, 4):
+        rng = np.random.default_rng(0)
+        lengths = np.array([70, 33, 16, 0], np.int32)
+        tables, pages = lay_tables(rng, lengths + 1, 16, 6, 1, context)
+        mesh = pod(1, context, 2)
+        spec = pd.CacheSpec(2, 128, -(-pages // (64 * context)) * 64 * context, 16, dtype, num_layers=2)
+        tables = np.where(tables < 0, -1, tables)
+        own, per = pages // context, spec.num_pages // context
+        tables = np.where(tables >= 0, tables // own * per + tables % own, -1).astype(np.int32)
+        cache = pd.PagedKVCache.create(spec, mesh)
+        key, value = (jnp.asarray(np.random.default_rng(i).standard_normal((4, 72, 2, 128)), jnp.float32) for i in (1, 2))
+        n, t = jnp.asarray(lengths), jnp.asarray(tables)
+        cache = pd.write_prefill_kv(cache, key[:, :40], value[:, :40], n, t, layer=1)
+        rows = jnp.array([1, 0, 3], jnp.int32)
+        cache = pd.write_prefill_kv(
+            cache, key[rows, 40:], value[rows, 40:], n[rows], t, starts=jnp.full(3, 40, jnp.int32), rows=rows, layer=1
+        )
+        cache = pd.append_kv(cache, key[:, 71], value[:, 71], n, t, layer=1)
+        query = jnp.asarray(np.random.default_rng(3).standard_normal((4, 8, 128)), jnp.float32)
+        output = pd.sharded_paged_attention(query, cache, n + 1, t, layer=1, sm_scale=SCALE)
+        last = jax.tree.map(lambda x: x[1], cache)
+        held.append((written(last, zip(tables, lengths + 1, strict=True)), np.asarray(output)))
+    for one, four in zip(held[0][0], held[1][0], strict=True):
+        np.testing.assert_array_equal(one, four)
+    np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)

@@ -20,7 +20,7 @@ def merge_partials(
 
     Args:
       output: [..., H, D], each shard's; lse: [..., H] f32, natural log of each one's softmax denominator.
-      scatter: the sum is a reduce-scatter over H, which the shards' number must divide: each gets H / shards heads,
+      scatter: the sum of the outputs is a reduce-scatter over H, which the shards' number must divide: each gets H / shards heads,
         in the order of the shards.
 
     Returns:
@@ -29,13 +29,13 @@ def merge_partials(
     """
     top = lax.pmax(lse, names)
     weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - top))  # -inf less -inf is NaN
-    parts = output.astype(jnp.float32) * weight[..., None], weight
+    output = output.astype(jnp.float32) * weight[..., None]
     if scatter:
-        axes = output.ndim - 2
-        output, total = (lax.psum_scatter(x, names, scatter_dimension=axes, tiled=True) for x in parts)
-        top = my_heads(top, names)
+        # All of the weights, of which each shard needs some: so small a reduce-scatter XLA makes into this anyway.
+        top, total = (my_heads(x, names) for x in (top, lax.psum(weight, names)))
+        output = lax.psum_scatter(output, names, scatter_dimension=output.ndim - 2, tiled=True)
     else:
-        output, total = lax.psum(parts, names)
+        output, total = lax.psum((output, weight), names)  # one all-reduce of both
     is_empty = total == 0.0
     output = output / jnp.where(is_empty, 1.0, total)[..., None]
     return output, jnp.where(is_empty, -jnp.inf, top + jnp.log(total))

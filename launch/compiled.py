@@ -72,9 +72,12 @@ _BYTES = {
 }
 
 
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+
+
 def _array_bytes(types: str) -> list[int]:
     """Bytes of each array in an HLO type, a tuple's elements one by one."""
-    found = re.findall(r"\b(pred|s8|u8|f8e4m3fn|bf16|f16|s16|u16|s32|u32|f32)\[([\d,]*)\]", types)
+    found = _ARRAY.findall(types)
     return [_BYTES[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], dtype=float)) for dtype, dims in found]
 
 
@@ -96,6 +99,63 @@ def values_as_large_as(hlo: str, size: int) -> list[str]:
             continue
         made.append(f"{op} {name} {types[:80]}")
     return made
+
+
+class Collective(NamedTuple):
+    """One collective operation of a compiled program."""
+
+    kind: str  # 'all-reduce', 'reduce-scatter', 'all-gather', ...
+    arrays: tuple[str, ...]  # its operands as 'f32[8,4,128]', of one device
+    bytes: int  # of these
+    groups: tuple[tuple[int, ...], ...]  # the devices, by number in the mesh, that talk to each other
+
+
+_COLLECTIVES = (
+    "all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+)
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collective operations of a compiled program, one for each instruction; an asynchronous pair is one.
+
+    Raises ValueError for groups in a form that is not known here.
+    """
+    types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
+    found = []
+    for name, _, op, rest in (m.groups() for m in map(_INSTRUCTION.match, hlo.splitlines()) if m):
+        kind = re.fullmatch(rf"({_COLLECTIVES})(-start)?", op)
+        if kind is None:
+            continue
+        operands = re.findall(r"%([\w.\-]+)", rest[: rest.index(")")])
+        arrays = [f"{dtype}[{dims}]" for x in operands for dtype, dims in _ARRAY.findall(types[x])]
+        found.append(Collective(kind[1], tuple(arrays), sum(_array_bytes(" ".join(arrays))), _groups(name, rest)))
+    return found
+
+
+def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
+    """The replica groups of an instruction, which XLA writes in one of four ways."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        axes = re.findall(r"'([^']+)'", match[2])
+        ids = np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values())
+        where = [list(sizes).index(axis) for axis in axes]
+        if "device_ids" not in match[1] and "(" not in match[2]:
+            return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, _size(sizes, axes)))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, dims, order = ([int(n) for n in x.split(",")] if x else None for x in match.groups())
+        ids = np.arange(np.prod(dims)).reshape(dims)
+        return _as_groups((ids if order is None else ids.transpose(order)).reshape(shape))
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    raise ValueError(f"the groups of {name} are in a form that is not known: {text[:200]}")
+
+
+def _size(sizes: dict[str, int], axes: list[str]) -> int:
+    return int(np.prod([sizes[axis] for axis in axes]))
+
+
+def _as_groups(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in ids.tolist())
 
 
 def ops_around_kernels(hlo: str) -> list[str]:

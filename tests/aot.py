@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 
 import jax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paged_dist._compat import lowering_for
-from paged_dist.launch.compiled import CHIPS, one_chip_mesh, values_as_large_as
+from paged_dist.launch.compiled import CHIPS, collectives, one_chip_mesh, values_as_large_as
 from paged_dist.topology import has_libtpu
 
 __all__ = ["CHIPS", "collectives", "compile_on", "needs_libtpu", "one_chip_mesh", "values_as_large_as"]
@@ -35,9 +34,3 @@ def compile_on(mesh: Mesh, fn, *args, **jit_options):
     )
     with lowering_for(mesh):
         return jax.jit(fn, **jit_options).lower(*args).compile()
-
-
-def collectives(hlo: str) -> list[str]:
-    """The names of the collective operations in a compiled program's text, one for each instruction."""
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    return re.findall(rf"= [^=\n]*?\b({names})(?:-start)?\(", hlo)

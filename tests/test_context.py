@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot import needs_libtpu
 from context_cases import Case, lay_tables, pod
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,7 +60,14 @@ def test_the_kernel_on_simulated_context_shards_is_the_oracle(shape, options):
     case = Case(**shape)
     query, lengths, tables = case.arguments
     output, lse = pd.sharded_paged_attention(
-        query, case.cache(case.mesh()), lengths, tables, sm_scale=SCALE, return_lse=True, implementation=RACES, **options
+        query,
+        case.cache(case.mesh()),
+        lengths,
+        tables,
+        sm_scale=SCALE,
+        return_lse=True,
+        implementation=RACES,
+        **options,
     )
     case.check(output, lse, sm_scale=SCALE, **options)
     assert_no_races()
@@ -110,12 +119,17 @@ def written(cache, rows) -> list[np.ndarray]:
     pools = [np.asarray(x, np.float32) for x in cache.to_pages()[:2]]
     page_size = cache.spec.page_size
     return [
-        pool[:, table[t // page_size], t % page_size] for table, count in rows for t in [np.arange(count)] for pool in pools
+        pool[:, table[t // page_size], t % page_size]
+        for table, count in rows
+        for t in [np.arange(count)]
+        for pool in pools
     ]
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
-@pytest.mark.parametrize("implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"])
+@pytest.mark.parametrize(
+    "implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"]
+)
 @pytest.mark.parametrize("new_tokens", [1, 5, 40])
 @pytest.mark.parametrize("context", often([2, 8], [3, 4]))
 def test_tokens_are_written_where_their_pages_lie(context, new_tokens, implementation):
@@ -153,7 +167,9 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
         own, per = pages // context, spec.num_pages // context
         tables = np.where(tables >= 0, tables // own * per + tables % own, -1).astype(np.int32)
         cache = pd.PagedKVCache.create(spec, mesh)
-        key, value = (jnp.asarray(np.random.default_rng(i).standard_normal((4, 72, 2, 128)), jnp.float32) for i in (1, 2))
+        key, value = (
+            jnp.asarray(np.random.default_rng(i).standard_normal((4, 72, 2, 128)), jnp.float32) for i in (1, 2)
+        )
         n, t = jnp.asarray(lengths), jnp.asarray(tables)
         cache = pd.write_prefill_kv(cache, key[:, :40], value[:, :40], n, t, layer=1)
         rows = jnp.array([1, 0, 3], jnp.int32)
@@ -168,3 +184,41 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
     for one, four in zip(held[0][0], held[1][0], strict=True):
         np.testing.assert_array_equal(one, four)
     np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------------------ absent chips
+
+
+@needs_libtpu
+@pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v5e:8x8"])
+@pytest.mark.parametrize("context", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_pods_program_has_the_mergers_collectives_and_no_other(topology, output_heads, context):
+    """A maximum of [B, Hq] and a sum of [B, Hq, D + 1] over context; nothing with one context shard."""
+    mesh = pd.make_pod_mesh(topology=topology, data=16 // context, context=context, model=4)
+    spec, rows, heads = pd.CacheSpec(4, 128, 1024), 8, 8  # of one shard
+    int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    batch = rows * mesh.shape["data"]
+    query = jax.ShapeDtypeStruct((batch, 4 * heads, 128), jnp.bfloat16)
+    attend = functools.partial(pd.sharded_paged_attention, output_heads=output_heads, return_lse=True)
+    args = query, pd.PagedKVCache.abstract(spec, mesh), int32(batch), int32(batch, 32)
+    place = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
+    args = place(query, "data", "model"), args[1], place(args[2], "data"), place(args[3], "data")
+    compiled = aot.compile_on(mesh, attend, *args)
+    top, output = f"f32[{rows},{heads}]", f"f32[{rows},{heads},128]"
+    expected = [("all-reduce", top), ("all-reduce", output, top)]
+    if output_heads == "scattered":
+        expected = [("all-reduce", top), ("all-reduce", top), ("reduce-scatter", output)]
+    found = aot.collectives(compiled.as_text())
+    assert sorted((c.kind, *sorted(c.arrays)) for c in found) == sorted(expected if context > 1 else [])
+    for collective in found:
+        assert set(map(frozenset, collective.groups)) == context_groups(mesh)
+    if context > 1:
+        assert sum(c.bytes for c in found) == 4 * rows * heads * (1 + 129)
+    assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2) == []
+
+
+def context_groups(mesh) -> set[frozenset[int]]:
+    """The devices, by number in `mesh`, that differ in their place along context alone."""
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    return set(map(frozenset, np.moveaxis(ids, 1, -1).reshape(-1, mesh.shape["context"]).tolist()))

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot import needs_libtpu
+from context_cases import lay_tables, pod
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
+from paged_dist.kernels.paged_attention.oracle import attention_oracle
 from paged_dist.topology import topology_devices
 
 STEPS, BATCH, WIDTH = 32, 8, 16  # steps of a loop, rows and pages a sequence on each data shard
@@ -51,10 +53,10 @@ def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4):
     return pd.PagedKVCache.abstract(spec, mesh), query, new, new, int32(), int32(WIDTH)
 
 
-def pod_mesh(topology: str, data: int, model: int) -> Mesh:
-    """Any `data` x `model` devices of an absent pod: what is tested here does not depend on which."""
-    devices = np.array(topology_devices(topology)[: data * model])
-    return Mesh(devices.reshape(data, 1, model), ("data", "context", "model"))
+def pod_mesh(topology: str, data: int, model: int, context: int = 1) -> Mesh:
+    """Any data x context x model devices of an absent pod: what is tested here does not depend on which."""
+    devices = np.array(topology_devices(topology)[: data * context * model])
+    return Mesh(devices.reshape(data, context, model), ("data", "context", "model"))
 
 
 PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 8, 8), ("tpu7x:4x4x4", 16, 8)]
@@ -86,6 +88,24 @@ def test_decode_loop_is_in_place_on_the_other_generations(topology, data, model)
     _assert_in_place(pd.CacheSpec(2 * model, 128, 256 * data, 128, num_layers=4), mesh)
 
 
+CONTEXT = [
+    ("v5p:4x4x4", (4, 4, 4), dict(num_layers=8)),
+    ("v5e:4x8", (2, 8, 2), dict(head_dim=64, page_size=64, num_layers=4)),
+    ("v6e:8x8", (8, 4, 2), dict(dtype="int8", num_layers=4)),
+    ("v4:4x4x4", (4, 4, 4), dict(dtype="float8_e4m3fn")),
+    ("tpu7x:4x4x4", (4, 8, 4), dict(num_layers=4)),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "shape", "options"), CONTEXT, ids=[p[0] for p in CONTEXT])
+def test_decode_loop_over_context_shards_copies_no_pool_and_merges_only(topology, shape, options):
+    data, context, model = shape
+    options = dict(head_dim=128, page_size=128) | options
+    spec = pd.CacheSpec(model, num_pages=256 * data * context, **options)
+    _assert_in_place(spec, pod_mesh(topology, data, model, context))
+
+
 QUANTIZED = [
     ("v5p:4x4x4", 8, 8, dict(dtype="int8")),
     ("v6e:8x8", 8, 8, dict(dtype="float8_e4m3fn", num_layers=8)),
@@ -114,7 +134,8 @@ def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> str:
     layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
     assert text.count('custom_call_target="tpu_custom_call"') >= 2  # the kernels, not their XLA forms
     assert aot.values_as_large_as(text, layer_pool) == []
-    assert aot.collectives(text) == []
+    merges = ["all-reduce"] * 2 if mesh.shape["context"] > 1 else []
+    assert [c.kind for c in aot.collectives(text)] == merges  # once each, in the loops' body
     assert memory.temp_size_in_bytes < layer_pool
     assert memory.alias_size_in_bytes >= spec.bytes_per_chip(mesh)
     return text
@@ -169,33 +190,24 @@ def test_the_copy_test_sees_a_copy():
 
 
 @pytest.mark.parametrize("num_layers", [None, 4], ids=["one_layer", "scan_over_4_layers"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_decode_loop_on_cpu_keeps_its_pools_in_place(dtype, num_layers):
-    mesh = jax.make_mesh((2, 1, 4), ("data", "context", "model"), axis_types=(AxisType.Auto,) * 3)
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", (2, 1, 4)), ("float32", (2, 1, 4)), ("bfloat16", (2, 2, 2))])
+def test_decode_loop_on_cpu_keeps_its_pools_in_place(dtype, shape, num_layers):
+    mesh = pod(*shape)
     spec = pd.CacheSpec(4, 128, 512, 64, dtype=dtype, num_layers=num_layers)
     compiled = jax.jit(decode_loop(spec), donate_argnums=0).lower(*loop_arguments(spec, mesh)).compile()
     layer_pool = spec.bytes_per_chip(mesh) // 2 // (num_layers or 1)
     assert compiled.memory_analysis().temp_size_in_bytes < layer_pool
-    assert aot.collectives(compiled.as_text()) == []
-
-
-@functools.cache
-def _written_tables(mesh: Mesh, spec: pd.CacheSpec) -> np.ndarray:
-    per_shard = spec.num_pages // mesh.shape["data"]
-    rng = np.random.default_rng(0)
-    ids = [shard * per_shard + rng.permutation(per_shard) for shard in range(mesh.shape["data"])]
-    return np.stack(ids).reshape(-1, per_shard // 2).astype(np.int32)
+    assert len(aot.collectives(compiled.as_text())) == (0 if shape[1] == 1 else 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=16")
-@pytest.mark.parametrize("head_dim", [128, 64])
-def test_a_loop_of_steps_equals_steps_one_by_one(head_dim):
+@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("head_dim", "shape"), [(128, (2, 1, 4)), (64, (2, 1, 4)), (128, (2, 2, 2)), (64, (1, 4, 2))])
+def test_a_loop_of_steps_equals_steps_one_by_one(head_dim, shape, kind):
     """32 steps in one program give the numbers of the oracle on the tokens that they appended."""
-    from paged_dist.kernels.paged_attention.oracle import attention_oracle
-
-    mesh = jax.make_mesh((2, 1, 4), ("data", "context", "model"), axis_types=(AxisType.Auto,) * 3)
-    spec = pd.CacheSpec(4, head_dim, 16, 16, dtype="float32", num_layers=2)
-    tables = _written_tables(mesh, spec)  # [4, 4]
+    mesh = pod(*shape, kind)
+    tables, pages = lay_tables(np.random.default_rng(0), [64] * 4, 16, 4, *shape[:2], slack=0)  # [4, 4]
+    spec = pd.CacheSpec(4, head_dim, pages, 16, dtype="float32", num_layers=2)
     rng = np.random.default_rng(1)
     query, key, value = (rng.standard_normal((4, h, head_dim)).astype(np.float32) for h in (8, 4, 4))
     first = np.array([1, 5, 16, 32], np.int32)  # lengths at the first step; earlier tokens are zeros
@@ -204,7 +216,7 @@ def test_a_loop_of_steps_equals_steps_one_by_one(head_dim):
     cache, lengths, total = loop(cache, *map(jnp.asarray, (query, key, value, first, tables)))
     np.testing.assert_array_equal(lengths, first + STEPS)
 
-    pools = [np.zeros((4, 16, 16, head_dim)) for _ in range(2)]
+    pools = [np.zeros((4, pages, 16, head_dim)) for _ in range(2)]
     expected = np.zeros_like(query)
     for step in range(STEPS):
         for pool, new in zip(pools, (key, value), strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from aot import needs_libtpu
 from context_cases import Case, lay_tables, pod
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from simulated import RACES, assert_no_races
 
@@ -153,7 +153,7 @@ def test_tokens_are_written_where_their_pages_lie(context, new_tokens, implement
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", often(["int8"], ["bfloat16", "float8_e4m3fn"]))
 def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
     """A stacked 8-bit cache of 4 context shards, written in pieces, holds what one of 1 does."""
     held = []
@@ -184,6 +184,97 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
     for one, four in zip(held[0][0], held[1][0], strict=True):
         np.testing.assert_array_equal(one, four)
     np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)
+
+
+# -------------------------------------------------------------------------------------------------- composition
+
+KINDS = [AxisType.Auto, AxisType.Explicit]
+FOUR = dict(lengths=(33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+@pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
+def test_local_forms_inside_a_callers_shard_map_with_check_vma(output_heads, kind):
+    """A caller's own shard_map appends, attends and projects; the oracle sees the appended tokens."""
+    case = Case(**FOUR)
+    mesh, cache = case.mesh(kind), case.cache(case.mesh(kind))
+    rng = np.random.default_rng(4)
+    key, value = (rng.standard_normal((4, 2, 128)).astype(np.float32) for _ in "kv")
+    positions = np.array([32, -1, 5, 63], np.int32)
+    rows, heads, pools = P("data"), P("data", "model", None), cache.partition_specs()
+    split = ("model", "context") if output_heads == "scattered" else "model"
+
+    def step(query, cache, key, value, positions, lengths, tables):
+        cache = pd.append_kv_local(cache, key, value, positions, tables)
+        output, lse = pd.paged_attention_local(
+            query, cache, lengths, tables, sm_scale=SCALE, return_lse=True, output_heads=output_heads
+        )
+        return output, lse, jax.lax.psum(output.sum(axis=1), split), cache
+
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(heads, pools, heads, heads, rows, rows, rows),
+        out_specs=(P("data", split, None), P("data", split), P("data"), pools), check_vma=True,
+    )  # fmt: skip
+    put = lambda x, spec: jax.device_put(jnp.asarray(x), NamedSharding(mesh, spec))
+    query, lengths, tables = case.arguments
+    args = [put(query, heads), cache, put(key, heads), put(value, heads)]
+    args += [put(x, rows) for x in (positions, lengths, tables)]
+    output, lse, summed, _ = jax.jit(step)(*args)
+    for pool, new in (("key", key), ("value", value)):
+        for b in (0, 2, 3):
+            page = case.arrays["block_tables"][b, positions[b] // 8]
+            case.arrays[pool][:, page, positions[b] % 8] = new[b]
+    case.check(output, lse, sm_scale=SCALE)
+    np.testing.assert_allclose(summed, case.oracle(sm_scale=SCALE)[0].sum(axis=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P(), P(None, None, ("context", "model")), P(None, "context")], ids=str)
+def test_arguments_in_another_sharding_are_resharded(spec, kind):
+    case = Case(**FOUR)
+    mesh = case.mesh(kind)
+    query, *rest = case.arguments
+    query = jax.device_put(query, NamedSharding(mesh, spec))
+    lengths, tables = (jax.device_put(x, NamedSharding(mesh, P())) for x in rest)
+    step = jax.jit(functools.partial(pd.sharded_paged_attention, sm_scale=SCALE))
+    case.check(step(query, case.cache(mesh), lengths, tables), sm_scale=SCALE)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "axes"),
+    [
+        (("seq", "row", "tensor"), (2, 2, 2), pd.MeshAxes(data="row", context="seq", model="tensor")),
+        (("a", "b", "c"), (2, 2, 2), pd.MeshAxes(data=None, context=("a", "c"), model="b")),
+        (("x", "context"), (2, 4), pd.MeshAxes(data=None, model=None)),
+    ],
+    ids=["renamed", "two_axes", "context_alone"],
+)
+def test_a_users_mesh_may_have_other_axes(names, shape, axes):
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), names)
+    sizes = {part: axes.size(mesh, part) for part in ("data", "context", "model")}
+    case = Case(**(FOUR | sizes))
+    pools = (jnp.asarray(case.arrays[k]) for k in ("key", "value"))
+    cache = pd.PagedKVCache.from_pages(*pools, mesh=mesh, axes=axes)
+    query, lengths, tables = case.arguments
+    for output_heads in ("replicated", "scattered"):
+        output = pd.sharded_paged_attention(
+            query, cache, lengths, tables, sm_scale=SCALE, axes=axes, output_heads=output_heads
+        )
+        case.check(output, sm_scale=SCALE)
+
+
+def test_shapes_can_be_evaluated_and_agree_with_the_arrays():
+    case = Case(**FOUR)
+    query, lengths, tables = case.arguments
+    cache, new = case.cache(case.mesh()), jnp.ones((4, 2, 128))
+
+    def step(query, cache, lengths, tables):
+        cache = pd.append_kv(cache, new, new, lengths - 1, tables)
+        return pd.sharded_paged_attention(query, cache, lengths, tables, output_heads="scattered"), cache
+
+    shapes = jax.eval_shape(step, query, cache, lengths, tables)
+    made = step(query, cache, lengths, tables)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), made)
 
 
 # ------------------------------------------------------------------------------------------------ absent chips

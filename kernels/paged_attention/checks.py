@@ -20,6 +20,8 @@ from paged_dist.kernels.quantization import LARGEST, check_scale_rows, is_quanti
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
+MAX_QUERIES = 16  # new tokens a sequence
+
 _FLOATS = ("bfloat16", "float32")
 _CACHE_NAMES = ("query", "key_cache", "value_cache", "context_lens", "block_tables")
 _POOL_NAMES = ("query", "key_pages", "value_pages", "lengths", "block_tables")
@@ -40,6 +42,7 @@ class Problem:
     pages_per_sequence: int  # S
     query_dtype: str
     cache_dtype: str
+    num_queries: int = 1  # Q, new tokens a sequence
 
     @property
     def is_quantized(self) -> bool:
@@ -50,6 +53,11 @@ class Problem:
     def group(self) -> int:
         """G, query heads that share a kv head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def rows_per_head(self) -> int:
+        """Query rows that are multiplied by one kv head's K: a group's heads, of each of the new tokens."""
+        return self.group * self.num_queries
 
     @property
     def tokens_per_row(self) -> int:
@@ -91,9 +99,20 @@ def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Pr
     return _check(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
 
 
-def check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales=None, value_scales=None) -> Problem:
+def check_pools(
+    query,
+    key_pages,
+    value_pages,
+    lengths,
+    block_tables,
+    key_scales=None,
+    value_scales=None,
+    *,
+    takes_queries: bool = False,
+) -> Problem:
     """The problem of stored, stacked pools [L, Hkv, N, R, W]; the rest as in `check_cache`.
 
+    takes_queries: query may be [B, Q, Hq, D], with lengths [B, Q].
     key_scales, value_scales: of 8-bit pages, as `pack_scales` stores them, [L, Hkv, N * P / 128, 128] f32.
     """
     for name, pool in zip(_POOL_NAMES[1:3], (key_pages, value_pages), strict=True):
@@ -106,7 +125,15 @@ def check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales
         )
     dtypes = _FLOATS if key_scales is None and value_scales is None else tuple(LARGEST)
     problem = _check(
-        _POOL_NAMES, query, key_pages, value_pages, lengths, block_tables, layers=key_pages.shape[0], dtypes=dtypes
+        _POOL_NAMES,
+        query,
+        key_pages,
+        value_pages,
+        lengths,
+        block_tables,
+        layers=key_pages.shape[0],
+        dtypes=dtypes,
+        takes_queries=takes_queries,
     )
     if problem.is_quantized:
         check_scale_rows(problem.num_pages, problem.page_size)
@@ -123,10 +150,42 @@ def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:
         require(scales.dtype == jnp.float32, f"{name}.dtype", jnp.dtype(scales.dtype).name, "must be float32")
 
 
-def _check(names, query, keys, values, lengths, tables, *, layers: int, dtypes: tuple[str, ...] = _FLOATS) -> Problem:
+def check_queries(query) -> None:
+    """Raises ValueError unless query is [B, Hq, D] or [B, Q, Hq, D] with 1 <= Q <= 16."""
+    require(query.ndim in (3, 4), "query.shape", query.shape, "must be [B, Hq, head_dim] or [B, Q, Hq, head_dim]")
+    require(
+        query.ndim == 3 or 1 <= query.shape[1] <= MAX_QUERIES,
+        "query.shape",
+        query.shape,
+        f"its {query.shape[1]} new tokens a sequence must be 1 to {MAX_QUERIES}",
+        "split them over several calls",
+    )
+
+
+def check_output_dtype(output_dtype) -> None:
+    """Raises ValueError unless `output_dtype` is None or a dtype that outputs can have."""
+    name = None if output_dtype is None else jnp.dtype(output_dtype).name
+    require(name is None or name in _FLOATS, "output_dtype", name, f"must be None or one of {_FLOATS}")
+
+
+def _check(
+    names,
+    query,
+    keys,
+    values,
+    lengths,
+    tables,
+    *,
+    layers: int,
+    dtypes: tuple[str, ...] = _FLOATS,
+    takes_queries: bool = False,
+) -> Problem:
     q_name, k_name, v_name, n_name, t_name = names
-    require(query.ndim == 3, f"{q_name}.shape", query.shape, "must be [B, Hq, head_dim]")
-    batch, num_q_heads, head_dim = query.shape
+    if takes_queries:
+        check_queries(query)
+    else:
+        require(query.ndim == 3, f"{q_name}.shape", query.shape, "must be [B, Hq, head_dim]")
+    batch, *queries, num_q_heads, head_dim = query.shape
     require(min(query.shape) >= 1, f"{q_name}.shape", query.shape, "every axis must be at least 1")
     require(min(keys.shape) >= 1, f"{k_name}.shape", keys.shape, "every axis must be at least 1")
     num_kv_heads, num_pages, rows, width = keys.shape[-4:]
@@ -150,7 +209,8 @@ def _check(names, query, keys, values, lengths, tables, *, layers: int, dtypes: 
         keys.shape,
         f"a row must hold head_dim {head_dim} or, packed, {LANES} elements",
     )
-    require(lengths.shape == (batch,), f"{n_name}.shape", lengths.shape, f"must be ({batch},), the batch of {q_name}")
+    of = f"the batch of {q_name}" + (" and its new tokens" if queries else "")
+    require(lengths.shape == (batch, *queries), f"{n_name}.shape", lengths.shape, f"must be {(batch, *queries)}, {of}")
     require(
         tables.ndim == 2 and tables.shape[0] == batch and tables.shape[1] >= 1,
         f"{t_name}.shape",
@@ -178,7 +238,18 @@ def _check(names, query, keys, values, lengths, tables, *, layers: int, dtypes: 
     for name, array in ((n_name, lengths), (t_name, tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", jnp.dtype(array.dtype).name, "must be int32")
     return Problem(
-        batch, num_q_heads, num_kv_heads, head_dim, layers, num_pages, rows, width, tables.shape[1], q_dtype, dtype
+        batch,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        layers,
+        num_pages,
+        rows,
+        width,
+        tables.shape[1],
+        q_dtype,
+        dtype,
+        *queries,
     )
 
 
@@ -224,12 +295,18 @@ def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_na
     )
 
 
-def check_starts(starts, batch: int) -> jax.Array | None:
-    """`starts` [B] int32, or None for none, as an array. Raises ValueError for another shape or dtype."""
+def check_lengths(lengths, *shape: int) -> None:
+    """Raises ValueError unless `lengths` is int32 of this shape."""
+    require(lengths.shape == shape, "lengths.shape", lengths.shape, f"must be {shape}, the batch of query")
+    require(lengths.dtype == jnp.int32, "lengths.dtype", jnp.dtype(lengths.dtype).name, "must be int32")
+
+
+def check_starts(starts, *shape: int) -> jax.Array | None:
+    """`starts` [B] int32 ([B, Q] beside such lengths), or None, as an array. Raises ValueError for anything else."""
     if starts is None:
         return None
     starts = jnp.asarray(starts)
-    require(starts.shape == (batch,), "starts.shape", starts.shape, f"must be ({batch},), the batch of query")
+    require(starts.shape == shape, "starts.shape", starts.shape, f"must be {shape}, the batch of query")
     require(starts.dtype == jnp.int32, "starts.dtype", jnp.dtype(starts.dtype).name, "must be int32")
     return starts
 

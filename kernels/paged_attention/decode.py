@@ -13,7 +13,9 @@ from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
     check_interpret,
+    check_lengths,
     check_options,
+    check_queries,
     check_scales,
     check_sinks,
     check_starts,
@@ -21,6 +23,7 @@ from paged_dist.kernels.paged_attention.checks import (
 from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
 from paged_dist.kernels.paged_attention.megacore import on_target
+from paged_dist.kernels.paged_attention.queries import causal_spans
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
 
@@ -44,17 +47,21 @@ def paged_decode_attention(
     block_sizes: BlockSizes | None = None,
     interpret: Interpret = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of one new token a sequence over its pages, on one chip: each live page is read once.
+    """Attention of one new token a sequence, or of a few, over its pages, on one chip: each live page is read once.
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over tokens starts[b] <= t < lengths[b].
+    Of Q new tokens a sequence, as a speculative decoder verifies them, token q is at position lengths[b] - Q + q, and
+    sees the tokens up to itself.
 
     Args:
       query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128. Pages below f32 are multiplied
-        beside bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16.
+        beside bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16. Or [B, Q, Hq, D], Q new
+        tokens of each sequence, 1 <= Q <= 16, whose keys and values are in the pages.
       key_cache, value_cache: [Hkv, N, P, D] bf16, f32, int8 or float8_e4m3fn, or [L, Hkv, N, P, D] with `layer`; P a
         multiple of 8, for 8 bits one that divides 128 or a multiple of it. At D = 64 two tokens of bf16 or f32 may
         share a row, [.., P / 2, 128], which is read in place; [.., P, 64] is copied on a TPU.
       lengths: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full table.
+        They count the Q new ones: of a sequence of less than Q the first queries see nothing.
       block_tables: [B, S] int32 page ids. Entries past a sequence's last page, or before its first, may hold
         anything. On a TPU the others are used unchecked: an id outside the pool reads outside it.
       key_scales, value_scales: [Hkv, N, P] f32, or [L, Hkv, N, P], of int8 and fp8 pages (`quantize_kv`): a token's
@@ -64,7 +71,7 @@ def paged_decode_attention(
       layer: int32 scalar, may be traced, for caches with a layer axis: the kernel's own copies pick it.
       sm_scale: logits are sm_scale * q.k.
       soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
-      sliding_window: attend to the last so many tokens; pages wholly before them are not read.
+      sliding_window: attend to the last so many tokens, each query up to itself; pages wholly before them are not read.
       sinks: [Hq] f32 logits added to the softmax denominator.
       return_lse: also return the natural log of the softmax denominator, sinks included.
       block_sizes: a `BlockSizes`, which changes speed only; None picks by shape.
@@ -72,8 +79,8 @@ def paged_decode_attention(
         of a v4 or v5p chip), plain XLA elsewhere. False is the kernel; True or a `pltpu.InterpretParams` simulates it.
 
     Returns:
-      [B, Hq, D] in the query's dtype; with `return_lse`, also [B, Hq] f32. An empty sequence gives 0 and -inf, with
-      sinks the sink.
+      [B, Hq, D] in the query's dtype; with `return_lse`, also [B, Hq] f32; or [B, Q, Hq, D] and [B, Q, Hq]. A query
+      that sees nothing gives 0 and -inf, with sinks the sink.
 
     Raises:
       ValueError: arguments that disagree or are outside the rules above; block sizes that do not fit in VMEM; a row
@@ -94,8 +101,8 @@ def paged_decode_attention(
         whole = layer.ndim == 0 and jnp.issubdtype(layer.dtype, jnp.integer)
         require(whole, "layer", layer, "must be an int32 scalar")
         layer = layer.astype(jnp.int32)
-    require(query.ndim == 3, "query.shape", query.shape, "must be [B, Hq, head_dim]")
-    starts, sinks = check_starts(starts, query.shape[0]), check_sinks(sinks, query.shape[1])
+    check_queries(query)
+    starts, sinks = check_starts(starts, query.shape[0]), check_sinks(sinks, query.shape[-2])
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
     check_interpret(interpret)
     require(
@@ -104,6 +111,10 @@ def paged_decode_attention(
         block_sizes,
         "must be None or a BlockSizes",
     )
+    if query.ndim == 4:
+        most = block_tables.shape[-1] * (key_cache.shape[-2] * key_cache.shape[-1] // query.shape[-1])
+        check_lengths(lengths, query.shape[0])
+        lengths, starts = causal_spans(lengths, starts, query.shape[1], most)
     scales = _check_scales(key_cache, key_scales, value_scales)
     pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
     key_scales, value_scales = scales if layer is not None or scales[0] is None else (x[None] for x in scales)
@@ -140,7 +151,15 @@ def _check_scales(key_cache, key_scales, value_scales):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("sm_scale", "soft_cap", "sliding_window", "return_lse", "block_sizes", "interpret"),
+    static_argnames=(
+        "sm_scale",
+        "soft_cap",
+        "sliding_window",
+        "return_lse",
+        "output_dtype",
+        "block_sizes",
+        "interpret",
+    ),
 )
 def decode_stored_pages(
     query,
@@ -162,7 +181,8 @@ def decode_stored_pages(
     """`paged_decode_attention` over stored, stacked pools [L, Hkv, N, R, W], its options checked.
 
     W is D, or 128 at head_dim 64 with two tokens a row; bf16 pools may come as their bits, as on CPU. Scales come as
-    `pack_scales` stores them.
+    `pack_scales` stores them. With query [B, Q, Hq, D], lengths and starts are [B, Q], each new token's own span, as
+    `attend_pages_xla` has them (`causal_spans` makes them). output_dtype: of the output; None for the query's.
     """
     given = dict(layer=layer, starts=starts, sinks=sinks, key_scales=key_scales, value_scales=value_scales)
     given = {name: x for name, x in given.items() if x is not None}
@@ -224,7 +244,7 @@ def _whole_rows(query, *pools):
 
 
 def add_sinks(output: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adds the logits `sinks` [Hq] to the softmax denominators of output [B, Hq, D] and lse [B, Hq].
+    """Adds the logits `sinks` [Hq] to the softmax denominators of output [.., Hq, D] and lse [.., Hq].
 
     exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink); an empty sequence (lse -inf) stays 0.
     """

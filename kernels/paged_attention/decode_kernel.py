@@ -26,11 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels._tiling import LANES
+from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_copies import Copies, Paced
 from paged_dist.kernels.paged_attention.decode_edges import clear_edges
 from paged_dist.kernels.paged_attention.decode_plan import Plan
+from paged_dist.kernels.paged_attention.decode_queries import LiveRows, lowest_top
 from paged_dist.kernels.paged_attention.decode_scales import scales_of_rows
 from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.paged_attention.kernel import dot
@@ -42,11 +43,11 @@ _LN_2 = 0.6931471805599453
 class Refs(NamedTuple):
     """A launch's operands, results and scratch, in Pallas's order. Shapes in the letters of `Plan`."""
 
-    lengths: jax.Array  # SMEM int32 [B]
+    lengths: jax.Array  # SMEM int32 [B * Q]
     table: jax.Array  # SMEM int32 [B, S], or [S, B] where `table_is_transposed`
     layer: jax.Array | None  # SMEM int32 [1]
-    starts: jax.Array | None  # SMEM int32 [B]
-    sinks: jax.Array | None  # SMEM f32 [Hq]
+    starts: jax.Array | None  # SMEM int32 [B * Q]
+    sinks: jax.Array | None  # SMEM f32 [Hq / Q]
     query: jax.Array  # HBM [B, H * M, W]
     key_pages: jax.Array  # HBM [L, Hkv, N, R, W]
     value_pages: jax.Array
@@ -134,7 +135,7 @@ def _clear_values(plan: Plan, refs: Refs) -> None:
 
 def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
     """Initial state, and the rows of empty sequences. Returns the number of rows that this core copies out."""
-    refs.run_top[...] = jnp.full_like(refs.run_top, DEFAULT_MASK_VALUE)
+    refs.run_top[...] = jnp.full_like(refs.run_top, lowest_top(plan))
     refs.run_sum[...] = jnp.zeros_like(refs.run_sum)
     refs.run_out[...] = jnp.zeros_like(refs.run_out)
     refs.no_output[...] = jnp.zeros_like(refs.no_output)
@@ -143,13 +144,15 @@ def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
         for row in range(plan.H * plan.M):
             head = plan.head_of_row(row)
             refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), refs.sinks[head] * _LOG2_E)
-        refs.sink[...] = jnp.maximum(refs.sink[...], DEFAULT_MASK_VALUE)  # a sink of -inf is none
+        refs.sink[...] = jnp.maximum(refs.sink[...], lowest_top(plan))  # a sink of -inf is none
     if plan.return_lse:
         none = jnp.full((1, plan.Hq), -jnp.inf, jnp.float32)
         if plan.has_sinks:
-            lane = lax.broadcasted_iota(jnp.int32, none.shape, 1)
-            for head in range(plan.Hq):
-                none = jnp.where(lane == head, refs.sinks[head], none)
+            head_of_lane = lax.broadcasted_iota(jnp.int32, none.shape, 1)
+            if plan.Q > 1:
+                head_of_lane = div(head_of_lane, plan.rows_per_head) * plan.G + rem(head_of_lane, plan.G)
+            for head in range(plan.problem.num_q_heads):
+                none = jnp.where(head_of_lane == head, refs.sinks[head], none)
         refs.no_lse[...] = none
 
     @pl.when((core == 0) & (work.live_rows < plan.B))
@@ -259,10 +262,11 @@ class Body:
         """Scores of step s's cell c, in base 2, to `refs.scores`; moves the running maxima in `tops`."""
         plan, refs = self.plan, self.refs
         cell = Cell.load(refs.cells, self.ring.cells, c, plan)
+        live_rows = LiveRows.of(plan, refs, cell)
         for g in range(plan.H):
             top = []
             for part in plan.parts:
-                s = self._masked_scores(c, g, cell, part)
+                s = self._masked_scores(c, g, cell, live_rows, part)
                 refs.scores[c, g, :, part] = s
                 top += [s[:, t : t + LANES] for t in range(0, part.size, LANES)]
                 copies.advance(self._stages_of_keys * plan.C * plan.H * len(plan.parts))
@@ -270,21 +274,19 @@ class Body:
             top = jnp.broadcast_to(top, (plan.M, LANES))
             if plan.tokens_per_row > 1:  # a row's tokens share their maximum, and so can be added up at the end
                 top = jnp.maximum(top, pltpu.roll(top, plan.M // plan.tokens_per_row, 0))
-            before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else DEFAULT_MASK_VALUE, tops[g])
+            before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else lowest_top(plan), tops[g])
             tops[g] = jnp.maximum(before, top)
             refs.top[c, g] = tops[g]
             refs.decay[c, g] = jnp.exp2(before - tops[g])
 
-    def _masked_scores(self, c, g, cell: Cell, part: pl.Slice):
+    def _masked_scores(self, c, g, cell: Cell, live_rows: LiveRows, part: pl.Slice):
         """Scores of a part of step s's cell c, in base 2, [M, part.size]."""
         plan, shape = self.plan, (self.plan.M, part.size)
         row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         token = plan.token_of_row(part.start + column)
         if plan.tokens_per_row > 1:
             token += lax.div(row, jnp.int32(plan.M // plan.tokens_per_row))
-        live = token < (jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end)
-        if plan.has_starts:
-            live &= token >= cell.start
+        live = live_rows.of_tokens(token)
         q = self.refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
         s = self._each_head(g, functools.partial(self._times_keys, c, cell, q, part), shape)
         if plan.soft_cap is None:
@@ -351,26 +353,31 @@ class Body:
 
     def _sink_sum(self, g):
         """What group g's denominators start from: each lane's part of a sink's own weight, 1; once a query head."""
-        counts = self.refs.sink[g] > DEFAULT_MASK_VALUE
+        counts = self.refs.sink[g] > lowest_top(self.plan)
         row = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
         return jnp.where(counts & (row < self.plan.M // self.plan.tokens_per_row), 1 / LANES, 0.0)
 
     def _write_row(self, cell: Cell, outs, sums, tops) -> None:
         plan, refs = self.plan, self.refs
         rows = plan.M // plan.tokens_per_row
-        lse_row = jnp.zeros((1, plan.Hq), jnp.float32)
+        lses = [jnp.zeros((1, min(LANES, plan.Hq - lane)), jnp.float32) for lane in range(0, plan.Hq, LANES)]
         for g in range(plan.H):
             total = jnp.broadcast_to(jnp.sum(sums[g], axis=1, keepdims=True), (plan.M, LANES))
             out = outs[g]
             if plan.tokens_per_row > 1:  # row j's lanes j * D onwards hold token j's part
                 total = total + pltpu.roll(total, rows, 0)
                 out = out + pltpu.roll(pltpu.roll(out, plan.D, 1), rows, 0)
-            out = out / _widen(total, plan.W)
+            if plan.Q > 1:  # a new token may have nothing to attend to where others have
+                out = out / _widen(jnp.where(total > 0, total, 1.0), plan.W)
+            else:
+                out = out / _widen(total, plan.W)
             refs.out_rows[cell.b, g * rows : (g + 1) * rows, :] = out[:rows, : plan.D].astype(refs.out_rows.dtype)
             if plan.return_lse:
-                lse_row += _rows_to_lanes((tops[g] * _LN_2 + jnp.log(total))[:rows], g * rows, plan.Hq)
+                lse = tops[g] * _LN_2 + jnp.log(total)
+                lse = jnp.where(total > 0, lse, -jnp.inf) if plan.Q > 1 else lse
+                _add_rows_to_lanes(lses, lse[:rows], g * rows)
         if plan.return_lse:
-            refs.lse_rows[cell.b] = lse_row
+            refs.lse_rows[cell.b] = lses[0] if len(lses) == 1 else jnp.concatenate(lses, axis=1)
 
         @pl.when(cell.is_last)
         def _():
@@ -411,7 +418,7 @@ class Body:
         row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(plan.M // plan.tokens_per_row))
         merged = product(g * plan.heads_per_group)
         for t in range(1, plan.heads_per_group):
-            merged = jnp.where(row < t * plan.G, merged, product(g * plan.heads_per_group + t))
+            merged = jnp.where(row < t * plan.rows_per_head, merged, product(g * plan.heads_per_group + t))
         return merged
 
 
@@ -427,8 +434,11 @@ def _widen(x, width):
     return x if width == LANES else jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def _rows_to_lanes(x, offset, lanes):
-    """x [rows, 128], the same in all lanes, as [1, lanes] with x[r] in lane offset + r and 0 elsewhere."""
-    x = jnp.concatenate([x] * pl.cdiv(lanes, LANES), axis=1)[:, :lanes]
-    row, lane = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
-    return jnp.sum(jnp.where(lane == row + offset, x, 0.0), axis=0, keepdims=True)
+def _add_rows_to_lanes(tiles, x, offset: int) -> None:
+    """Adds x [rows, 128], the same in all lanes, to `tiles` [1, 128 or less] of lanes: x[r] in lane offset + r."""
+    for i in range(offset // LANES, pl.cdiv(offset + x.shape[0], LANES)):
+        first = max(0, (i * LANES - offset) // SUBLANES * SUBLANES)
+        part = x[first : (i + 1) * LANES - offset, : tiles[i].shape[1]]
+        row, lane = (lax.broadcasted_iota(jnp.int32, part.shape, axis) for axis in (0, 1))
+        is_its = lane == row + (offset + first - i * LANES)
+        tiles[i] += jnp.sum(jnp.where(is_its, part, 0.0), axis=0, keepdims=True)

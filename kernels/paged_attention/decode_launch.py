@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
 from paged_dist.kernels._dispatch import Interpret, in_hbm
-from paged_dist.kernels.paged_attention.checks import check_pools
+from paged_dist.kernels.paged_attention import queries
+from paged_dist.kernels.paged_attention.checks import check_output_dtype, check_pools
 from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
 from paged_dist.kernels.paged_attention.decode_plan import (
     NUM_FIELDS,
@@ -41,6 +42,7 @@ def decode_pages_pallas(
     soft_cap=None,
     sliding_window=None,
     return_lse=True,
+    output_dtype=None,
     block_sizes: BlockSizes | None = None,
     target: Target,
     interpret: Interpret = False,
@@ -49,9 +51,11 @@ def decode_pages_pallas(
 
     Args:
       query, key_pages, value_pages, lengths, block_tables, layer: as `attend_pages_xla` takes them, bf16 pages as bf16.
-      starts: [B] int32, first token attended to; with a window the later of the two counts.
+        With query [B, Q, Hq, D] the results are [B, Q, Hq, D] and [B, Q, Hq], as there.
+      starts: [B] int32 ([B, Q]), first token attended to; with a window the later of the two counts.
       sinks: [Hq] f32 logits added to the softmax denominator.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pages, as `pack_scales` stores them.
+      output_dtype: of the output, bf16 or f32; None for the query's.
       block_sizes: None for `choose_block_sizes`.
       target: of the chip: the number of cores, how pages are multiplied, default block sizes.
       interpret: False compiles; True or an InterpretParams simulates.
@@ -62,7 +66,12 @@ def decode_pages_pallas(
     Raises:
       ValueError: shapes that do not fit together, or block sizes that do not fit in VMEM.
     """
-    p = check_pools(query, key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
+    pages = (key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
+    p = check_pools(query, *pages, takes_queries=True)
+    check_output_dtype(output_dtype)
+    has_queries = query.ndim == 4
+    if has_queries:
+        query, lengths, starts = queries.as_rows(p, query, lengths, starts)
     if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
         sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
     sizes_for = (target.num_cores, target.outruns_core)
@@ -76,6 +85,7 @@ def decode_pages_pallas(
         has_sinks=sinks is not None,
         return_lse=return_lse,
         num_cores=target.num_cores,
+        output_dtype=None if output_dtype is None else jnp.dtype(output_dtype).name,
         widens_pages=p.is_quantized and not target.multiplies_fp8,
         values_with_keys=p.is_quantized and target.outruns_core,
     )
@@ -108,21 +118,25 @@ def decode_pages_pallas(
         if len(parts) == 1
         else (None if x[0] is None else jnp.concatenate(x) for x in zip(*parts, strict=True))
     )
+    if has_queries:
+        output, lse = (None if x is None else queries.from_rows(p, x) for x in (output, lse))
     return (output, lse) if return_lse else output
 
 
 def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sinks, *, interpret):
     q = query
     if plan.tokens_per_row > 1:
-        q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.G, plan.D)
+        q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.rows_per_head, plan.D)
         q = block_diagonal(q, plan.tokens_per_row).reshape(plan.B, plan.H * plan.M, plan.W)
     table = block_tables.T if plan.table_is_transposed else block_tables
     layer = None if plan.problem.num_layers == 1 else layer.reshape(1)
+    if plan.Q > 1:  # flat, for scalar memory pads what is not
+        lengths, starts = lengths.reshape(-1), None if starts is None else starts.reshape(-1)
     scalars = dict(lengths=lengths, table=table, layer=layer, starts=starts, sinks=sinks)
     scalars = {name: x for name, x in scalars.items() if x is not None}
     arrays = dict(query=q, **pools)
     operands = (*scalars.values(), *arrays.values())
-    results = dict(output=out_struct((plan.B, plan.Hq, plan.D), query.dtype, *operands))
+    results = dict(output=out_struct((plan.B, plan.Hq, plan.D), plan.out_dtype, *operands))
     if plan.return_lse:
         results["lse"] = out_struct((plan.B, 1, plan.Hq), jnp.float32, *operands)
     ahead = plan.sizes.steps_ahead

@@ -56,9 +56,10 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One launch. B, Hq, Hkv, G, D, S, R, W as in `Problem`; and
+    """One launch. B, Q, Hkv, G, D, S, R, W as in `Problem`; and
 
     Attributes:
+      Hq: query rows of a sequence: its heads, of each new token, as `queries.as_rows` orders them.
       C: cells a step.
       T: rows of a head that a cell's buffer holds, `rows_per_cell` of them filled by pages.
       tile: rows that a sequence's last page is fetched in: a register's, or the page where it is no multiple of them.
@@ -77,10 +78,12 @@ class Plan:
     return_lse: bool = False
     num_cores: int = 1
     widens_pages: bool = False  # 8-bit pages are multiplied as bf16
+    output_dtype: str | None = None  # None: the query's
     values_with_keys: bool = False  # V's copies are issued with K's, not a step behind: less scalar work, a later end
 
     B = property(lambda self: self.problem.batch)
-    Hq = property(lambda self: self.problem.num_q_heads)
+    Q = property(lambda self: self.problem.num_queries)
+    Hq = property(lambda self: self.problem.num_q_heads * self.problem.num_queries)
     Hkv = property(lambda self: self.problem.num_kv_heads)
     G = property(lambda self: self.problem.group)
     D = property(lambda self: self.problem.head_dim)
@@ -91,6 +94,8 @@ class Plan:
     tokens_per_row = property(lambda self: self.problem.tokens_per_row)
     query_dtype = property(lambda self: jnp.dtype(self.problem.query_dtype))
     cache_dtype = property(lambda self: jnp.dtype(self.problem.cache_dtype))
+    out_dtype = property(lambda self: jnp.dtype(self.output_dtype or self.problem.query_dtype))
+    rows_per_head = property(lambda self: self.problem.rows_per_head)
     C = property(lambda self: self.sizes.cells_per_step)
     pages_per_cell = property(lambda self: self.sizes.pages_per_cell)
     page_rows = property(lambda self: _round_up(self.R, self.register_rows))
@@ -100,7 +105,7 @@ class Plan:
     register_rows = property(lambda self: SUBLANES * 4 // self.cache_dtype.itemsize)
     tile = property(lambda self: self.register_rows if self.R % self.register_rows == 0 else self.R)
     H = property(lambda self: self.Hkv // self.heads_per_group)
-    M = property(lambda self: self.heads_per_group * self.G * self.tokens_per_row)
+    M = property(lambda self: self.heads_per_group * self.rows_per_head * self.tokens_per_row)
     has_starts = property(lambda self: self.has_starts_operand or self.sliding_window is not None)
     is_quantized = property(lambda self: self.problem.is_quantized)
     cache_may_hold_nan = property(lambda self: self.cache_dtype != jnp.int8)
@@ -115,8 +120,7 @@ class Plan:
     @functools.cached_property
     def heads_per_group(self) -> int:
         """How many kv heads' query rows share a register of 8 rows."""
-        most = max(1, SUBLANES // (self.G * self.tokens_per_row))
-        return next(n for n in range(most, 0, -1) if self.Hkv % n == 0)
+        return _heads_per_group(self.problem)
 
     def token_of_row(self, row):
         """The first token of each of a cell's rows (int32, any shape); beyond every token where no page fills it."""
@@ -128,8 +132,12 @@ class Plan:
     def head_of_row(self, row: int) -> int:
         """The query head of one of the H * M rows."""
         group, row = divmod(row, self.M)
-        rows = self.M // self.tokens_per_row
-        return group * rows + row % rows
+        head, row = divmod(row % (self.M // self.tokens_per_row), self.rows_per_head)
+        return (group * self.heads_per_group + head) * self.G + row % self.G
+
+    def query_of_row(self, row: int) -> int:
+        """The new token, of Q, of one of a group's M rows."""
+        return row % (self.M // self.tokens_per_row) % self.rows_per_head // self.G
 
     @property
     def scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], object]]:
@@ -148,8 +156,8 @@ class Plan:
             run_sum=(stat, f32),
             run_out=((self.H, self.M, self.W), f32),
             sink=(stat, f32),
-            out_rows=((self.B + 1, self.Hq, self.D), p.query_dtype),
-            no_output=((self.Hq, self.D), p.query_dtype),
+            out_rows=((self.B + 1, self.Hq, self.D), self.out_dtype),
+            no_output=((self.Hq, self.D), self.out_dtype),
         )
         if self.is_quantized:
             rows = (self.C, self.Hkv, self.pages_per_cell * self.scale_rows_per_page, 1, LANES)
@@ -171,8 +179,13 @@ class Plan:
         """Scalar memory of the launch."""
         table = (self.S, self.B) if self.table_is_transposed else (self.B, self.S)
         cells = (self.sizes.steps_ahead + 2) * self.C * NUM_FIELDS
-        flat = (self.B, self.B, self.Hq, 1, self.B + 1, cells, 64)
+        flat = (self.B * self.Q, self.B * self.Q, self.problem.num_q_heads, 1, self.B + 1, cells, 64)
         return 4 * _round_up(table[0], SUBLANES) * _round_up(table[1], LANES) + sum(_round_up(4 * n, 512) for n in flat)
+
+
+def _heads_per_group(p: Problem) -> int:
+    most = max(1, SUBLANES // (p.rows_per_head * p.tokens_per_row))
+    return next(n for n in range(most, 0, -1) if p.num_kv_heads % n == 0)
 
 
 def xla_transposes(rows: int, columns: int) -> bool:

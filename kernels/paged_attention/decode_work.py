@@ -98,15 +98,21 @@ class WorkList:
 
     @staticmethod
     def span(plan: Plan, refs, b):
-        """(first page, pages, start, end) of sequence b: 0 pages if empty, tokens counted from the first page's."""
-        end = jnp.minimum(refs.lengths[b], plan.S * plan.page_size)
+        """(first page, pages, start, end) of sequence b: 0 pages if empty, tokens counted from the first page's.
+
+        Of several new tokens' spans, from where the first's begins to where the last's ends.
+        """
+        end = jnp.minimum(refs.lengths[of_query(plan, b, plan.Q - 1)], plan.S * plan.page_size)
         if not plan.has_starts:
             return jnp.int32(0), div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size), jnp.int32(0), end
         start = jnp.int32(0)
         if refs.starts is not None:
-            start = jnp.maximum(refs.starts[b], start)
+            start = jnp.maximum(refs.starts[of_query(plan, b, 0)], start)
         if plan.sliding_window is not None:
-            start = jnp.maximum(end - plan.sliding_window, start)
+            first_end = end
+            if plan.Q > 1:
+                first_end = jnp.minimum(refs.lengths[of_query(plan, b, 0)], plan.S * plan.page_size)
+            start = jnp.maximum(first_end - plan.sliding_window, start)
         first = div(start, plan.page_size)
         pages = div(jnp.maximum(end, 0) + (plan.page_size - 1), plan.page_size) - first
         skipped = first * plan.page_size
@@ -129,7 +135,7 @@ class WorkList:
         def look_at_one(b, rows, live_rows, mine, others, dead):
             inside = b < plan.B
             b = b if plan.B % at_once == 0 else jnp.minimum(b, plan.B - 1)
-            start, end = jnp.int32(0), refs.lengths[b]
+            start, end = jnp.int32(0), refs.lengths[of_query(plan, b, plan.Q - 1)]
             if plan.S % plan.pages_per_cell:  # a full table ends inside a cell
                 end = jnp.minimum(end, plan.S * plan.page_size)
             live = end > 0
@@ -215,6 +221,11 @@ class WorkList:
         self.note_step(slot, zero, zero)
         for c in range(self.plan.C):
             Cell(jnp.int32(self.plan.B), no, no, zero, zero, zero, zero).store(self.refs.cells, slot, c, self.plan)
+
+
+def of_query(plan: Plan, b, q: int):
+    """The place of sequence b's new token q in `Refs.lengths` and `Refs.starts`."""
+    return b if plan.Q == 1 else b * plan.Q + q
 
 
 def div(x, by: int):

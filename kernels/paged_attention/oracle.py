@@ -18,20 +18,33 @@ def attention_oracle(
     sliding_window=None,
     sinks=None,
 ):
-    """Attention of one query token a sequence, straight from the formula, touching live tokens only.
+    """Attention of one query token a sequence, or of Q, straight from the formula, touching live tokens only.
 
     Args:
-      query: [B, Hq, D]; key_pages, value_pages: [Hkv, N, P, D]; lengths: [B]; block_tables: [B, S].
+      query: [B, Hq, D]; key_pages, value_pages: [Hkv, N, P, D]; lengths: [B]; block_tables: [B, S]. Or
+        [B, Q, Hq, D]: the last Q tokens of each sequence, which see the tokens up to themselves; with lengths, and
+        starts where given, [B, Q]: each sees its own.
       starts: [B] first token attended to, default 0.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap).
       sliding_window: only the last so many tokens are attended to.
       sinks: [Hq] logits that join the softmax's denominator with no value.
 
     Returns:
-      (output [B, Hq, D] float64, lse [B, Hq] float64, natural log). An empty sequence has output 0 and lse
-      -inf, with sinks lse = sink.
+      (output [B, Hq, D] float64, lse [B, Hq] float64, natural log), or [B, Q, Hq, D] and [B, Q, Hq]. An empty
+      sequence has output 0 and lse -inf, with sinks lse = sink.
     """
     query = np.asarray(query).astype(np.float64)
+    if query.ndim == 4:
+        options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, sinks=sinks)
+        lengths, starts = np.asarray(lengths), None if starts is None else np.asarray(starts)
+        made = []
+        for q in range(query.shape[1]):
+            ends = lengths[:, q] if lengths.ndim == 2 else lengths - query.shape[1] + 1 + q
+            first = starts if starts is None or starts.ndim == 1 else starts[:, q]
+            made.append(
+                attention_oracle(query[:, q], key_pages, value_pages, ends, block_tables, starts=first, **options)
+            )
+        return tuple(np.stack(x, axis=1) for x in zip(*made, strict=True))
     key_pages, value_pages = np.asarray(key_pages), np.asarray(value_pages)
     batch, num_q_heads, _ = query.shape
     num_kv_heads, _, page_size, _ = key_pages.shape

@@ -12,9 +12,11 @@ from paged_dist.kernels.paged_attention.checks import (
     DEFAULT_MASK_VALUE,
     Problem,
     check_options,
+    check_output_dtype,
     check_pools,
     check_starts,
 )
+from paged_dist.kernels.paged_attention.queries import as_rows, from_rows
 
 # A step takes so many tokens of a sequence, and of as many sequences side by side as make up so many elements of K:
 # 1 MB of K as bf16 and 2 MB of V as f32 stay cached from gather to product. On two cores, at 8 kv heads of 128, twice
@@ -39,8 +41,9 @@ def attend_pages_xla(
     mask_value=DEFAULT_MASK_VALUE,
     key_scales=None,
     value_scales=None,
+    output_dtype=None,
 ):
-    """Attention of one query token a sequence over its live pages.
+    """Attention of a sequence's query token, or of each of several, over its live pages.
 
     Sequences are sorted by the pages they must read and taken a few at a time; each group loops over chunks
     of pages, as many as its longest member has inside its window, with the online softmax of Milakov and
@@ -48,7 +51,9 @@ def attend_pages_xla(
     result does not depend on its neighbours.
 
     Args:
-      query: [B, Hq, D] bf16 or f32.
+      query: [B, Hq, D] bf16 or f32, or [B, Q, Hq, D], 1 <= Q <= 16, with `lengths` and `starts` [B, Q]: each new
+        token's own span, which does not begin or end before that of the token before it. Together they have no gap;
+        some may be empty.
       key_pages, value_pages: [L, Hkv, N, R, W] bf16, f32, int8 or float8_e4m3fn, bf16 and fp8 also as their bits
         (uint16, uint8); a page's P x D elements of a head as R rows of W lanes, W either D or, at D = 64, 128 with
         two consecutive tokens a row.
@@ -60,9 +65,11 @@ def attend_pages_xla(
       sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of int8 and fp8 pages, as `pack_scales` stores them.
         They multiply scores and weights, G a token, not pages, D a token.
+      output_dtype: of the output, bf16 or f32; None for the query's.
 
     Returns:
-      (output [B, Hq, D] in the query's dtype, lse [B, Hq] f32, natural log); 0 and -inf where empty.
+      (output [B, Hq, D] in `output_dtype`, lse [B, Hq] f32, natural log), or [B, Q, Hq, D] and [B, Q, Hq]; 0 and -inf
+      where empty.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
@@ -71,11 +78,17 @@ def attend_pages_xla(
         jnp.asarray, (query, key_pages, value_pages, lengths, block_tables)
     )
     scales = tuple(None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
-    problem = check_pools(query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales)
+    problem = check_pools(
+        query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales, takes_queries=True
+    )
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
-    starts = check_starts(starts, batch)
+    check_output_dtype(output_dtype)
+    starts = check_starts(starts, *lengths.shape)
+    has_queries, output_dtype = query.ndim == 4, query.dtype if output_dtype is None else output_dtype
+    if has_queries:
+        query, lengths, starts = as_rows(p, query, lengths, starts)
 
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
@@ -87,6 +100,12 @@ def attend_pages_xla(
         starts = jnp.maximum(starts, lengths - min(sliding_window, p.pages_per_sequence * p.page_size))
     lengths = jnp.where(starts < lengths, lengths, 0)  # nothing to attend to is nothing to read
     starts = jnp.minimum(starts, lengths)
+    spans = ()
+    if p.num_queries > 1:  # what is read is what any of the new tokens attends to
+        spans = (starts, lengths)
+        starts = jnp.min(jnp.where(starts < lengths, starts, jnp.iinfo(jnp.int32).max), axis=1)
+        lengths = jnp.max(lengths, axis=1)
+        starts = jnp.minimum(starts, lengths)
     pages = (lengths + p.page_size - 1) // p.page_size - starts // p.page_size  # [B] to read
 
     chunk, rows = _step_shape(p)
@@ -97,7 +116,7 @@ def attend_pages_xla(
     def attend(members):  # [rows], -1 where the group is short of a sequence
         member = jnp.maximum(members, 0)
         length = jnp.where(members < 0, 0, lengths[member])
-        q = query[member].reshape(rows, p.num_kv_heads, p.group, p.head_dim)
+        q = query[member].reshape(rows, p.num_kv_heads, p.rows_per_head, p.head_dim)
         return _attend_rows(
             p,
             chunk,
@@ -107,6 +126,7 @@ def attend_pages_xla(
             length,
             jnp.minimum(starts[member], length),
             block_tables[member],
+            *(x[member] for x in spans),
             sm_scale=sm_scale,
             soft_cap=soft_cap,
             mask_value=mask_value,
@@ -114,8 +134,10 @@ def attend_pages_xla(
 
     output, lse = lax.map(attend, padded)
     place = jnp.argsort(order)  # where each sequence was computed
-    output = output.reshape(-1, p.num_q_heads, p.head_dim)[place].astype(query.dtype)
-    return output, lse.reshape(-1, p.num_q_heads)[place]
+    rows_of_all = p.num_kv_heads * p.rows_per_head
+    output = output.reshape(-1, rows_of_all, p.head_dim)[place].astype(output_dtype)
+    lse = lse.reshape(-1, rows_of_all)[place]
+    return (from_rows(p, output), from_rows(p, lse)) if has_queries else (output, lse)
 
 
 def _as_meant(pool) -> jax.ShapeDtypeStruct:
@@ -130,8 +152,13 @@ def _step_shape(p: Problem) -> tuple[int, int]:
     return chunk, max(1, min(rows, _MOST_ROWS, p.batch))
 
 
-def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, tables, *, sm_scale, soft_cap, mask_value):
-    """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of q [M, Hkv, G, D] over [starts, lengths), `chunk` pages a step."""
+def _attend_rows(
+    p: Problem, chunk: int, q, pools, layer, lengths, starts, tables, *spans, sm_scale, soft_cap, mask_value
+):
+    """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of q [M, Hkv, G, D] over [starts, lengths), `chunk` pages a step.
+
+    spans: with several new tokens, of which G then are Q * G rows, their own starts and lengths, both [M, Q].
+    """
     m_rows = q.shape[0]
     first = starts // p.page_size  # [M]
     chunks = (lengths + p.page_size - 1) // p.page_size - first
@@ -153,6 +180,11 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
         live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]
+        seen = live[:, :, None]  # [M, 1, 1, T], or [M, 1, Q * G, T]
+        if spans:
+            own_starts, own_ends = (x[..., None] for x in spans)
+            seen = (token[:, None] >= own_starts) & (token[:, None] < own_ends)
+            seen = jnp.repeat(seen, p.group, axis=1)[:, None]
 
         s = jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact, preferred_element_type=jnp.float32)
         s = sm_scale * s
@@ -161,13 +193,13 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
             s = s * k_scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
-        s = jnp.where(live[:, :, None], s, mask_value)
+        s = jnp.where(seen, s, mask_value)
         m_next = jnp.maximum(m, s.max(axis=-1, keepdims=True))
-        weight = jnp.where(live[:, :, None], jnp.exp(s - m_next), 0.0)
+        weight = jnp.where(seen, jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=-1, keepdims=True)
         if p.is_quantized:
-            weight = weight * jnp.where(live[:, :, None], v_scale, 0.0)
+            weight = weight * jnp.where(seen, v_scale, 0.0)
         # A dead row of V may hold NaN, and 0 x NaN is NaN.
         v = jnp.where(live[..., None], _widen(v, p.cache_dtype), 0.0)
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)

@@ -22,8 +22,9 @@ from paged_dist._shard import (
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
-from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_sinks
+from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_queries, check_sinks
 from paged_dist.kernels.paged_attention.decode import add_sinks, decode_stored_pages
+from paged_dist.kernels.paged_attention.queries import causal_spans
 from paged_dist.merge import merge_partials, my_heads
 from paged_dist.mesh import MeshAxes
 
@@ -47,7 +48,7 @@ def sharded_paged_attention(
     axes: MeshAxes = MeshAxes(),
     implementation: Implementation = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Decode attention of one new token a sequence over a sharded paged KV cache.
+    """Decode attention of one new token a sequence, or of a few, over a sharded paged KV cache.
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over the live tokens t of sequence
     b. Each shard computes its own sequences and heads from its own pages, and the pools are only read. With one
@@ -56,7 +57,9 @@ def sharded_paged_attention(
     (Kwon et al., SOSP 2023) with the online softmax of FlashAttention (Dao et al., 2022).
 
     Args:
-      query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None).
+      query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None). Or
+        [B, Q, Hq, D], 1 <= Q <= 16 new tokens a sequence, the last Q of its `lengths`, each attending to what is up to
+        itself: a speculative decoder's verifying step. P(data, None, model, None).
       cache: a PagedKVCache of Hkv heads. With a `key_smoothing` the query is multiplied by it here.
       lengths: [B] int32, live tokens of each sequence, the new one included; 0 for an idle row. P(data).
       block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
@@ -77,8 +80,9 @@ def sharded_paged_attention(
 
     Returns:
       The output [B, Hq, D] in query's dtype, P(data, model, None); with `return_lse`, also lse [B, Hq] f32,
-      P(data, model). Scattered: P(data, (model, context), None) and P(data, (model, context)). An empty sequence
-      gives output 0 and lse -inf (with sinks: the sink).
+      P(data, model). Scattered: P(data, (model, context), None) and P(data, (model, context)). With Q tokens
+      [B, Q, Hq, D] and [B, Q, Hq]. An empty sequence gives output 0 and lse -inf (with sinks: the sink), and so does
+      the q-th of the Q last tokens where there are fewer than Q - q.
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
@@ -122,8 +126,9 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
     if axes.size(mesh, "context") == 1:
         # Pools that are only read need not vary over it, and no reduction makes the output the same.
         pools = cache.partition_specs(dataclasses.replace(axes, context=None))
+    queries = () if query.ndim == 3 else (None,)
     in_specs = (
-        P(data, model, None),
+        P(data, *queries, model, None),
         pools,
         P(data),
         P(data, None),
@@ -132,9 +137,9 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
     )
     if options["output_heads"] == "scattered":
         model = (axes.names("model") + axes.names("context")) or None
-    out_specs = P(data, model, None)
+    out_specs = P(data, *queries, model, None)
     if options["return_lse"]:
-        out_specs = (out_specs, P(data, model))
+        out_specs = (out_specs, P(data, *queries, model))
     return run_sharded(
         local,
         mesh,
@@ -168,7 +173,7 @@ def paged_attention_local(
     """`sharded_paged_attention` inside a caller's `shard_map` (with `check_vma=True` too): this shard's part.
 
     Args:
-      query: [B / data, Hq / model, D], this shard's sequences and heads.
+      query: [B / data, Hq / model, D] or [B / data, Q, Hq / model, D], this shard's sequences and heads.
       cache: this shard's pools; pass the cache through the `shard_map` with `cache.partition_specs(axes)`.
       lengths: [B / data] int32.
       block_tables: [B / data, pages_per_sequence] int32 page ids, global as outside: this shard's offset is
@@ -177,8 +182,8 @@ def paged_attention_local(
       Everything else as in `sharded_paged_attention`.
 
     Returns:
-      [B / data, Hq / model, D], and lse [B / data, Hq / model] with `return_lse`; scattered, Hq / (model x context)
-      heads of them.
+      [B / data, Hq / model, D], and lse [B / data, Hq / model] with `return_lse`, or with Q behind B / data;
+      scattered, Hq / (model x context) heads of them.
 
     Raises:
       ValueError: as `sharded_paged_attention`.
@@ -233,6 +238,9 @@ def _local(
         **options,
         **more,
     )
+    most, page_size = block_tables.shape[1] * cache.spec.page_size, cache.spec.page_size
+    if query.ndim == 4:
+        lengths, _ = causal_spans(lengths, None, query.shape[1], most)  # [B, Q], each token's own
     if stripes is None:
         with jax.named_scope("attend"):
             made = attend(lengths, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
@@ -240,11 +248,16 @@ def _local(
             output, *lse = (invariant_over_context(x, axes) for x in made)
         return (output, *lse) if return_lse else output
 
-    page_size = cache.spec.page_size
     with jax.named_scope("attend"):
-        starts, ends = _spans(lengths, block_tables.shape[1] * page_size, sliding_window)
-        here = lambda tokens: None if tokens is None else stripes.tokens_before(tokens, page_size)
-        output, lse = attend(here(ends), starts=here(starts), sliding_window=None, return_lse=True)
+        here = lambda tokens: stripes.tokens_before(tokens, page_size)
+        ends = jnp.clip(lengths, 0, most)
+        starts = None
+        if sliding_window is not None and sliding_window < most:
+            starts = here(jnp.maximum(ends - sliding_window, 0))
+        # f32: what is merged should not have been rounded.
+        output, lse = attend(
+            here(ends), starts=starts, sliding_window=None, return_lse=True, output_dtype=jnp.dtype("float32")
+        )
     with jax.named_scope("merge"):
         names, scatter = axes.names("context"), output_heads == "scattered"
         output, lse = merge_partials(output, lse, names, scatter=scatter)
@@ -254,19 +267,11 @@ def _local(
     return (output, lse) if return_lse else output
 
 
-def _spans(lengths, most: int, sliding_window: int | None) -> tuple[jax.Array | None, jax.Array]:
-    """(first token attended to, or None for 0; one past the last) [B], both counted in the whole sequence."""
-    ends = jnp.clip(lengths, 0, most)
-    if sliding_window is None or sliding_window >= most:
-        return None, ends
-    return jnp.maximum(ends - sliding_window, 0), ends
-
-
 def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
-    """query [B, Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
+    """query [..., Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
     if smoothing is None:
         return query
-    heads = query.shape[1] // smoothing.shape[0]
+    heads = query.shape[-2] // smoothing.shape[0]
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
@@ -274,8 +279,8 @@ def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, slidi
     """The checks that hold for whole arrays and for one shard's alike."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
-    require(query.ndim == 3, "query.shape", query.shape, "must be [B, Hq, D]")
-    batch, heads, head_dim = query.shape
+    check_queries(query)
+    batch, *_, heads, head_dim = query.shape
     require(query.dtype in (jnp.bfloat16, jnp.float32), "query.dtype", str(query.dtype), "must be bfloat16 or float32")
     require(head_dim == spec.head_dim, "query.shape", query.shape, f"head_dim must be the cache's {spec.head_dim}")
     require(

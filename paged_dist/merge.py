@@ -20,8 +20,8 @@ def merge_partials(
 
     Args:
       output: [..., H, D], each shard's; lse: [..., H] f32, natural log of each one's softmax denominator.
-      scatter: the sum of the outputs is a reduce-scatter over H, which the shards' number must divide: each gets H / shards heads,
-        in the order of the shards.
+      scatter: the sum of the outputs is a reduce-scatter over H, which the shards' number must divide: each gets
+        H / shards heads, in the order of the shards.
 
     Returns:
       (output, lse) f32, the same on every shard; with `scatter`, this shard's heads of them. 0 and -inf where no shard

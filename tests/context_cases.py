@@ -54,6 +54,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 8
     dtype: str = "float32"
+    num_queries: int | None = None  # Q; None: query has no such axis
     seed: int = 0
 
     @property
@@ -72,7 +73,8 @@ class Case:
                 made = rng.standard_normal((self.kv_heads, length, self.head_dim))
                 pool[:, tables[b, t // self.page_size], t % self.page_size] = made
         heads = self.kv_heads * self.group
-        query = rng.standard_normal((len(self.lengths), heads, self.head_dim))
+        queries = () if self.num_queries is None else (self.num_queries,)
+        query = rng.standard_normal((len(self.lengths), *queries, heads, self.head_dim))
         made = dict(query=query.astype(self.dtype), key=pools[0].astype(self.dtype), value=pools[1].astype(self.dtype))
         return made | dict(lengths=np.array(self.lengths, np.int32), block_tables=tables)
 
@@ -88,7 +90,14 @@ class Case:
 
     def oracle(self, **options):
         a = self.arrays
-        return attention_oracle(a["query"], a["key"], a["value"], a["lengths"], a["block_tables"], **options)
+        run = lambda query, lengths: attention_oracle(
+            query, a["key"], a["value"], lengths, a["block_tables"], **options
+        )
+        if self.num_queries is None:
+            return run(a["query"], a["lengths"])
+        ends = [np.maximum(a["lengths"] - (self.num_queries - 1 - q), 0) for q in range(self.num_queries)]
+        made = [run(a["query"][:, q], end) for q, end in enumerate(ends)]
+        return tuple(np.stack(x, axis=1) for x in zip(*made, strict=True))
 
     def check(self, output, lse=None, **options) -> None:
         """Holds output (and lse) to the float64 oracle within the dtype's rounding."""

@@ -22,12 +22,17 @@ STEPS, BATCH, WIDTH = 32, 8, 16  # steps of a loop, rows and pages a sequence on
 
 
 def decode_loop(spec: pd.CacheSpec, **op):
-    """cache, query, key, value, lengths, tables -> (cache, lengths, sum of outputs) after STEPS steps."""
+    """cache, query, key, value, lengths, tables -> (cache, lengths, sum of outputs) after STEPS steps.
+
+    query, key and value of one token a sequence, or with an axis of several.
+    """
 
     def decode(cache, query, key, value, lengths, tables):
+        new = 1 if key.ndim == 3 else key.shape[1]
+
         def layer(carry, index):
             cache, lengths = carry
-            cache = pd.append_kv(cache, key, value, lengths - 1, tables, layer=index, **op)
+            cache = pd.append_kv(cache, key, value, lengths - new, tables, layer=index, **op)
             return (cache, lengths), pd.sharded_paged_attention(query, cache, lengths, tables, layer=index, **op)
 
         def step(_, carry):
@@ -37,18 +42,18 @@ def decode_loop(spec: pd.CacheSpec, **op):
             else:
                 (cache, lengths), outputs = jax.lax.scan(layer, (cache, lengths), jnp.arange(spec.num_layers))
                 output = outputs.sum(axis=0)
-            return cache, lengths + 1, total + output
+            return cache, lengths + new, total + output
 
         return jax.lax.fori_loop(0, STEPS, step, (cache, lengths, jnp.zeros_like(query)))
 
     return decode
 
 
-def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4):
+def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4, new_tokens: tuple[int, ...] = ()):
     """ShapeDtypeStructs of a decode loop's arguments."""
     batch = BATCH * mesh.shape["data"]
-    new = jax.ShapeDtypeStruct((batch, spec.num_kv_heads, spec.head_dim), jnp.bfloat16)
-    query = jax.ShapeDtypeStruct((batch, spec.num_kv_heads * group, spec.head_dim), jnp.bfloat16)
+    new = jax.ShapeDtypeStruct((batch, *new_tokens, spec.num_kv_heads, spec.head_dim), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((batch, *new_tokens, spec.num_kv_heads * group, spec.head_dim), jnp.bfloat16)
     int32 = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32)
     return pd.PagedKVCache.abstract(spec, mesh), query, new, new, int32(), int32(WIDTH)
 
@@ -106,6 +111,14 @@ def test_decode_loop_over_context_shards_copies_no_pool_and_merges_only(topology
     _assert_in_place(spec, pod_mesh(topology, data, model, context))
 
 
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "shape", "options"), [CONTEXT[0], ("v6e:8x8", (4, 1, 4), dict(dtype="int8"))])
+def test_decode_loop_of_several_tokens_a_step_is_in_place(topology, shape, options):
+    data, context, model = shape
+    spec = pd.CacheSpec(model, 128, 256 * data * context, **options)
+    _assert_in_place(spec, pod_mesh(topology, data, model, context), new_tokens=(4,))
+
+
 QUANTIZED = [
     ("v5p:4x4x4", 8, 8, dict(dtype="int8")),
     ("v6e:8x8", 8, 8, dict(dtype="float8_e4m3fn", num_layers=8)),
@@ -128,8 +141,8 @@ def test_decode_loop_of_8_bit_caches_copies_neither_pools_nor_scales(topology, d
     assert aot.values_as_large_as(text, layer_scales) == []
 
 
-def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh) -> str:
-    compiled = aot.compile_on(mesh, decode_loop(spec), *loop_arguments(spec, mesh), donate_argnums=0)
+def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh, **arguments) -> str:
+    compiled = aot.compile_on(mesh, decode_loop(spec), *loop_arguments(spec, mesh, **arguments), donate_argnums=0)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
     assert text.count('custom_call_target="tpu_custom_call"') >= 2  # the kernels, not their XLA forms

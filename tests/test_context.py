@@ -20,6 +20,8 @@ import paged_dist as pd
 SCALE = 128**-0.5
 SINKS = np.array([-3.0, 0.5, -np.inf, 2.0, 1.0, 0.0, -1.0, 4.0], np.float32)
 
+FOUR = dict(lengths=(33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
+
 
 def edges(rng, page_size: int, most: int, count: int) -> list[int]:
     """Lengths from 0 to `most`: on, before and behind page edges, and anywhere."""
@@ -101,6 +103,42 @@ def test_empty_sequences_give_zero_and_minus_infinity_or_the_sink():
         np.testing.assert_array_equal(lse, np.broadcast_to(-np.inf if sinks is None else sinks, (4, 4)))
 
 
+@pytest.mark.parametrize("window", often([None, 11], [1, 40]))
+@pytest.mark.parametrize(("context", "num_queries"), [(1, 3), (2, 16), (3, 4), (8, 2), (4, 1)])
+def test_several_new_tokens_attend_each_up_to_itself(context, num_queries, window):
+    """Their spans end on page edges, and on shards that hold none of them, and before the sequence's start."""
+    rng = np.random.default_rng([context, num_queries])
+    lengths = tuple(map(int, edges(rng, 8, 8 * (2 * context + 3), 4 * context)))
+    case = Case((1, 2, *lengths[2:]), context=context, num_queries=num_queries)
+    query, lengths, tables = case.arguments
+    output, lse = pd.sharded_paged_attention(
+        query, case.cache(case.mesh()), lengths, tables, sm_scale=SCALE, sliding_window=window, return_lse=True
+    )
+    case.check(output, lse, sm_scale=SCALE, sliding_window=window)
+
+
+@pytest.mark.parametrize(
+    "implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"]
+)
+@pytest.mark.parametrize(
+    "shape", [dict(), dict(head_dim=64, page_size=16), dict(dtype="bfloat16", page_size=16)], ids=str
+)
+def test_several_new_tokens_over_all_axes(shape, implementation):
+    case = Case(**(FOUR | shape), num_queries=5)
+    mesh = case.mesh(AxisType.Explicit)
+    query, lengths, tables = case.arguments
+    for output_heads, heads in (("replicated", "model"), ("scattered", ("model", "context"))):
+        output, lse = pd.sharded_paged_attention(
+            query, case.cache(mesh), lengths, tables, sm_scale=SCALE, sinks=jnp.asarray(SINKS), return_lse=True,
+            output_heads=output_heads, implementation=implementation,
+        )  # fmt: skip
+        case.check(output, lse, sm_scale=SCALE, sinks=SINKS)
+        assert output.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, heads, None)), 4)
+        assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, heads)), 3)
+    if implementation is RACES:
+        assert_no_races()
+
+
 def test_heads_that_cannot_be_scattered_are_refused():
     case = Case((8, 8), context=3, group=4)
     query, lengths, tables = case.arguments
@@ -127,9 +165,7 @@ def written(cache, rows) -> list[np.ndarray]:
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
-@pytest.mark.parametrize(
-    "implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"]
-)
+@XLA_OR_SIMULATED
 @pytest.mark.parametrize("new_tokens", [1, 5, 40])
 @pytest.mark.parametrize("context", often([2, 8], [3, 4]))
 def test_tokens_are_written_where_their_pages_lie(context, new_tokens, implementation):
@@ -189,7 +225,6 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
 # -------------------------------------------------------------------------------------------------- composition
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
-FOUR = dict(lengths=(33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])

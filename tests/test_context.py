@@ -19,7 +19,9 @@ import paged_dist as pd
 
 SCALE = 128**-0.5
 SINKS = np.array([-3.0, 0.5, -np.inf, 2.0, 1.0, 0.0, -1.0, 4.0], np.float32)
-
+XLA_OR_SIMULATED = pytest.mark.parametrize(
+    "implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"]
+)
 FOUR = dict(lengths=(33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
 
 
@@ -117,9 +119,7 @@ def test_several_new_tokens_attend_each_up_to_itself(context, num_queries, windo
     case.check(output, lse, sm_scale=SCALE, sliding_window=window)
 
 
-@pytest.mark.parametrize(
-    "implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "simulated"]
-)
+@XLA_OR_SIMULATED
 @pytest.mark.parametrize(
     "shape", [dict(), dict(head_dim=64, page_size=16), dict(dtype="bfloat16", page_size=16)], ids=str
 )

@@ -135,22 +135,8 @@ def plan_of(s: Settings, target):
         scales,
         scales,
     )
-    window = s.sliding_window
-    if window is not None:
-        window = min(window, problem.pages_per_sequence * problem.page_size)
-    sizes = (
-        decode_plan.choose_block_sizes(problem, window, target.num_cores, target.outruns_core)
-        if s.block_sizes is None
-        else BlockSizes(*s.block_sizes)
-    )
-    plan = decode_plan.Plan(
-        problem,
-        sizes,
-        sliding_window=window,
-        num_cores=target.num_cores,
-        widens_pages=s.dtype == "float8_e4m3fn" and not target.multiplies_fp8,
-        values_with_keys=problem.is_quantized and target.outruns_core,
-    )
+    sizes = None if s.block_sizes is None else BlockSizes(*s.block_sizes)
+    plan = decode_plan.make_plan(problem, target, sizes, sliding_window=s.sliding_window)
     decode_plan.check_block_sizes(plan)
     decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan

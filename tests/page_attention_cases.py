@@ -27,6 +27,7 @@ class Case:
     sliding_window: int | None = None
     starts: tuple[int, ...] | None = None
     sm_scale: float = 0.1
+    Q: int | None = None  # new tokens a sequence, an axis of the query
 
     @property
     def options(self) -> dict:
@@ -38,9 +39,10 @@ class Case:
 
     @property
     def first_tokens(self) -> list[int]:
-        """The first token that each sequence attends to; its length where there is none."""
+        """The first token that each sequence attends to, its first query's; its length where there is none."""
         starts = self.starts or (0,) * len(self.lengths)
-        window = [0 if self.sliding_window is None else n - self.sliding_window for n in self.lengths]
+        before = (self.Q or 1) - 1
+        window = [0 if self.sliding_window is None else n - before - self.sliding_window for n in self.lengths]
         return [min(max(start, w, 0), n) for start, w, n in zip(starts, window, self.lengths, strict=True)]
 
     @property
@@ -56,7 +58,8 @@ def make(case: Case, seed: int = 0):
     """
     rng = np.random.default_rng(seed)
     B, N = len(case.lengths), len(case.lengths) * case.S + 2
-    query = jnp.asarray(rng.normal(size=(B, case.Hq, case.D)), case.query_dtype)
+    shape = (B, case.Hq, case.D) if case.Q is None else (B, case.Q, case.Hq, case.D)
+    query = jnp.asarray(rng.normal(size=shape), case.query_dtype)
     k, v = (rng.normal(size=(case.Hkv, N, case.P, case.D)) for _ in "kv")
     lengths = np.array(case.lengths, np.int32)
     tables = rng.permutation(N)[: B * case.S].reshape(B, case.S).astype(np.int32)

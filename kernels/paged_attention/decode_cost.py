@@ -28,9 +28,10 @@ def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copi
     Block sizes and cores change neither number.
 
     Args:
-      plan: of the launch, or of the call where that is several launches.
-      lengths: [B] live tokens; more than the table holds counts as a full table.
-      starts: [B] first tokens attended to; with the plan's sliding window the later of the two counts.
+      plan: of the launch, or of the call where that is several launches; not where those share the new tokens.
+      lengths: [B] live tokens, the new ones included; more than the table holds counts as a full table. Or [B, Q],
+        where each new token's span ends.
+      starts: [B] first tokens attended to, or [B, Q]; with the plan's sliding window the later of the two counts.
       unit: rows of a page that go together; None: the plan's `tile`.
     """
     first, end = live_span(plan, lengths, starts)
@@ -57,11 +58,19 @@ def live_bytes(plan: Plan, lengths, starts=None) -> int:
 
 
 def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
-    """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none."""
-    end = np.clip(np.asarray(lengths, np.int64), 0, plan.S * plan.page_size)
-    first = np.zeros_like(end) if starts is None else np.maximum(np.asarray(starts, np.int64), 0)
+    """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none.
+
+    With several new tokens, from where the first's span begins to where the last's ends.
+    """
+    ends = np.clip(np.asarray(lengths, np.int64), 0, plan.S * plan.page_size)
+    first_end, end = (ends[:, 0], ends[:, -1]) if ends.ndim == 2 else (np.maximum(ends - plan.Q + 1, 0), ends)
+    if starts is None:
+        first = np.zeros_like(end)
+    else:
+        starts = np.asarray(starts, np.int64)
+        first = np.maximum(starts[:, 0] if starts.ndim == 2 else starts, 0)
     if plan.sliding_window is not None:
-        first = np.maximum(first, end - plan.sliding_window)
+        first = np.maximum(first, first_end - plan.sliding_window)
     return np.minimum(first, end), end
 
 

@@ -367,10 +367,8 @@ class Body:
             if plan.tokens_per_row > 1:  # row j's lanes j * D onwards hold token j's part
                 total = total + pltpu.roll(total, rows, 0)
                 out = out + pltpu.roll(pltpu.roll(out, plan.D, 1), rows, 0)
-            if plan.Q > 1:  # a new token may have nothing to attend to where others have
-                out = out / _widen(jnp.where(total > 0, total, 1.0), plan.W)
-            else:
-                out = out / _widen(total, plan.W)
+            # One of several new tokens may have nothing to attend to.
+            out = out / _widen(total if plan.Q == 1 else jnp.where(total > 0, total, 1.0), plan.W)
             refs.out_rows[cell.b, g * rows : (g + 1) * rows, :] = out[:rows, : plan.D].astype(refs.out_rows.dtype)
             if plan.return_lse:
                 lse = tops[g] * _LN_2 + jnp.log(total)

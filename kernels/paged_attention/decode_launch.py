@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -18,7 +19,8 @@ from paged_dist.kernels.paged_attention.decode_plan import (
     BlockSizes,
     Plan,
     check_block_sizes,
-    choose_block_sizes,
+    fits,
+    make_plan,
     rows_per_launch,
     vmem_limit,
 )
@@ -61,35 +63,49 @@ def decode_pages_pallas(
       interpret: False compiles; True or an InterpretParams simulates.
 
     A batch whose table does not fit in scalar memory, or whose queries take too much vector memory, becomes several
-    launches.
+    launches; new tokens whose scores do not fit beside each other do too, and each launch reads the pages.
 
     Raises:
       ValueError: shapes that do not fit together, or block sizes that do not fit in VMEM.
     """
-    pages = (key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
-    p = check_pools(query, *pages, takes_queries=True)
+    arrays = (key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
+    p = check_pools(query, *arrays, takes_queries=True)
     check_output_dtype(output_dtype)
+    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    options |= dict(return_lse=return_lse, output_dtype=output_dtype)
+    plan = make_plan(
+        p,
+        target,
+        block_sizes,
+        has_starts_operand=starts is not None,
+        has_sinks=sinks is not None,
+        **options,
+    )
+    if block_sizes is None and p.num_queries > 1 and not fits(plan):
+        half = slice(None, p.num_queries // 2), slice(p.num_queries // 2, None)
+        parts = [
+            decode_pages_pallas(
+                query[:, q],
+                key_pages,
+                value_pages,
+                lengths[:, q],
+                block_tables,
+                layer,
+                None if starts is None else starts[:, q],
+                sinks,
+                key_scales,
+                value_scales,
+                target=target,
+                interpret=interpret,
+                **options,
+            )
+            for q in half
+        ]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    check_block_sizes(plan)
     has_queries = query.ndim == 4
     if has_queries:
         query, lengths, starts = queries.as_rows(p, query, lengths, starts)
-    if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
-        sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
-    sizes_for = (target.num_cores, target.outruns_core)
-    plan = Plan(
-        p,
-        choose_block_sizes(p, sliding_window, *sizes_for) if block_sizes is None else block_sizes,
-        sm_scale=float(sm_scale),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=sliding_window,
-        has_starts_operand=starts is not None,
-        has_sinks=sinks is not None,
-        return_lse=return_lse,
-        num_cores=target.num_cores,
-        output_dtype=None if output_dtype is None else jnp.dtype(output_dtype).name,
-        widens_pages=p.is_quantized and not target.multiplies_fp8,
-        values_with_keys=p.is_quantized and target.outruns_core,
-    )
-    check_block_sizes(plan)
     rows = rows_per_launch(plan)
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     sinks = None if sinks is None else sinks.astype(jnp.float32)

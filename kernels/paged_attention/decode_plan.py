@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import SMEM_BYTES, SMEM_RESERVED, Problem
+from paged_dist.kernels.paged_attention.megacore import Target
 
 NUM_FIELDS = 5  # words of scalar memory that a cell takes, see decode_work.Cell
 _STEP_BYTES = 1 << 20  # of K in a step: 4096 tokens of one head of 128 in bf16
@@ -24,6 +25,10 @@ _QUANTIZED_TOKENS = (1024, 4096)
 _QUANTIZED_TOKENS_CORE_BOUND = (2048, 8192)
 _FEW_TOKENS = 64
 _PART_ROWS = 512
+# Of several new tokens a sequence: registers that a step's scores take at most, and steps ahead at most, to have as
+# many bytes in flight in shorter steps.
+_SCORE_REGISTERS = 256
+_SHORT_STEPS_AHEAD = 8
 _WINDOW_TOKENS = 1024  # as long a cell as a window fills is worth it
 VMEM_LIMIT = 40 << 20  # what a kernel asks for at most; a core of v5e, v5p, v6e and v7x has 64 MiB and more
 VMEM_LIMIT_TWO_CORES = 14 << 20  # the chip may be a v4, with 16 MiB a core
@@ -169,9 +174,15 @@ class Plan:
     @property
     def vmem_bytes(self) -> int:
         """Vector memory of the launch: the buffers, padded to whole tiles, and room for what the compiler spills."""
-        spilled = 2 * self.C * self.H * _round_up(self.M, SUBLANES) * self.T * 4
+        stats = self.H * _round_up(self.M, SUBLANES) * 4
+        scores = self.C * stats * self.T
+        spilled = 2 * scores
         if self.widens_pages:  # a part of K and one of V as bf16
             spilled += 4 * min(_PART_ROWS, self.T) * self.W * 2
+        if self.Q > 1:  # as v4's and v7x's compilers were seen to, of a MiB of scores
+            spilled = (5 if self.is_quantized else 2) * (scores + stats * self.W)
+            if self.is_quantized:  # a step's K and V as bf16
+                spilled += 4 * self.C * self.Hkv * self.T * self.W
         return sum(_padded_bytes(*x) for x in self.scratch_shapes.values()) + spilled + (1 << 20)
 
     @property
@@ -228,9 +239,57 @@ def choose_block_sizes(
     cells = _power_of_two(rows // max(LANES, pages * page_rows))
     sequences = _power_of_two_above(-(-p.batch // num_cores))
     cells = min(cells, sequences * _power_of_two_above(-(-p.pages_per_sequence // pages)))
+    if p.num_queries > 1:
+        return _shorten(p, BlockSizes(pages, cells), num_cores)
     buffers = 6 * cells * max(LANES, pages * page_rows) * row_bytes
     ahead = 1 if buffers > vmem_limit(num_cores) // 2 else 2  # only for pages of megabytes
     return BlockSizes(pages, cells, ahead)
+
+
+def _shorten(p: Problem, sizes: BlockSizes, num_cores: int) -> BlockSizes:
+    """`sizes` with as few tokens a step as many query rows leave room for."""
+    plan = Plan(p.replace(batch=num_cores), sizes, num_cores=num_cores)
+    pages, cells, ahead = sizes.pages_per_cell, sizes.cells_per_step, sizes.steps_ahead
+
+    def is_too_long():
+        made = dataclasses.replace(plan, sizes=BlockSizes(pages, cells, min(ahead, _SHORT_STEPS_AHEAD)))
+        registers = made.C * made.H * pl.cdiv(made.M, SUBLANES) * pl.cdiv(made.T, LANES)
+        return registers > _SCORE_REGISTERS or made.vmem_bytes > vmem_limit(num_cores)
+
+    while is_too_long() and pages * cells > 1:
+        pages, cells, ahead = (pages, cells // 2, 2 * ahead) if cells > 1 else (pages // 2, cells, 2 * ahead)
+    return BlockSizes(pages, cells, min(ahead, _SHORT_STEPS_AHEAD))
+
+
+def make_plan(
+    problem: Problem,
+    target: Target,
+    block_sizes: BlockSizes | None = None,
+    *,
+    sm_scale: float = 1.0,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    output_dtype=None,
+    **fields,
+) -> Plan:
+    """The plan of a launch on the chip that `target` describes; block sizes of None are `choose_block_sizes`'s."""
+    p = problem
+    if sliding_window is not None:  # a larger one changes nothing, and need not fit in int32
+        sliding_window = min(sliding_window, p.pages_per_sequence * p.page_size)
+    if block_sizes is None:
+        block_sizes = choose_block_sizes(p, sliding_window, target.num_cores, target.outruns_core)
+    return Plan(
+        p,
+        block_sizes,
+        sm_scale=float(sm_scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sliding_window=sliding_window,
+        num_cores=target.num_cores,
+        widens_pages=p.cache_dtype == "float8_e4m3fn" and not target.multiplies_fp8,
+        output_dtype=None if output_dtype is None else jnp.dtype(output_dtype).name,
+        values_with_keys=p.is_quantized and target.outruns_core,
+        **fields,
+    )
 
 
 def vmem_limit(num_cores: int) -> int:
@@ -238,9 +297,19 @@ def vmem_limit(num_cores: int) -> int:
     return VMEM_LIMIT if num_cores == 1 else VMEM_LIMIT_TWO_CORES
 
 
+def _least_vmem_bytes(plan: Plan) -> int:
+    """Vector memory of the smallest launch: a sequence for each core."""
+    return dataclasses.replace(plan, problem=plan.problem.replace(batch=plan.num_cores)).vmem_bytes
+
+
+def fits(plan: Plan) -> bool:
+    """Whether the smallest launch fits in a core's vector memory."""
+    return _least_vmem_bytes(plan) <= vmem_limit(plan.num_cores)
+
+
 def check_block_sizes(plan: Plan) -> None:
     """Raises ValueError where the smallest launch would not fit in a core's vector memory."""
-    need = dataclasses.replace(plan, problem=plan.problem.replace(batch=plan.num_cores)).vmem_bytes
+    need = _least_vmem_bytes(plan)
     default = choose_block_sizes(plan.problem, plan.sliding_window, plan.num_cores, plan.values_with_keys)
     require(
         need <= vmem_limit(plan.num_cores),

@@ -178,7 +178,8 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
         soft_cap=None if rng.random() < 0.7 else 3.0,
     )
     sizes = BlockSizes(int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 4])), int(rng.integers(1, 4)))
-    check(case, *run(case, sizes, simulated(int(rng.integers(1, 3))), seed=seed))
+    cores = int(rng.integers(1, 3)) if P < 128 else 1  # of two, each has less vector memory than sizes at random take
+    check(case, *run(case, sizes, simulated(cores), seed=seed))
     assert_no_races()
 
 
@@ -340,6 +341,7 @@ def test_it_compiles_on_every_chip_and_no_pool_is_copied(chip, name):
     Q, shape, options = COMPILED[name]
     query, *arrays = shapes(**shape)
     B, Hq, D = query.shape
+    query_bytes = Q * Hq * D * query.dtype.itemsize  # of a sequence; with more, a batch may take several launches
     query = jax.ShapeDtypeStruct((B, Q, Hq, D), query.dtype)
     options = dict(options)
     if options.pop("sinks", False):
@@ -347,4 +349,4 @@ def test_it_compiles_on_every_chip_and_no_pool_is_copied(chip, name):
     if options.pop("scales", False):
         scales = jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
         options |= dict(key_scales=scales, value_scales=scales)
-    assert kernels(compiled_text(chip, (query, *arrays), **options)) == 1 or Hq * Q > 256
+    assert kernels(compiled_text(chip, (query, *arrays), **options)) == 1 or query_bytes > 1 << 16

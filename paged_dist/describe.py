@@ -1,14 +1,18 @@
-"""What a mesh is, read off its devices: which physical axes each of its axes runs over, and the words for it."""
+"""What a mesh is, read off its devices: which physical axes each of its axes runs over, why, and what it costs."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from paged_dist._errors import bad_value
+from paged_dist._errors import bad_value, require
+from paged_dist.collectives import Collective, attention_collectives
+from paged_dist.mesh import MeshAxes
+from paged_dist.spec import CacheSpec
 
 _TORUS = ("x", "y", "z")
 
@@ -146,8 +150,30 @@ def _run(physical: str, size: int, lines: np.ndarray) -> PhysicalRun | None:
     )
 
 
-def describe_mesh(mesh: Mesh) -> str:
+def describe_mesh(
+    mesh: Mesh,
+    spec: CacheSpec | None = None,
+    *,
+    num_q_heads: int | None = None,
+    batch: int | None = None,
+    num_query_tokens: int = 1,
+    output_heads: str = "replicated",
+    axes: MeshAxes = MeshAxes(),
+) -> str:
     """`mesh_facts(mesh)` in words, one line for the mesh and one for each axis; the same text on every process.
+
+    With a `spec`, also why model and context have their sizes, and the bytes of the cache on each chip; with
+    `num_q_heads` and `batch` besides, the collectives of an attention call, and their bytes over the layers of a step.
+
+    Args:
+      mesh: any mesh of devices.
+      spec: of the cache that will lie on it.
+      num_q_heads, batch, num_query_tokens, output_heads: of the calls of `sharded_paged_attention`, as in
+        `attention_collectives`; the first two go together and need a spec.
+      axes: which mesh axes split sequences, one sequence's pages, and heads; used with a spec.
+
+    Raises:
+      ValueError: an AbstractMesh; a spec or a batch that does not divide over the mesh.
 
     Example, `make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")`::
 
@@ -156,8 +182,24 @@ def describe_mesh(mesh: Mesh) -> str:
           context 4: half of physical axis y (4 of 8, neighbours)
           model 8: all 8 of physical axis x
           split: physical axis y between data and context
+
+    and what `spec=CacheSpec(8, 128, 8192, num_layers=32), num_q_heads=64, batch=128` adds::
+
+          heads: model 8 is the greatest common divisor of the 8 kv heads and a sequence's 32 chips, context takes the
+            other 4; 1 kv head a chip, no K or V is stored twice
+          cache: 8192 pages over data 16 x context 4, 128 a chip: 268.44 MB a chip in bfloat16, 32 layers
+          collectives of an attention call, over context 4 only, for 8 rows and 8 q heads a chip:
+            all-reduce (max) of f32 [8, 8]: 256 B a chip, 384 B sent in a ring
+            all-reduce (sum) of f32 [8, 8, 128] and [8, 8]: 33.02 kB a chip, 49.54 kB sent in a ring
+          collectives of a step, 32 layers: 1.06 MB a chip, 1.60 MB sent in a ring
     """
     facts = mesh_facts(mesh)
+    require(
+        (num_q_heads is None) == (batch is None) and (batch is None or spec is not None),
+        "num_q_heads, batch, spec",
+        (num_q_heads, batch, spec),
+        "the collectives of attention follow from all three",
+    )
     shape = " x ".join(f"{axis.name} {axis.size}" for axis in facts.axes)
     kinds = ", ".join(kind if len(facts.device_kinds) == 1 else f"{count} {kind}" for kind, count in facts.device_kinds)
     head = [
@@ -182,7 +224,76 @@ def describe_mesh(mesh: Mesh) -> str:
         lines.append(f"  split: {_axis_words(name)} between {' and '.join(facts.sharers(name))}")
     if facts.has_coordinates and not facts.fills_box:
         lines.append("  the devices do not fill a box: neighbours in the mesh may lie apart")
+    if spec is not None:
+        unit = "chip" if facts.has_coordinates and "core" not in dict(facts.physical) else "device"
+        lines += _cache_lines(spec, mesh, axes, unit)
+        if num_q_heads is not None:
+            made = attention_collectives(
+                spec,
+                mesh,
+                batch,
+                num_q_heads,
+                num_query_tokens=num_query_tokens,
+                output_heads=output_heads,
+                axes=axes,
+            )
+            lines += _collective_lines(made, spec.num_layers, unit)
     return "\n".join(lines)
+
+
+def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list[str]:
+    """Why model and context have their sizes, and what of the cache lies on each `unit`, a chip or a device."""
+    data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
+    per_chip = spec.bytes_per_chip(mesh, axes)  # raises where it does not divide
+    heads, group = spec.num_kv_heads, context * model
+    most = math.gcd(heads, group)
+    if group == 1:
+        why = f"model is 1 and context is 1, each {unit} has its sequences to itself"
+    elif model == most:
+        why = f"model {model} is the greatest common divisor of the {_counted(heads, 'kv head')} and a sequence's "
+        why += f"{group} {unit}s"
+        why += f", context takes the other {context}" if context > 1 else ", nothing is left for context"
+    else:
+        why = f"model {model} was chosen, context {context} takes the rest of a sequence's {group} {unit}s (model "
+        why += f"could be {most}, the greatest common divisor with the {_counted(heads, 'kv head')})"
+    each = f"{_counted(heads // model, 'kv head')} a {unit}"
+    copies = mesh.devices.size // (data * group)
+    if copies > 1:
+        parts = {name for part in ("data", "context", "model") for name in axes.names(part)}
+        rest = [name for name in mesh.axis_names if name not in parts and mesh.shape[name] > 1]
+        twice = f"K and V are stored {copies} times, for {' x '.join(rest)} splits nothing of them"
+    else:
+        twice = "no K or V is stored twice"
+    layers = "" if spec.num_layers is None else f", {_counted(spec.num_layers, 'layer')}"
+    return [
+        f"  heads: {why}; {each}, {twice}",
+        f"  cache: {spec.num_pages} pages over data {data} x context {context}, "
+        f"{spec.num_pages // (data * context)} a {unit}: {_bytes(per_chip)} a {unit} in {spec.dtype}{layers}",
+    ]
+
+
+def _collective_lines(made: tuple[Collective, ...], num_layers: int | None, unit: str) -> list[str]:
+    if not made:
+        return ["  collectives of an attention call: none, for context is 1"]
+    over, (rows, *_, heads) = made[0], made[0].shapes[0]
+    lines = [
+        f"  collectives of an attention call, over {' x '.join(over.axes)} {over.group} only, for "
+        f"{_counted(rows, 'row')} and {_counted(heads, 'q head')} a {unit}:"
+    ]
+    cost = lambda count, sent: f"{_bytes(count)} a {unit}, {_bytes(sent)} sent in a ring"
+    for one in made:
+        arrays = " and ".join(str(list(shape)) for shape in one.shapes)
+        lines.append(f"    {one.kind} ({one.reduction}) of f32 {arrays}: {cost(one.bytes, one.bytes_sent)}")
+    calls = num_layers or 1
+    total = cost(calls * sum(one.bytes for one in made), calls * sum(one.bytes_sent for one in made))
+    return [*lines, f"  collectives of a step, {_counted(calls, 'layer')}: {total}"]
+
+
+def _bytes(count: int) -> str:
+    for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {prefix}B"
+    return f"{count} B"
 
 
 def _counted(n: int, one: str, many: str | None = None) -> str:

@@ -92,6 +92,7 @@ def make_pod_mesh(
     model_parallelism: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     topology: str | None = None,
+    num_slices: int | None = None,
     axis_types: AxisType | tuple[AxisType, ...] | None = None,
 ) -> Mesh:
     """A mesh with axes ('data', 'context', 'model'), outermost first, laid over the pod's physical axes.
@@ -101,10 +102,11 @@ def make_pod_mesh(
     common divisor with `num_kv_heads`, so that no head is ever repeated, and `context` the rest: 8 heads over 32
     chips are model 8 x context 4.
 
-    On a TPU model, then context, run over physical neighbours (`place_devices` has the rule), and data also over
-    slices. Devices without coordinates keep their order: processes in turn for `jax.devices()`, the list's own for
-    `devices`. It depends on nothing but the arguments and the pod, so all processes build the same mesh.
-    `describe_mesh` says what came out.
+    On a TPU model, then context, run over physical neighbours (`place_devices` has the rule). On several slices `data`
+    alone runs over the data-centre network between them (DCN); context and model stay inside a slice, so that no
+    collective of the ops crosses it. Devices without coordinates keep their order: processes in turn for
+    `jax.devices()`, the list's own for `devices`. It depends on nothing but the arguments and the pod, so all processes
+    build the same mesh. `describe_mesh` says what came out, and why.
 
     Args:
       data: shards of the batch.
@@ -115,11 +117,14 @@ def make_pod_mesh(
       devices: the devices to use, all of them; default `jax.devices()`.
       topology: instead of `devices`, an absent pod by name (`v5p:8x8x8`), for ahead-of-time compiles. Needs
         libtpu.
+      num_slices: how many slices: of a `topology`, so many of that shape (default 1); of devices that are there, it
+        must be how many they lie on, as a check of what was started against what was meant.
       axis_types: `jax.sharding.AxisType`, one for all axes or a tuple of three; default Auto.
 
     Raises:
       ValueError: sizes that do not multiply to the number of devices, or contradict each other; an empty list of
-        devices, or one with duplicates or of several platforms; an unknown topology.
+        devices, or one with duplicates or of several platforms; an unknown topology; devices of another number of
+        slices than `num_slices`, or a context x model that does not fit into one.
       RuntimeError: `topology` without libtpu.
     """
     if devices is not None and topology is not None:
@@ -131,7 +136,7 @@ def make_pod_mesh(
         "num_kv_heads": num_kv_heads,
         "model_parallelism": model_parallelism,
     }
-    for argument, size in sizes.items():
+    for argument, size in {**sizes, "num_slices": num_slices}.items():
         if size is not None:
             whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
             require(whole and size >= 1, argument, size, "must be a positive integer or None")
@@ -140,7 +145,7 @@ def make_pod_mesh(
     require(len(axis_types) == 3, "axis_types", axis_types, "must be one AxisType, or one each of data, context, model")
 
     if topology is not None:
-        found = list(topology_devices(topology))
+        found = list(topology_devices(topology, num_slices or 1))
     elif devices is None:
         found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     else:
@@ -150,6 +155,14 @@ def make_pod_mesh(
         require(not twice, "devices", twice[:4], f"{len(twice)} devices are listed more than once")
         platforms = sorted({d.platform for d in found})
         require(len(platforms) == 1, "devices", platforms, "are of several platforms", "pass those of one")
+    on_slices = len({_slice_of(d) for d in found})
+    require(
+        num_slices in (None, on_slices),
+        "num_slices",
+        num_slices,
+        f"the {len(found)} {found[0].platform} devices lie on {on_slices} slice{'s' * (on_slices > 1)}",
+        f"pass {on_slices} or None if that is what should run",
+    )
     shape = infer_sizes(len(found), **sizes)
     return Mesh(place_devices(found, shape), AXIS_NAMES, axis_types=tuple(axis_types))
 
@@ -237,7 +250,8 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
     """The array [data, context, model] of `devices` that `make_pod_mesh` makes into a mesh.
 
     The rule, for TPUs:
-    1. Slices are split over data alone, so that context and model never cross the data-centre network.
+    1. Slices are split over data alone, so that context and model never cross the data-centre network: each
+       [context, model] of the array lies on one slice.
     2. Where one mesh axis takes the whole slice, JAX's `mesh_utils.create_device_mesh` orders it: it knows the
        rings through the small boards.
     3. Else `split_physical_axes` decides. JAX could do that too (`allow_split_physical_axes=True`), but under
@@ -250,15 +264,26 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
     if devices[0].platform != "tpu" or any(getattr(d, "coords", None) is None for d in devices):
         return _object_array(devices).reshape(shape)
     in_order = sorted(devices, key=lambda d: (_slice_of(d), *reversed(d.coords), d.core_on_chip))
-    slices = [list(group) for _, group in itertools.groupby(in_order, key=_slice_of)]
+    slices = [list(members) for _, members in itertools.groupby(in_order, key=_slice_of)]
     if len(slices) > 1:
+        group, smallest = shape[1] * shape[2], min(map(len, slices))
         require(
             shape[0] % len(slices) == 0,
             "data",
             shape[0],
             f"must be a multiple of the {len(slices)} slices, over which only data is split",
+            f"context x model {group} must divide a slice's {smallest} devices: {_divisors_near(smallest, group)}",
         )
-    boxes = [_as_box(group) for group in slices]
+        for members in slices:  # unequal ones would let a row of the mesh run on into the next slice
+            require(
+                len(members) % group == 0,
+                "context x model",
+                group,
+                f"must divide the devices of each slice, {', '.join(str(len(s)) for s in slices)}, "
+                "over which only data is split",
+                _divisors_near(math.gcd(*map(len, slices)), group),
+            )
+    boxes = [_as_box(members) for members in slices]
     if any(box is None or box.shape != boxes[0].shape for box in boxes):
         logging.warning(
             "make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "

@@ -133,13 +133,15 @@ class CacheSpec:
             "num_kv_heads",
             self.num_kv_heads,
             f"must be a multiple of the mesh's model size {model}, for heads are never repeated",
-            "make_pod_mesh(num_kv_heads=..., model_parallelism=...) gives the surplus to context",
+            f"make_pod_mesh(num_kv_heads={self.num_kv_heads}, model_parallelism={model * context}) gives the surplus "
+            "to context",
         )
         require(
             self.num_pages % (data * context) == 0,
             "num_pages",
             self.num_pages,
             f"must be a multiple of the mesh's data x context size {data} x {context}",
+            f"{-(-self.num_pages // (data * context)) * data * context} works",
         )
         if self.is_quantized:
             pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size

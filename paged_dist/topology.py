@@ -32,31 +32,38 @@ def _keep_libtpu_offline() -> None:
         os.environ.setdefault(name, value)
 
 
-@functools.cache
-def topology_devices(topology: str) -> tuple[jax.Device, ...]:
-    """The devices of an absent pod, in the order of its topology description.
+def topology_devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ...]:
+    """The devices of an absent pod, in the order of its topology description; the same objects on every call.
 
     Args:
       topology: `platform:shape` as libtpu names it, e.g. `v5p:8x8x8`: the chips along each physical axis.
         One device is one chip, but on `tpu7x` one core (two a chip). v4 chips are taken as megacore.
+      num_slices: so many slices of that shape, joined by the data-centre network. Programs for their devices compile
+        as on real ones: what crosses it becomes a send and a receive of libtpu's multi-slice runtime.
 
     Returns:
-      A tuple of compile-only devices: programs can be lowered and compiled for them, not run.
+      A tuple of compile-only devices, slice by slice: programs can be lowered and compiled for them, not run.
 
     Raises:
       ValueError: libtpu does not know the topology.
       RuntimeError: libtpu is not installed.
     """
+    return _described(topology, num_slices)
+
+
+@functools.cache
+def _described(topology: str, num_slices: int) -> tuple[jax.Device, ...]:
     if not has_libtpu():
         raise RuntimeError(f"topology={topology!r} needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
     from jax.experimental import topologies
 
     _keep_libtpu_offline()
-    megacore = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if num_slices > 1:  # libtpu refuses a 1
+        options["num_slices"] = num_slices
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as e:
-        raise bad_value(
-            "topology", topology, f"libtpu refused it: {str(e).splitlines()[0][:200]}", f"name one as {_EXAMPLES}"
-        ) from e
+        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise bad_value("topology", topology, f"libtpu refused it: {why}", f"name one as {_EXAMPLES}") from e
     return tuple(found.devices)

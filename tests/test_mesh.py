@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from aot import collectives, compile_on, needs_libtpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from replica_groups import collective_groups, crossings, groups_along, partitions
 
 from paged_dist.describe import describe_mesh, mesh_facts
 from paged_dist.mesh import AXIS_NAMES, infer_sizes, make_pod_mesh, place_devices, split_physical_axes
@@ -86,6 +87,16 @@ def test_sizes_left_out_are_inferred(num_devices, asked, shape):
         ({"model": 0}, "model=0: must be a positive integer or None"),
         ({"data": 2.0}, r"data=2.0: must be a positive integer"),
         ({"model": True}, "model=True: must be a positive integer"),
+        ({"num_slices": 0}, "num_slices=0: must be a positive integer"),
+        ({"num_slices": 2}, "num_slices=2: the 8 cpu devices lie on 1 slice; pass 1 or None"),
+        (
+            {"model_parallelism": 6, "num_kv_heads": 2},
+            "context x model=6: must divide the number of devices, 8; the nearest divisors of 8 are 2, 4, 8",
+        ),
+        (
+            {"data": 2, "num_kv_heads": 2, "model_parallelism": 8},
+            r"data=2: data x context x model = 2 x 4 x 2 = 16 must be .* 8; data=1 \(or None\) works with context 4",
+        ),
         ({"devices": []}, r"devices=\[\]: is empty"),
         ({"devices": [0, 0]}, "1 devices are listed more than once"),
         ({"devices": [0], "topology": "v5p:2x2x1"}, "topology='v5p:2x2x1': devices are given too"),
@@ -288,3 +299,85 @@ def test_facts_of_several_slices_say_so():
     assert [(r.physical, r.count) for r in facts.axes[0].runs] == [("slice", 2), ("y", 4)]
     assert [(r.physical, r.count) for r in facts.axes[2].runs] == [("x", 4), ("z", 2)]
     assert "2 slices" in describe_mesh(Fake) and "all 2 slices (across the data-centre network)" in describe_mesh(Fake)
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape", "message"),
+    [
+        (
+            chips(4, 4, 4, slices=2),
+            (1, 16, 8),
+            "data=1: must be a multiple of the 2 slices.*; context x model 128 must divide a slice's 64 devices: "
+            "the nearest divisors of 64 are 32, 64",
+        ),
+        (chips(3, 1, 1, slices=2), (3, 1, 2), "data=3: .* 2 must divide a slice's 3 devices: .* of 3 are 1, 3"),
+        (
+            [d for d in chips(4, 2, 1, slices=2) if d.id < 12],  # 8 and 4
+            (2, 1, 6),
+            "context x model=6: must divide the devices of each slice, 8, 4, .* the nearest divisors of 4 are 2, 4",
+        ),
+    ],
+)
+def test_context_and_model_that_do_not_fit_into_a_slice_are_refused(devices, shape, message):
+    with pytest.raises(ValueError, match=message):
+        place_devices(devices, shape)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_every_context_and_model_lies_on_one_slice(slices):
+    devices = chips(4, 2, 2, slices=slices)
+    for context, model in itertools.product((1, 2, 4), (1, 2, 4)):
+        placed = place_devices(devices, (16 * slices // context // model, context, model))
+        assert all(len({d.slice_index for d in row.flat}) == 1 for row in placed)
+
+
+def test_slices_of_unequal_size_still_keep_context_and_model_inside(caplog):
+    devices = [d for d in chips(4, 2, 1, slices=2) if d.id < 12]  # 8 and 4
+    placed = place_devices(devices, (6, 1, 2))
+    assert all(len({d.slice_index for d in row.flat}) == 1 for row in placed)
+    assert "do not fill a box on each slice alike" in caplog.text
+
+
+SLICES = [
+    ("v5e:4x4", 2, {"num_kv_heads": 4, "model_parallelism": 8}, (4, 2, 4)),
+    ("v5p:2x2x4", 4, {"model": 8, "context": 2}, (4, 2, 8)),
+    ("v4:2x2x2", 2, {"model": 2, "context": 2}, (4, 2, 2)),
+    ("v6e:4x4", 2, {"num_kv_heads": 8, "model_parallelism": 16}, (2, 2, 8)),
+    ("tpu7x:2x2x1", 2, {"model": 4, "context": 2}, (2, 2, 4)),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "num_slices", "asked", "shape"), SLICES, ids=[f"{s[0]}-x{s[1]}" for s in SLICES])
+def test_slices_of_an_absent_pod_are_split_over_data_alone(topology, num_slices, asked, shape):
+    mesh = make_pod_mesh(**asked, topology=topology, num_slices=num_slices)
+    assert tuple(mesh.shape.values()) == shape
+    assert mesh == make_pod_mesh(**asked, topology=topology, num_slices=num_slices)  # the same devices, not new ones
+    of = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    assert (of == np.repeat(np.arange(num_slices), shape[0] // num_slices)[:, None, None]).all()
+    facts = mesh_facts(mesh)
+    assert facts.num_slices == num_slices and "slice" not in {r.physical for a in facts.axes[1:] for r in a.runs}
+    assert f"all {num_slices} slices (across the data-centre network)" in describe_mesh(mesh)
+    with pytest.raises(ValueError, match=f"num_slices=3: the .* tpu devices lie on {num_slices} slices; pass"):
+        make_pod_mesh(**asked, devices=list(mesh.devices.flat), num_slices=3)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("axis", AXIS_NAMES)
+def test_a_compiled_program_tells_what_crosses_slices(axis):
+    """What the proof for attention rests on: a sum over data does cross, and is seen; one inside a slice does not."""
+    mesh = make_pod_mesh(context=2, model=4, topology="v5e:4x4", num_slices=2)
+    split = PartitionSpec(AXIS_NAMES)
+    x = jax.ShapeDtypeStruct((64, 1024), np.float32, sharding=NamedSharding(mesh, split))
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, axis),
+        mesh=mesh,
+        in_specs=split,
+        out_specs=PartitionSpec(tuple(name for name in AXIS_NAMES if name != axis)),
+    )
+    text = compile_on(mesh, total, x).as_text()
+    assert partitions(text) == 16  # libtpu compiles one program a slice
+    assert bool(crossings(text)) == (axis == "data")
+    along = groups_along(mesh, (axis,), num_slices=2)
+    assert {talk.groups for talk in collective_groups(text)} == {along}
+    assert {len(group) for group in along} == {2 if axis == "data" else mesh.shape[axis]}

@@ -1,0 +1,148 @@
+"""What attention communicates: predicted from shapes, told by describe_mesh, found in compiled programs."""
+
+import jax
+import numpy as np
+import pytest
+from aot import needs_libtpu
+from jax.sharding import AbstractMesh, Mesh
+
+from paged_dist.collectives import attention_collectives
+from paged_dist.describe import describe_mesh
+from paged_dist.mesh import AXIS_NAMES, MeshAxes, make_pod_mesh
+from paged_dist.spec import CacheSpec
+
+WHY = [
+    (
+        dict(num_kv_heads=8, model_parallelism=32),
+        CacheSpec(8, 128, 8192, num_layers=32),
+        "  heads: model 8 is the greatest common divisor of the 8 kv heads and a sequence's 32 chips, context takes "
+        "the other 4; 1 kv head a chip, no K or V is stored twice",
+        "  cache: 8192 pages over data 16 x context 4, 128 a chip: 268.44 MB a chip in bfloat16, 32 layers",
+    ),
+    (
+        dict(num_kv_heads=8, model_parallelism=4),
+        CacheSpec(8, 128, 8192, dtype="int8"),
+        "  heads: model 4 is the greatest common divisor of the 8 kv heads and a sequence's 4 chips, nothing is left "
+        "for context; 2 kv heads a chip, no K or V is stored twice",
+        "  cache: 8192 pages over data 128 x context 1, 64 a chip: 4.33 MB a chip in int8",
+    ),
+    (
+        dict(context=8, model=4),
+        CacheSpec(8, 128, 8192),
+        "  heads: model 4 was chosen, context 8 takes the rest of a sequence's 32 chips (model could be 8, the "
+        "greatest common divisor with the 8 kv heads); 2 kv heads a chip, no K or V is stored twice",
+        "  cache: 8192 pages over data 16 x context 8, 64 a chip: 8.39 MB a chip in bfloat16",
+    ),
+    (
+        dict(),
+        CacheSpec(1, 128, 8192),
+        "  heads: model is 1 and context is 1, each chip has its sequences to itself; 1 kv head a chip, no K or V is "
+        "stored twice",
+        "  cache: 8192 pages over data 512 x context 1, 16 a chip: 1.05 MB a chip in bfloat16",
+    ),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("asked", "spec", "heads", "cache"), WHY)
+def test_describe_says_why_and_what_each_chip_holds(asked, spec, heads, cache):
+    mesh = make_pod_mesh(**asked, topology="v5p:8x8x8")
+    text = describe_mesh(mesh, spec)
+    assert text.splitlines()[-2:] == [heads, cache]
+    assert text.startswith(describe_mesh(mesh))
+    assert spec.bytes_per_chip(mesh) * 512 == spec.bytes_total
+
+
+TALK = [
+    (
+        dict(),
+        "    all-reduce (max) of f32 [8, 8]: 256 B a chip, 384 B sent in a ring\n"
+        "    all-reduce (sum) of f32 [8, 8, 128] and [8, 8]: 33.02 kB a chip, 49.54 kB sent in a ring\n"
+        "  collectives of a step, 32 layers: 1.06 MB a chip, 1.60 MB sent in a ring",
+    ),
+    (
+        dict(output_heads="scattered", num_query_tokens=4),
+        "    all-reduce (max) of f32 [8, 4, 8]: 1.02 kB a chip, 1.54 kB sent in a ring\n"
+        "    reduce-scatter (sum) of f32 [8, 4, 8, 128] and [8, 4, 8]: 132.10 kB a chip, 99.07 kB sent in a ring\n"
+        "  collectives of a step, 32 layers: 4.26 MB a chip, 3.22 MB sent in a ring",
+    ),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("options", "expected"), TALK)
+def test_describe_says_what_a_step_communicates(options, expected):
+    mesh = make_pod_mesh(num_kv_heads=8, model_parallelism=32, topology="v5p:8x8x8")
+    text = describe_mesh(mesh, CacheSpec(8, 128, 8192, num_layers=32), num_q_heads=64, batch=128, **options)
+    assert text.endswith(
+        "\n  collectives of an attention call, over context 4 only, for 8 rows and 8 q heads a chip:\n" + expected
+    )
+
+
+def test_describe_of_a_mesh_without_context_has_no_collectives():
+    text = describe_mesh(make_pod_mesh(model=2), CacheSpec(2, 128, 64), num_q_heads=8, batch=16)
+    assert text.splitlines()[-1] == "  collectives of an attention call: none, for context is 1"
+    assert "1 kv head a device" in text
+
+
+def test_describe_knows_axes_by_other_names_and_those_that_store_copies():
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("replica", "seq", "tensor"))
+    axes = MeshAxes(data=None, context="seq", model="tensor")
+    text = describe_mesh(mesh, CacheSpec(2, 128, 64), num_q_heads=8, batch=3, axes=axes)
+    assert "1 kv head a device, K and V are stored 2 times, for replica splits nothing of them" in text
+    assert "over seq 2 only, for 3 rows and 4 q heads a device" in text
+
+
+def test_collectives_follow_from_shapes_alone():
+    mesh = AbstractMesh((2, 4, 8), AXIS_NAMES)
+    spec = CacheSpec(8, 256, 64)
+    top, total = attention_collectives(spec, mesh, 6, 32)
+    assert (top.kind, top.reduction, top.axes, top.group, top.shapes) == (
+        "all-reduce",
+        "max",
+        ("context",),
+        4,
+        ((3, 4),),
+    )
+    assert (total.kind, total.shapes, total.bytes) == ("all-reduce", ((3, 4, 256), (3, 4)), 4 * 3 * 4 * 257)
+    assert total.bytes_sent == 2 * total.bytes * 3 // 4
+    _, scattered = attention_collectives(spec, mesh, 6, 32, output_heads="scattered")
+    assert (scattered.kind, scattered.bytes_sent) == ("reduce-scatter", total.bytes_sent // 2)
+    assert attention_collectives(spec, AbstractMesh((8, 1, 8), AXIS_NAMES), 8, 32) == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "message"),
+    [
+        (CacheSpec(8, 128, 60), {}, "num_pages=60: .* data x context size 2 x 4; 64 works"),
+        (CacheSpec(8, 128, 60, dtype="int8"), {}, "num_pages=60: .* data x context size 2 x 4; 64 works"),
+        (CacheSpec(8, 128, 72, dtype="int8"), {}, "num_pages=72: .*; 128 works"),
+        (
+            CacheSpec(2, 128, 64),
+            {},
+            r"num_kv_heads=2: must be a multiple of the mesh's model size 8.*; "
+            r"make_pod_mesh\(num_kv_heads=2, model_parallelism=32\) gives",
+        ),
+        (CacheSpec(8, 128, 64), dict(batch=3), "batch=3: must be a multiple of the mesh's data size 2; 4 works"),
+        (CacheSpec(8, 128, 64), dict(num_q_heads=36), "num_q_heads=36: .* the cache's 8 kv heads; 40 works"),
+        (CacheSpec(8, 128, 64), dict(batch=0), "batch=0: must be a whole number, at least 1"),
+        (
+            CacheSpec(8, 128, 64),
+            dict(num_q_heads=16, output_heads="scattered"),
+            "output_heads='scattered': the 2 query heads of a model shard must be a multiple of the 4 context shards; "
+            "'replicated' takes any",
+        ),
+        (CacheSpec(8, 128, 64), dict(output_heads="split"), "output_heads='split': must be one of"),
+        (CacheSpec(8, 128, 64), dict(axes=MeshAxes(context="seq")), "axes.context='seq': the mesh has axes"),
+    ],
+)
+def test_a_cache_or_batch_that_does_not_divide_says_what_would(spec, more, message):
+    with pytest.raises(ValueError, match=message):
+        attention_collectives(spec, AbstractMesh((2, 4, 8), AXIS_NAMES), **(dict(batch=4, num_q_heads=32) | more))
+
+
+def test_describe_wants_all_that_the_collectives_follow_from():
+    for more in (dict(num_q_heads=8), dict(batch=8), dict(batch=8, num_q_heads=8)):
+        with pytest.raises(ValueError, match=r"num_q_heads, batch, spec=.*: the collectives of attention follow from"):
+            describe_mesh(make_pod_mesh(model=2), **more)

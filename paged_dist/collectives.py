@@ -71,7 +71,9 @@ def attention_collectives(
 
     Returns:
       A maximum of [B / data, Hq / model] and a sum of [B / data, Hq / model, D] and [B / data, Hq / model], with an
-      axis Q before the heads where Q > 1; f32, over the context axes alone.
+      axis Q before the heads where Q > 1; f32, over the context axes alone. Scattered, the sum of the outputs is a
+      reduce-scatter and that of the weights one of its own; XLA for TPU makes an all-reduce of both where a device
+      would be left with 4 KiB of output or less.
 
     Raises:
       ValueError: sizes that do not divide over the mesh.
@@ -103,14 +105,9 @@ def attention_collectives(
     if context == 1:
         return ()
     rows = (batch // data,) if num_query_tokens == 1 else (batch // data, num_query_tokens)
-    over = axes.names("context")
-    return (
-        Collective("all-reduce", "max", over, context, ((*rows, heads),)),
-        Collective(
-            "all-reduce" if output_heads == "replicated" else "reduce-scatter",
-            "sum",
-            over,
-            context,
-            ((*rows, heads, spec.head_dim), (*rows, heads)),
-        ),
-    )
+    collective = lambda kind, reduction, *shapes: Collective(kind, reduction, axes.names("context"), context, shapes)
+    weights, output = (*rows, heads), (*rows, heads, spec.head_dim)
+    top = collective("all-reduce", "max", weights)
+    if output_heads == "replicated":
+        return top, collective("all-reduce", "sum", output, weights)
+    return top, collective("reduce-scatter", "sum", output), collective("all-reduce", "sum", weights)

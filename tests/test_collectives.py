@@ -1,11 +1,17 @@
 """What attention communicates: predicted from shapes, told by describe_mesh, found in compiled programs."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from jax.sharding import AbstractMesh, Mesh
+from aot import collectives, compile_on, needs_libtpu, values_as_large_as
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from slices import crossings, groups_along, partitions
 
+import paged_dist as pd
 from paged_dist.collectives import attention_collectives
 from paged_dist.describe import describe_mesh
 from paged_dist.mesh import AXIS_NAMES, MeshAxes, make_pod_mesh
@@ -63,8 +69,9 @@ TALK = [
     (
         dict(output_heads="scattered", num_query_tokens=4),
         "    all-reduce (max) of f32 [8, 4, 8]: 1.02 kB a chip, 1.54 kB sent in a ring\n"
-        "    reduce-scatter (sum) of f32 [8, 4, 8, 128] and [8, 4, 8]: 132.10 kB a chip, 99.07 kB sent in a ring\n"
-        "  collectives of a step, 32 layers: 4.26 MB a chip, 3.22 MB sent in a ring",
+        "    reduce-scatter (sum) of f32 [8, 4, 8, 128]: 131.07 kB a chip, 98.30 kB sent in a ring\n"
+        "    all-reduce (sum) of f32 [8, 4, 8]: 1.02 kB a chip, 1.54 kB sent in a ring\n"
+        "  collectives of a step, 32 layers: 4.26 MB a chip, 3.24 MB sent in a ring",
     ),
 ]
 
@@ -107,8 +114,10 @@ def test_collectives_follow_from_shapes_alone():
     )
     assert (total.kind, total.shapes, total.bytes) == ("all-reduce", ((3, 4, 256), (3, 4)), 4 * 3 * 4 * 257)
     assert total.bytes_sent == 2 * total.bytes * 3 // 4
-    _, scattered = attention_collectives(spec, mesh, 6, 32, output_heads="scattered")
-    assert (scattered.kind, scattered.bytes_sent) == ("reduce-scatter", total.bytes_sent // 2)
+    _, scattered, weights = attention_collectives(spec, mesh, 6, 32, output_heads="scattered")
+    assert (scattered.kind, weights.kind) == ("reduce-scatter", "all-reduce")
+    assert scattered.bytes + weights.bytes == total.bytes
+    assert scattered.bytes_sent == scattered.bytes * 3 // 4
     assert attention_collectives(spec, AbstractMesh((8, 1, 8), AXIS_NAMES), 8, 32) == ()
 
 
@@ -146,3 +155,82 @@ def test_describe_wants_all_that_the_collectives_follow_from():
     for more in (dict(num_q_heads=8), dict(batch=8), dict(batch=8, num_q_heads=8)):
         with pytest.raises(ValueError, match=r"num_q_heads, batch, spec=.*: the collectives of attention follow from"):
             describe_mesh(make_pod_mesh(model=2), **more)
+
+
+def decode(cache, query, new, prompts, lengths, tables, *, output_heads):
+    """Prompts written, then 8 steps that append and attend in each layer. Returns (cache, sum of outputs)."""
+
+    def layer(cache, index):
+        cache = pd.append_kv(cache, new, new, lengths - 1, tables, layer=index)
+        return cache, pd.sharded_paged_attention(
+            query, cache, lengths, tables, layer=index, output_heads=output_heads
+        )  # fmt: skip
+
+    def step(_, carry):
+        cache, total = carry
+        cache, outputs = jax.lax.scan(layer, cache, jnp.arange(cache.spec.num_layers))
+        return cache, total + outputs.sum(axis=0)
+
+    cache = pd.write_prefill_kv(cache, prompts, prompts, lengths, tables, layer=0)
+    start = jax.lax.with_sharding_constraint(jnp.zeros_like(query), spread(cache.mesh, output_heads))
+    return jax.lax.fori_loop(0, 8, step, (cache, start))
+
+
+def spread(mesh: Mesh, output_heads: str) -> NamedSharding:
+    return NamedSharding(mesh, P("data", "model" if output_heads == "replicated" else ("model", "context")))
+
+
+# topology, slices, what is asked of make_pod_mesh, rows a data shard, output_heads
+PODS = [
+    ("v5e:4x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, "scattered"),
+    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, "replicated"),
+    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 16, "scattered"),
+]
+SLOW_PODS = [
+    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 8, "scattered"),  # an all-reduce after all: 4 KiB
+    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 16, "scattered"),
+    ("v5e:4x4", 4, dict(context=4, model=4), 8, "replicated"),
+    ("v4:2x2x2", 2, dict(context=2, model=2), 8, "replicated"),
+    ("v4:2x2x2", 2, dict(context=2, model=2), 8, "scattered"),
+    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, "replicated"),
+    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, "scattered"),
+    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, "replicated"),
+    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, "scattered"),
+]
+PODS += [pytest.param(*pod, marks=pytest.mark.slow) for pod in SLOW_PODS]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "num_slices", "asked", "rows", "output_heads"), PODS)
+def test_compiled_attention_talks_over_context_alone_as_predicted(topology, num_slices, asked, rows, output_heads):
+    """On several slices too, where libtpu compiles one program a slice and what crosses DCN is a send and a receive
+    (`test_a_compiled_program_tells_what_crosses_slices` sees one): attention and writes have none."""
+    mesh = make_pod_mesh(**asked, topology=topology, num_slices=num_slices)
+    data, context, model = mesh.shape.values()
+    spec = CacheSpec(model, 128, 256 * data * context, num_layers=4)
+    batch, heads = rows * data, 4 * model
+    array = lambda dtype, *dims, over: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*over)))
+    arguments = (
+        pd.PagedKVCache.abstract(spec, mesh),
+        array(jnp.bfloat16, batch, heads, 128, over=("data", "model")),
+        array(jnp.bfloat16, batch, model, 128, over=("data", "model")),
+        array(jnp.bfloat16, batch, 256, model, 128, over=("data", None, "model")),
+        array(jnp.int32, batch, over=("data",)),
+        array(jnp.int32, batch, 16, over=("data",)),
+    )
+    program = functools.partial(decode, output_heads=output_heads)
+    text = compile_on(mesh, program, *arguments, donate_argnums=0).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3  # the kernels: prompts, append, attend
+
+    assert crossings(text) == []
+    assert partitions(text) == mesh.devices.size // num_slices
+    found = collectives(text)
+    assert {frozenset(map(frozenset, one.groups)) for one in found} == {groups_along(mesh, ("context",), num_slices)}
+    predicted = attention_collectives(spec, mesh, batch, heads, output_heads=output_heads)
+    printed = lambda shape: f"f32[{','.join(map(str, shape))}]"
+    if rows * heads * 128 // model // context * 4 > 4096 or output_heads == "replicated":
+        expected = sorted((one.kind, tuple(map(printed, one.shapes))) for one in predicted)
+        assert sorted((one.kind, one.arrays) for one in found) == expected
+    assert sorted(a for one in found for a in one.arrays) == sorted(printed(s) for one in predicted for s in one.shapes)
+    assert sum(one.bytes for one in found) == sum(one.bytes for one in predicted)
+    assert values_as_large_as(text, spec.bytes_per_chip(mesh) // 2 // 4) == []

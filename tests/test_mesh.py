@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from aot import collectives, compile_on, needs_libtpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from replica_groups import collective_groups, crossings, groups_along, partitions
+from slices import crossings, groups_along, partitions
 
 from paged_dist.describe import describe_mesh, mesh_facts
 from paged_dist.mesh import AXIS_NAMES, infer_sizes, make_pod_mesh, place_devices, split_physical_axes
@@ -189,7 +189,8 @@ def test_a_program_for_512_absent_chips_puts_its_collective_on_model_alone():
         ),
         x,
     ).as_text()
-    assert collectives(text) == ["all-reduce"]
+    (one,) = collectives(text)
+    assert one.kind == "all-reduce" and set(map(frozenset, one.groups)) == groups_along(mesh, ("model",))
 
 
 @pytest.mark.parametrize(
@@ -379,5 +380,5 @@ def test_a_compiled_program_tells_what_crosses_slices(axis):
     assert partitions(text) == 16  # libtpu compiles one program a slice
     assert bool(crossings(text)) == (axis == "data")
     along = groups_along(mesh, (axis,), num_slices=2)
-    assert {talk.groups for talk in collective_groups(text)} == {along}
+    assert {frozenset(map(frozenset, one.groups)) for one in collectives(text)} == {along}
     assert {len(group) for group in along} == {2 if axis == "data" else mesh.shape[axis]}

@@ -160,11 +160,12 @@ def test_describe_wants_all_that_the_collectives_follow_from():
 def decode(cache, query, new, prompts, lengths, tables, *, output_heads):
     """Prompts written, then 8 steps that append and attend in each layer. Returns (cache, sum of outputs)."""
 
+    tokens = query.shape[1] if query.ndim == 4 else 1
+    attend = functools.partial(pd.sharded_paged_attention, query, output_heads=output_heads)
+
     def layer(cache, index):
-        cache = pd.append_kv(cache, new, new, lengths - 1, tables, layer=index)
-        return cache, pd.sharded_paged_attention(
-            query, cache, lengths, tables, layer=index, output_heads=output_heads
-        )  # fmt: skip
+        cache = pd.append_kv(cache, new, new, lengths - tokens, tables, layer=index)
+        return cache, attend(cache, lengths, tables, layer=index)
 
     def step(_, carry):
         cache, total = carry
@@ -172,48 +173,48 @@ def decode(cache, query, new, prompts, lengths, tables, *, output_heads):
         return cache, total + outputs.sum(axis=0)
 
     cache = pd.write_prefill_kv(cache, prompts, prompts, lengths, tables, layer=0)
-    start = jax.lax.with_sharding_constraint(jnp.zeros_like(query), spread(cache.mesh, output_heads))
+    heads = "model" if output_heads == "replicated" else ("model", "context")
+    split = P("data", heads) if query.ndim == 3 else P("data", None, heads)
+    start = jax.lax.with_sharding_constraint(jnp.zeros_like(query), NamedSharding(cache.mesh, split))
     return jax.lax.fori_loop(0, 8, step, (cache, start))
 
 
-def spread(mesh: Mesh, output_heads: str) -> NamedSharding:
-    return NamedSharding(mesh, P("data", "model" if output_heads == "replicated" else ("model", "context")))
-
-
-# topology, slices, what is asked of make_pod_mesh, rows a data shard, output_heads
+# topology, slices, what is asked of make_pod_mesh, rows a data shard, query tokens a row, output_heads
 PODS = [
-    ("v5e:4x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, "scattered"),
-    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, "replicated"),
-    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 16, "scattered"),
+    ("v5e:4x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, 1, "scattered"),
+    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 8, 1, "replicated"),
+    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 16, 2, "scattered"),
 ]
 SLOW_PODS = [
-    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 8, "scattered"),  # an all-reduce after all: 4 KiB
-    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 16, "scattered"),
-    ("v5e:4x4", 4, dict(context=4, model=4), 8, "replicated"),
-    ("v4:2x2x2", 2, dict(context=2, model=2), 8, "replicated"),
-    ("v4:2x2x2", 2, dict(context=2, model=2), 8, "scattered"),
-    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, "replicated"),
-    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, "scattered"),
-    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, "replicated"),
-    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, "scattered"),
+    ("v5p:4x4x4", 1, dict(num_kv_heads=8, model_parallelism=32), 8, 1, "scattered"),  # an all-reduce after all: 4 KiB
+    ("v5p:2x2x4", 2, dict(num_kv_heads=4, model_parallelism=8), 16, 1, "scattered"),
+    ("v5e:4x4", 4, dict(context=4, model=4), 8, 5, "replicated"),
+    ("v4:2x2x2", 2, dict(context=2, model=2), 8, 1, "replicated"),
+    ("v4:2x2x2", 2, dict(context=2, model=2), 8, 1, "scattered"),
+    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, 1, "replicated"),
+    ("v6e:4x4", 2, dict(num_kv_heads=8, model_parallelism=16), 8, 1, "scattered"),
+    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, 1, "replicated"),
+    ("tpu7x:2x2x1", 2, dict(context=2, model=4), 8, 1, "scattered"),
 ]
 PODS += [pytest.param(*pod, marks=pytest.mark.slow) for pod in SLOW_PODS]
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "num_slices", "asked", "rows", "output_heads"), PODS)
-def test_compiled_attention_talks_over_context_alone_as_predicted(topology, num_slices, asked, rows, output_heads):
+@pytest.mark.parametrize(("topology", "num_slices", "asked", "rows", "tokens", "output_heads"), PODS)
+def test_compiled_attention_talks_over_context_alone_as_predicted(
+    topology, num_slices, asked, rows, tokens, output_heads
+):
     """On several slices too, where libtpu compiles one program a slice and what crosses DCN is a send and a receive
     (`test_a_compiled_program_tells_what_crosses_slices` sees one): attention and writes have none."""
     mesh = make_pod_mesh(**asked, topology=topology, num_slices=num_slices)
     data, context, model = mesh.shape.values()
     spec = CacheSpec(model, 128, 256 * data * context, num_layers=4)
-    batch, heads = rows * data, 4 * model
+    batch, heads, some = rows * data, 4 * model, () if tokens == 1 else (tokens,)
     array = lambda dtype, *dims, over: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*over)))
     arguments = (
         pd.PagedKVCache.abstract(spec, mesh),
-        array(jnp.bfloat16, batch, heads, 128, over=("data", "model")),
-        array(jnp.bfloat16, batch, model, 128, over=("data", "model")),
+        array(jnp.bfloat16, batch, *some, heads, 128, over=("data", *[None] * len(some), "model")),
+        array(jnp.bfloat16, batch, *some, model, 128, over=("data", *[None] * len(some), "model")),
         array(jnp.bfloat16, batch, 256, model, 128, over=("data", None, "model")),
         array(jnp.int32, batch, over=("data",)),
         array(jnp.int32, batch, 16, over=("data",)),
@@ -226,9 +227,10 @@ def test_compiled_attention_talks_over_context_alone_as_predicted(topology, num_
     assert partitions(text) == mesh.devices.size // num_slices
     found = collectives(text)
     assert {frozenset(map(frozenset, one.groups)) for one in found} == {groups_along(mesh, ("context",), num_slices)}
-    predicted = attention_collectives(spec, mesh, batch, heads, output_heads=output_heads)
+    options = dict(num_query_tokens=tokens, output_heads=output_heads)
+    predicted = attention_collectives(spec, mesh, batch, heads, **options)
     printed = lambda shape: f"f32[{','.join(map(str, shape))}]"
-    if rows * heads * 128 // model // context * 4 > 4096 or output_heads == "replicated":
+    if rows * tokens * heads * 128 // model // context * 4 > 4096 or output_heads == "replicated":
         expected = sorted((one.kind, tuple(map(printed, one.shapes))) for one in predicted)
         assert sorted((one.kind, one.arrays) for one in found) == expected
     assert sorted(a for one in found for a in one.arrays) == sorted(printed(s) for one in predicted for s in one.shapes)

@@ -112,8 +112,9 @@ def test_sdist_holds_its_tests_and_builds_without_the_tree(built, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    here = {p.name for p in (TREE / "tests").glob("*.py")}
-    assert {p.name for p in (source / "tests").glob("*.py")} == here
+    for folder in ("tests", "examples"):
+        here = {p.name for p in (TREE / folder).glob("*.py")}
+        assert {p.name for p in (source / folder).glob("*.py")} == here
     for name in ("run", ".ci/run", "BUILD.md", "README.md", "LICENSE"):
         assert (source / name).read_bytes() == (TREE / name).read_bytes()
     assert (source / "run").stat().st_mode & stat.S_IXUSR

@@ -138,14 +138,15 @@ def main(steps: int = 4):
     weights = init_weights(c, mesh)
     cache = pd.PagedKVCache.create(spec, mesh)
     pages = pd.PageAllocator(spec, mesh, num_sequences=rows, pages_per_sequence=8)
+    put = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
     for row in range(rows):
         pages.allocate(row, 0)
     embedded = np.random.default_rng(0).standard_normal((steps, rows, c.width))  # in place of an embedding's rows
     for step in range(steps):
         for row in range(rows):
             pages.grow(row)
-        x = jax.device_put(embedded[step].astype(c.dtype), NamedSharding(mesh, P("data", None)))
-        x, cache = decode_step(weights, x, cache, jnp.asarray(pages.lengths), jnp.asarray(pages.block_tables))
+        x, lengths, tables = map(put, (embedded[step].astype(c.dtype), pages.lengths, pages.block_tables))
+        x, cache = decode_step(weights, x, cache, lengths, tables)
         print(
             f"step {step}: {x.shape} {x.dtype}, root mean square {jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)):.3f}"
         )

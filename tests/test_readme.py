@@ -7,14 +7,20 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+from aot import needs_libtpu
 
+import paged_dist as pd
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.S | re.M)
+
+
 def test_the_layer_of_the_readme_decodes():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    code, _ = blocks("python")
     names: dict = {}
     exec(compile(code, str(README), "exec"), names)
     spec, cache, pages, step = (names[n] for n in ("spec", "cache", "pages", "decode_step"))
@@ -44,3 +50,18 @@ def test_the_layer_of_the_readme_decodes():
     )
     expected = attended.reshape(16, -1) @ np.asarray(params["wo"], np.float64)
     np.testing.assert_allclose(np.asarray(out - x)[rows], expected[rows], rtol=1e-3, atol=1e-3)
+
+
+def test_the_whole_layer_of_the_readme_is_that_of_the_example():
+    _, layer = blocks("python")
+    assert layer.startswith("def decoder_layer(")
+    assert layer in (README.parent / "examples" / "plain_jax_layer.py").read_text()  # which test_layers.py runs
+
+
+@needs_libtpu
+def test_the_described_mesh_of_the_readme_is_what_is_printed():
+    (printed,) = (block for block in re.findall(r"^```\n(mesh: .*?)^```", README.read_text(), flags=re.S | re.M))
+    mesh = pd.make_pod_mesh(num_kv_heads=8, model_parallelism=32, topology="v5p:4x4x8", num_slices=2)
+    spec = pd.CacheSpec(8, 128, 8192, num_layers=32)
+    text = pd.describe_mesh(mesh, spec, num_q_heads=64, batch=128, output_heads="scattered")
+    assert printed.split() == text.split()  # in the README one line is broken in two

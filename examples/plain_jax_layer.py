@@ -128,9 +128,9 @@ def decode_step(weights, x, cache, lengths, block_tables):
     return jax.lax.scan(body, (x, cache), (jnp.arange(cache.spec.num_layers), weights))[0]
 
 
-def main(steps: int = 4):
+def main(steps: int = 4, model_parallelism: int = 4):
     c = Config()
-    mesh = pd.make_pod_mesh(num_kv_heads=c.num_kv_heads, model_parallelism=4)  # model 2 x context 2
+    mesh = pd.make_pod_mesh(num_kv_heads=c.num_kv_heads, model_parallelism=model_parallelism)  # model 2 x context 2
     rows = 4 * mesh.shape["data"]
     spec = pd.CacheSpec(c.num_kv_heads, c.head_dim, num_pages=16 * rows, num_layers=c.num_layers)
     print(pd.describe_mesh(mesh, spec, num_q_heads=c.num_q_heads, batch=rows, output_heads="scattered"))

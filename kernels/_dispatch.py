@@ -35,6 +35,20 @@ def in_hbm(*pools: jax.Array, interpret: Interpret) -> tuple[jax.Array, ...]:
     return tuple(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools)
 
 
+def result_in_hbm(result: jax.ShapeDtypeStruct, like: jax.Array, interpret: Interpret):
+    """A kernel's `result`, pinned to HBM. `like`: an operand of as many axes.
+
+    XLA keeps a small one that it uses itself in VMEM, and the kernel's DMA of a row there becomes loads and stores in a
+    branch of their own: eight of them a step took twice as long as the step itself (v6e, replayed).
+    """
+    if interpret:
+        return result
+    aval = jax.typeof(like).update(
+        shape=result.shape, dtype=jnp.dtype(result.dtype), manual_axis_type=result.manual_axis_type
+    )
+    return pltpu.HBM.from_type(aval)
+
+
 _MEANT = {"uint16": jnp.bfloat16, "uint8": jnp.float8_e4m3fn}  # pools stored as bits, on CPU only
 
 

@@ -131,8 +131,29 @@ def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name,
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v7x", marks=pytest.mark.slow)])
 def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
-    entry = text[text.index("ENTRY") :]
-    assert re.findall(r" = \S+ (?:copy|transpose|reshape|fusion)\(", entry) == []
+    before, after = text[text.index("ENTRY") :].split("custom-call(", 1)
+    moves = r" = (\S+) (?:copy|transpose|reshape|fusion)\("
+    assert re.findall(moves, before) == []
+    # XLA under jax 0.10 copies a result that is pinned to HBM where the program returns it as it is, and only there.
+    copied = [f"bf16[{B},8,128]"] if jax.__version__.startswith("0.10.") else []
+    assert [made.split("{")[0] for made in re.findall(moves, after)] == copied
+
+
+@pytest.mark.parametrize("return_lse", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["output", "lse"])
+@pytest.mark.parametrize(
+    "chip", [pytest.param(c, marks=() if c in ("v5e", "v7x") else pytest.mark.slow) for c in CHIPS]
+)
+def test_results_stay_in_hbm_where_the_program_goes_on_with_them(chip, return_lse):
+    """In VMEM (memory space 1), where XLA likes to put them, each row's DMA became branches: 30% of a v6e step."""
+
+    def projected(weights, *args):
+        output, *lse = jax.tree.leaves(paged_decode_attention(*args, return_lse=return_lse))
+        return jnp.dot(output.reshape(32, 1024), weights), *(jnp.exp(x) for x in lse)
+
+    weights = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    text = compile_on(one_chip_mesh(chip), projected, weights, *shapes(Hq=8, Hkv=1)).as_text()
+    (launch,) = re.findall(r"paged_decode_attention\S* = (.*?) custom-call\(", text)
+    assert "bf16[32,8,128]" in launch and "S(1)" not in launch
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
-from paged_dist.kernels._dispatch import Interpret, in_hbm
+from paged_dist.kernels._dispatch import Interpret, in_hbm, result_in_hbm
 from paged_dist.kernels.paged_attention import queries
 from paged_dist.kernels.paged_attention.checks import check_output_dtype, check_pools
 from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
@@ -185,7 +185,7 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
             out_specs=[whole] * len(results),
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=list(results.values()),
+        out_shape=[result_in_hbm(x, query, interpret) for x in results.values()],
         # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),

@@ -94,8 +94,9 @@ def summarise(
 
     Args:
       gathered: as `gather` returns it. Times are those of the slowest process, step by step: decode_s, from which
-        tokens/s follows, is the sum of each step's slowest time and the most that any host spent between steps. The
-        op has no collective, so processes may drift apart and end sooner than that; a model's would keep them in step.
+        tokens/s follows, is the sum of each step's slowest time and the most that any host spent between steps. With
+        context 1 the op has no collective, so processes may drift apart and end sooner than that; a model's would keep
+        them in step.
       measured: any process's; what is used of it is the same on all.
       bytes_per_token: K and V of one token over all heads and layers. What a step reads is live tokens times this;
         pages held but not yet filled, and tokens outside a sliding window, are not counted.

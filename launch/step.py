@@ -50,7 +50,7 @@ def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
-    """The decode step as a function to jit with arguments 0 and 1 donated; it holds no collective (context 1).
+    """The decode step as a function to jit with arguments 0 and 1 donated; its only collectives merge context shards.
 
     `step(cache, tally, rows, block_tables, pick) -> (cache, tally, sample)` with
       cache: `PagedKVCache` of model.num_layers layers.

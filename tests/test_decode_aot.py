@@ -65,8 +65,11 @@ WITH_LSE = ("gqa", "head_dim_64_packed")  # the others' takes the same path as t
 
 # Hundreds of copies in straight-line code take the compiler long; one chip's prove it, `-m slow` does the others.
 LONG = ("page_8", "page_16", "many_heads")
-# Of v5e and v6e, whose compilers take what v5p's and v7x's take, each compiles every other one; `-m slow` the rest.
-SKIPPED = {"v5e": list(SHAPES)[::2], "v6e": list(SHAPES)[1::2]}
+# v7x compiles every shape, v4 and v5p the half each, v5e and v6e, whose compilers take what those take, a quarter;
+# `-m slow` the rest.
+OFTEN = {"v7x": (0, 1), "v4": (0, 2), "v5p": (1, 2), "v5e": (1, 4), "v6e": (2, 4)}  # from which shape on, every n-th
+ALSO_SLOW = {(chip, name) for chip, (i, n) in OFTEN.items() for name in SHAPES if name not in list(SHAPES)[i::n]}
+ALSO_SLOW |= {(chip, name) for chip in CHIPS for name in LONG if chip != "v7x"}
 SPLIT = ("large_batch_packed",)
 
 
@@ -77,7 +80,7 @@ SPLIT = ("large_batch_packed",)
             chip,
             name,
             lse,
-            marks=pytest.mark.slow if (name in LONG and chip != "v7x") or name in SKIPPED.get(chip, ()) else (),
+            marks=pytest.mark.slow if (chip, name) in ALSO_SLOW or (lse and chip not in ("v7x", "v5p")) else (),
         )
         for chip in CHIPS
         for name in SHAPES
@@ -105,14 +108,14 @@ QUANTIZED = {
 
 
 # test_composed.py compiles the other dtype for each chip.
-OFTEN = [("v4", "one_head", "int8"), ("v5e", "gqa", "float8_e4m3fn"), ("v5p", "one_head", "float8_e4m3fn")]
-OFTEN += [("v6e", "one_head", "int8"), ("v7x", "gqa", "int8")]
+QUANTIZED_OFTEN = [("v4", "one_head", "int8"), ("v5e", "gqa", "float8_e4m3fn"), ("v5p", "one_head", "float8_e4m3fn")]
+QUANTIZED_OFTEN += [("v6e", "one_head", "int8"), ("v7x", "gqa", "int8")]
 
 
 @pytest.mark.parametrize(
     ("chip", "name", "dtype"),
     [
-        pytest.param(chip, name, dtype, marks=() if (chip, name, dtype) in OFTEN else pytest.mark.slow)
+        pytest.param(chip, name, dtype, marks=() if (chip, name, dtype) in QUANTIZED_OFTEN else pytest.mark.slow)
         for chip in CHIPS
         for name in QUANTIZED
         for dtype in ("int8", "float8_e4m3fn")

@@ -59,6 +59,8 @@ CASES = [
 LONG = {("packed_head_dim_64", 2), ("nine_sequences", 2), ("starts", 2), ("page_48_bf16", 1), ("group_of_24", 1)}
 LONG |= {("packed_window_and_cap", 1), ("starts_and_window", 1), ("page_24_bf16", 1), ("soft_cap", 1)}
 LONG |= {("window_beyond_int32", 1), ("all_empty", 2), ("bf16", 2), ("mqa_odd_table", 1), ("window_of_two_pages", 1)}
+LONG |= {("longer_than_the_table", 1), ("page_24", 1), ("window_inside_large_pages", 1), ("bf16_pages_f32_query", 1)}
+LONG |= {("starts_in_cells_of_many_pages", 1), ("group_of_five", 1)}
 LONG |= {("window_and_cells_of_no_sequence", 1), ("four_heads_share_a_register", 1), ("page_8_bf16", 1)}
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 

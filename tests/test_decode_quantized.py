@@ -66,6 +66,7 @@ CASES = [
     (Case("window", P=128, lengths=(500, 300), sliding_window=150, dtype=INT8), SMALL, 1),
 ]
 SLOW = (
+    "page_64",
     "default_sizes",
     "four_heads_share_a_register",
     "page_16_window",
@@ -107,7 +108,7 @@ def test_what_single_chips_do_differently_equals_the_oracle(case, target):
     assert_no_races()
 
 
-@pytest.mark.parametrize("case", [x[0] for x in CASES[::2]], ids=lambda case: f"{case.name}-{case.dtype}")
+@pytest.mark.parametrize("case", [x[0] for x in CASES[::3]], ids=lambda case: f"{case.name}-{case.dtype}")
 def test_xla_form_equals_the_oracle(case):
     arrays, scales, expected = make_quantized(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)

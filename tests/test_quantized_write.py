@@ -82,10 +82,20 @@ CASES = [
 OTHER = {"int8": "float8_e4m3fn", "float8_e4m3fn": "int8"}
 
 
-@pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
 @pytest.mark.parametrize(
-    ("head_dim", "page_size", "tokens", "heads", "dtype"),
-    [*CASES, *(pytest.param(*case, OTHER[dtype], marks=pytest.mark.slow) for *case, dtype in CASES)],
+    ("head_dim", "page_size", "tokens", "heads", "dtype", "interpret"),
+    [
+        pytest.param(
+            *case,
+            kind,
+            interpret,
+            marks=() if kind == dtype and (interpret or i % 2) else pytest.mark.slow,
+            id="-".join(map(str, (*case, kind, "simulated" if interpret else "xla"))),
+        )
+        for i, (*case, dtype) in enumerate(CASES)
+        for kind in (dtype, OTHER[dtype])
+        for interpret in (None, RACES)
+    ],
 )
 def test_tokens_and_scales_are_where_the_table_says_and_nothing_else_moved(
     head_dim, page_size, tokens, heads, dtype, interpret

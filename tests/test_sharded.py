@@ -130,8 +130,16 @@ def test_sharded_attention_is_the_oracle(case, kind, implementation):
     assert lse.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "model")), 2)
 
 
-@pytest.mark.parametrize("implementation", [None, "pallas_interpret"], ids=["xla", "simulated"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "implementation"),
+    [
+        *(pytest.param(options, None, id=f"{options}-xla") for options in OPTIONS),
+        *(
+            pytest.param(options, "pallas_interpret", id=f"{options}-simulated", marks=marks)
+            for options, marks in zip(OPTIONS, [(), *[pytest.mark.slow] * (len(OPTIONS) - 2), ()], strict=True)
+        ),
+    ],
+)
 def test_options_of_sharded_attention(options, implementation):
     case = Case(lengths=(33, 5, 48, 64), seed=2)
     output = pd.sharded_paged_attention(

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
-import heapq
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from paged_dist._errors import bad_value, not_yet, require
+from paged_dist._errors import bad_value, require
+from paged_dist._pages import Entry, Pages, digests
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
 
 
 class OutOfPages(RuntimeError):
-    """A call asked for more pages than its data shard has free. The allocator is as it was before the call.
+    """A call asked for more pages than its shard has free. The allocator is as it was before the call.
 
     Attributes:
-      asked: pages the call needed.
-      free: pages free on `shard`; for `place`, the most on any data shard that has a free row (0: none has).
+      asked: pages the call needed of that shard.
+      free: pages free on it; for `place`, the most on any data shard that has a free row (0: none has).
       shard: the data shard that ran out; None where `place` looked at all of them.
+      context_shard: which of its context shards ran out; None where there is one only.
     """
 
-    def __init__(self, message: str, *, asked: int, free: int, shard: int | None):
+    def __init__(self, message: str, *, asked: int, free: int, shard: int | None, context_shard: int | None = None):
         super().__init__(message)
-        self.asked, self.free, self.shard = asked, free, shard
+        self.asked, self.free, self.shard, self.context_shard = asked, free, shard, context_shard
 
     def __reduce__(self):  # keyword-only fields would be lost when a worker process sends it home
-        return _rebuild_out_of_pages, (str(self), self.asked, self.free, self.shard)
+        return _rebuild_out_of_pages, (str(self), self.asked, self.free, self.shard, self.context_shard)
 
 
-def _rebuild_out_of_pages(message: str, asked: int, free: int, shard: int | None) -> OutOfPages:
-    return OutOfPages(message, asked=asked, free=free, shard=shard)
+def _rebuild_out_of_pages(message: str, asked: int, free: int, shard, context_shard) -> OutOfPages:
+    return OutOfPages(message, asked=asked, free=free, shard=shard, context_shard=context_shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixMatch:
+    """Cached pages that hold the first tokens of a prompt, see `PageAllocator.prefix_match`.
+
+    Attributes:
+      data_shard: where they are: only its rows can begin with them. None where nothing was found.
+      num_tokens: tokens that they hold, a multiple of page_size.
+      pages: their global ids, in the prompt's order.
+    """
+
+    data_shard: int | None
+    num_tokens: int
+    pages: tuple[int, ...]
+    _entries: tuple[Entry, ...] = dataclasses.field(default=(), repr=False)
 
 
 def _whole(argument: str, value: int) -> int:
@@ -48,13 +67,22 @@ def _whole(argument: str, value: int) -> int:
 class PageAllocator:
     """Gives pages of a pool to the rows (sequences) of a batch, one instance in every process.
 
-    Row b lives on data shard d = `b // (num_sequences / data)`, which owns the page ids `[d*n, (d+1)*n)`,
-    n = `spec.num_pages / data`. The lowest free id of the shard goes first, so a sequence's ids tend to come
-    in runs. Processes that make the same calls in the same order get the same ids: nothing depends on time,
-    hashes or the host; `digest()` compares them.
+    Row b lives on data shard d = `b // (num_sequences / data)`. Its page i is on context shard (o + i) mod C of the C
+    that the mesh has, o being that of its first page: the allocator chooses o so that all fill alike. Shard
+    r = d * C + c owns the page ids `[r*n, (r+1)*n)`, n = `spec.num_pages / (data * C)`, and gives the lowest free
+    one first, so a sequence's ids tend to come in runs. Processes that make the same calls in the same order get the
+    same ids: nothing depends on time, Python's hashes or the host; `digest()` compares them.
 
     A row is free, or held by a sequence of 0 or more tokens: `allocate` takes a row, `free` gives it back. A
     call that raises changes nothing. Not thread-safe.
+
+    Pages are shared by reference count, within one data shard: `fork` makes a second sequence of the same tokens,
+    `cache_prefix` and `prefix_match` let prompts begin with the full pages of others. A row never writes into a page
+    that another holds: growth gives it one of its own, and a copy falls due, for each step to make first::
+
+        pages.grow_all(rows)
+        cache = copy_pages(cache, pages.take_copies())  # nothing where nothing was forked
+        cache = append_kv(cache, key, value, pages.lengths - 1, pages.block_tables)
 
     Args:
       spec: the cache whose pages are given out.
@@ -65,7 +93,6 @@ class PageAllocator:
 
     Raises:
       ValueError: sizes that are not positive or do not divide over the mesh.
-      NotImplementedError: a mesh whose context size is above 1.
     """
 
     def __init__(
@@ -79,11 +106,6 @@ class PageAllocator:
     ):
         spec.check_mesh(mesh, axes)
         data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
-        if context > 1:
-            raise not_yet(
-                f"PageAllocator on a mesh of context size {context}",
-                "build the mesh with context=1 and more data or model shards",
-            )
         num_sequences = _whole("num_sequences", num_sequences)
         pages_per_sequence = _whole("pages_per_sequence", pages_per_sequence)
         require(num_sequences >= 1, "num_sequences", num_sequences, "must be at least 1")
@@ -105,14 +127,15 @@ class PageAllocator:
         self.num_sequences = num_sequences
         self.pages_per_sequence = pages_per_sequence
         self.num_shards = data
+        self.num_context_shards = context
         self.rows_per_shard = self.num_sequences // data
-        self.pages_per_shard = spec.num_pages // data
+        self.pages_per_shard = spec.num_pages // data  # on all its context shards
         self._page_size = spec.page_size
         # Python lists, not arrays: `grow` reads and writes one element, ten times cheaper than through NumPy.
         self._lengths = [0] * self.num_sequences
-        self._pages: list[list[int] | None] = [None] * self.num_sequences  # None: the row is free
-        n = self.pages_per_shard
-        self._free = [list(range(d * n, (d + 1) * n)) for d in range(data)]  # heaps, for sorted lists are heaps
+        self._row_pages: list[list[int] | None] = [None] * self.num_sequences  # None: the row is free
+        self._pages = Pages(data, context, spec.num_pages // (data * context))
+        self._copies: dict[int, int] = {}  # due: page to write -> page to read
         self._table = np.full((self.num_sequences, self.pages_per_sequence), -1, np.int32)
         # Snapshots handed out, until the next change. The arrays themselves are never written again: a decode
         # step still in flight may be reading the memory of one.
@@ -146,15 +169,27 @@ class PageAllocator:
 
     @property
     def used_pages(self) -> int:
-        """Pages that sequences hold, over all shards."""
+        """Pages that sequences hold, over all shards; one that several hold counts once."""
         return self.spec.num_pages - self.free_pages()
 
-    def free_pages(self, shard: int | None = None) -> int:
-        """Free pages of data shard `shard`, or of all shards."""
-        if shard is None:
-            return sum(map(len, self._free))
-        require(0 <= shard < self.num_shards, "shard", shard, f"there are {self.num_shards} data shards")
-        return len(self._free[shard])
+    def free_pages(self, shard: int | None = None, context_shard: int | None = None) -> int:
+        """Free pages of data shard `shard`, or of all; of one context shard there, or of all. Those that are only
+        kept as cached prefixes count: they go when no other is left."""
+        data, context = self.num_shards, self.num_context_shards
+        require(shard is None or 0 <= shard < data, "shard", shard, f"there are {data} data shards")
+        rule = f"there are {context} context shards"
+        require(context_shard is None or 0 <= context_shard < context, "context_shard", context_shard, rule)
+        return sum(
+            self._pages.available(d * context + c)
+            for d in (range(data) if shard is None else (shard,))
+            for c in (range(context) if context_shard is None else (context_shard,))
+        )
+
+    @property
+    def live_pages(self) -> np.ndarray:
+        """[m] int32, ascending: pages with content that a sequence holds or a prompt may begin with."""
+        held = {page for pages in self._row_pages if pages for page in pages}
+        return np.array(sorted(held | set(self._pages.cached())), np.int32)
 
     def shard_of(self, row: int) -> int:
         """The data shard on which `row` lives."""
@@ -164,72 +199,87 @@ class PageAllocator:
     def is_held(self, row: int) -> bool:
         """Whether a sequence has `row`, be it empty."""
         self._check_row(row)
-        return self._pages[row] is not None
+        return self._row_pages[row] is not None
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` tokens take."""
         return -(-num_tokens // self._page_size)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the whole state: spec, geometry, rows held, lengths, block tables and free pages.
+        """SHA-256 (hex) of the whole state: spec, geometry, rows held, lengths, block tables, free and cached pages.
 
         Equal on processes that made the same calls. Two states with the same digest answer every later call
         alike; how they were reached does not enter (an `allocate` that was freed again leaves no mark).
         """
         h = hashlib.sha256()
-        h.update(repr((self.spec, self.num_sequences, self.pages_per_sequence, self.num_shards)).encode())
-        h.update(bytes(p is not None for p in self._pages))
+        geometry = self.num_sequences, self.pages_per_sequence, self.num_shards, self.num_context_shards
+        h.update(repr((self.spec, *geometry)).encode())
+        h.update(bytes(p is not None for p in self._row_pages))
         h.update(np.asarray(self._lengths, "<i4").tobytes())
         h.update(self._table.astype("<i4", copy=False).tobytes())
-        for free in self._free:
-            h.update(np.asarray([len(free), *sorted(free)], "<i4").tobytes())
+        h.update(np.asarray(sorted(self._copies.items()), "<i4").tobytes())
+        self._pages.update(h)
         return h.hexdigest()
 
     # What changes it.
 
-    def place(self, num_tokens: int) -> int:
+    def place(self, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
         """A free row with room for a sequence of `num_tokens` tokens: it looks, `allocate` takes the row.
 
-        The row is on the data shard with the most free pages of those that have a free row; the lowest shard,
-        then the lowest row, where several are alike.
+        The row is on the data shard with the most free pages of those that have a free row and the room; the lowest
+        shard, then the lowest row, where several are alike. With a `prefix`, on its shard, and its pages need no room.
 
         Raises:
-          ValueError: num_tokens is negative or more than a block table holds.
+          ValueError: num_tokens is negative or more than a block table holds; a prefix as in `allocate`.
           OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
-            beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
+            beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`; so may
+            another shard where a prefix was given.
         """
         asked = self._pages_asked(_whole("num_tokens", num_tokens))
-        best: tuple[int, int] | None = None  # (free pages, row)
-        for shard, free in enumerate(self._free):
-            if best is None or len(free) > best[0]:
-                first = shard * self.rows_per_shard
-                rows = range(first, first + self.rows_per_shard)
-                row = next((r for r in rows if self._pages[r] is None), None)
-                if row is not None:
-                    best = (len(free), row)
+        shards: Sequence[int] = range(self.num_shards)
+        if prefix is not None and prefix.pages:
+            self._check_prefix(prefix, prefix.data_shard, num_tokens)
+            shards = (prefix.data_shard,)
+        best, most = None, -1
+        for shard in shards:
+            rows = range(shard * self.rows_per_shard, (shard + 1) * self.rows_per_shard)
+            row = next((r for r in rows if self._row_pages[r] is None), None)
+            if row is None:
+                continue
+            free = self.free_pages(shard)
+            if free > most and self._has_room(shard, asked, prefix):
+                best = row
+            most = max(most, free)
+        if most < 0:
+            of = f"all {self.num_sequences} are held" if prefix is None else f"all of data shard {shards[0]} are held"
+            raise OutOfPages(f"no free row: {of}", asked=asked, free=0, shard=None)
         if best is None:
-            raise OutOfPages(f"no free row: all {self.num_sequences} are held", asked=asked, free=0, shard=None)
-        if best[0] < asked:
-            ever = self.pages_per_shard
+            ever, turns = self.pages_per_shard, self.num_context_shards
+            in_turn = f" in turn on its {turns} context shards" if turns > 1 else ""
             raise OutOfPages(
-                f"no data shard with a free row has {asked} pages free, the most is {best[0]}"
+                f"no data shard with a free row has {asked} pages free{in_turn}, the most is {most}"
                 + (f"; none ever will: a shard owns {ever}" if asked > ever else ""),
                 asked=asked,
-                free=best[0],
+                free=most,
                 shard=None,
             )
-        return best[1]
+        return best
 
-    def allocate(self, row: int, num_tokens: int) -> None:
+    def allocate(self, row: int, num_tokens: int, prefix: PrefixMatch | None = None) -> None:
         """Takes the free row `row` for a sequence of `num_tokens` tokens (0 allowed), gives it their pages.
 
+        Args:
+          prefix: what `prefix_match` found for the sequence's first tokens: the row begins with those pages, and
+            `write_prefill_kv(..., starts=)` goes on behind their tokens. An empty match is as none.
+
         Raises:
-          ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds.
+          ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds; the
+            prefix is of another data shard or longer than num_tokens, or its pages hold something else by now.
           OutOfPages: the row's shard has too few pages free.
         """
         num_tokens = _whole("num_tokens", num_tokens)
         self._check_row(row)
-        if self._pages[row] is not None:
+        if self._row_pages[row] is not None:
             raise bad_value(
                 "row",
                 row,
@@ -237,9 +287,19 @@ class PageAllocator:
                 "free() it first, or let place() find a free row",
             )
         count = self._pages_asked(num_tokens)
-        self._check_room(row, count)
-        self._pages[row] = []
-        self._give(row, count)
+        shared: tuple[int, ...] = ()
+        if prefix is not None and prefix.pages:
+            self._check_prefix(prefix, row // self.rows_per_shard, num_tokens)
+            shared = prefix.pages
+        asked = collections.Counter(self._pages.shard_of(page) for page in shared if self._pages.is_cached(page))
+        shards = self._next_shards(row, shared, count - len(shared), asked)
+        self._check_room(asked, f"row {row} on")
+        for page in shared:
+            self._pages.hold(page)
+        self._row_pages[row] = list(shared)
+        self._table[row, : len(shared)] = shared
+        self._table_out = None
+        self._give(row, shards)
         self._set_length(row, num_tokens)
 
     def grow(self, row: int, num_tokens: int = 1) -> None:
@@ -255,10 +315,8 @@ class PageAllocator:
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         length = self._lengths[row] + num_tokens
-        if length > len(pages) * self._page_size:
-            count = self._pages_asked(length, self._lengths[row]) - len(pages)
-            self._check_room(row, count)
-            self._give(row, count)
+        if self._changes_pages(pages, self._lengths[row], length):
+            self._grow((row,), num_tokens, f"row {row} on")
         self._set_length(row, length)
 
     def grow_all(self, rows: Iterable[int], num_tokens: int = 1) -> None:
@@ -273,22 +331,11 @@ class PageAllocator:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         rows = list(rows)
         require(len(set(rows)) == len(rows), "rows", rows, "names a row twice")
-        needed: list[tuple[int, int]] = []  # (row, pages) of the rows that need any
-        asked = dict.fromkeys(range(self.num_shards), 0)
+        lengths, changes = self._lengths, self._changes_pages
+        needy = [row for row in rows if changes(self._held(row), lengths[row], lengths[row] + num_tokens)]
+        self._grow(needy, num_tokens, "the rows of")
         for row in rows:
-            pages = self._held(row)
-            length = self._lengths[row] + num_tokens
-            if length > len(pages) * self._page_size:
-                count = self._pages_asked(length, self._lengths[row]) - len(pages)
-                needed.append((row, count))
-                asked[row // self.rows_per_shard] += count
-        for shard, count in asked.items():
-            if count > len(self._free[shard]):
-                raise self._out_of_pages(shard, count, "the rows of")
-        for row, count in needed:
-            self._give(row, count)
-        for row in rows:
-            self._lengths[row] += num_tokens
+            lengths[row] += num_tokens
         if rows:
             self._lengths_out = None
 
@@ -313,18 +360,127 @@ class PageAllocator:
         self._set_length(row, num_tokens)
 
     def free(self, row: int) -> None:
-        """Ends the sequence in `row`: its pages and the row become free.
+        """Ends the sequence in `row`: the row becomes free, and its pages where nobody else holds them.
 
         Raises:
           ValueError: no such row, or the row is free already.
         """
         self._take_back(row, self._held(row), 0)
-        self._pages[row] = None
+        self._row_pages[row] = None
         self._set_length(row, 0)
 
+    # Shared pages.
+
     def fork(self, row: int, new_row: int) -> None:
-        """Not in this release: a second sequence that shares the pages of `row`."""
-        raise not_yet("PageAllocator.fork", "allocate the new row and write its prompt's pages")
+        """A second sequence, in the free row `new_row`, of the tokens that `row` holds: it takes no page.
+
+        All pages are shared, the last one too. The first of their holders to grow into a last page that is not full
+        gets one of its own on the same shard, and `take_copies` says what to copy into it; the last one left writes in
+        place. Fork after the writes of what `row` has grown by.
+
+        Raises:
+          ValueError: no such row, `row` is free, `new_row` is held, or it is on another data shard: pages are shared
+            within one.
+        """
+        pages = self._held(row)
+        self._check_row(new_row)
+        shard, rows = row // self.rows_per_shard, self.rows_per_shard
+        require(
+            new_row // rows == shard,
+            "new_row",
+            new_row,
+            f"is on data shard {new_row // rows}, row {row} on {shard}: pages are shared within one only",
+            f"rows {shard * rows} to {(shard + 1) * rows - 1} are on it",
+        )
+        held = self._row_pages[new_row] is not None
+        require(not held, "new_row", new_row, "is held by a sequence", "free() it first")
+        for page in pages:
+            self._pages.hold(page)
+        self._row_pages[new_row] = list(pages)
+        self._table[new_row] = self._table[row]
+        self._table_out = None
+        self._set_length(new_row, self._lengths[row])
+
+    def take_copies(self) -> np.ndarray:
+        """[num_sequences, 2] int32: the copies that are due, (page to read, page to write), -1 in the rest.
+
+        They are the caller's from now on: `copy_pages(cache, ...)` makes them, before anything is written. More rows
+        than that come only where copies were left due over several steps of forks.
+        """
+        made = np.full((max(self.num_sequences, len(self._copies)), 2), -1, np.int32)
+        for i, (to, page) in enumerate(sorted(self._copies.items())):
+            made[i] = page, to
+            self._pages.unpin(page)
+        self._copies.clear()
+        return made
+
+    def cache_prefix(self, row: int, token_ids: np.ndarray | Sequence[int]) -> int:
+        """Makes the full pages that hold the first tokens of `row` findable by `prefix_match`, once they are written.
+
+        They stay so when the sequence ends, until their space is needed: the least recently used go first.
+
+        Args:
+          token_ids: [n] integers, the row's first tokens; what of them fills no page, or lies past its length, is
+            left out.
+
+        Returns:
+          How many tokens of the row can be found now, a multiple of page_size.
+
+        Raises:
+          ValueError: no such row, the row is free, token_ids are not integers in one dimension, or differ from those
+            that a page of the row was cached with.
+        """
+        pages = self._held(row)
+        tokens = _token_ids(token_ids)[: self._lengths[row]]
+        first = self._pages.shard_of(pages[0]) % self.num_context_shards if pages else 0
+        entries, parent = [], b""
+        for i, digest in enumerate(digests(tokens, self._page_size)):
+            known = self._pages.entry(pages[i])
+            entries.append(Entry(first, i, digest, parent))
+            require(
+                known is None or known.digest == digest,
+                "token_ids",
+                f"[..., {', '.join(map(str, tokens[i * self._page_size :][:4]))}, ...]",
+                f"differ, from token {i * self._page_size} on, from those that page {pages[i]} was cached with",
+            )
+            parent = digest
+        for page, entry in zip(pages, entries, strict=False):
+            self._pages.remember(page, entry)
+        return len(entries) * self._page_size
+
+    def prefix_match(self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None) -> PrefixMatch:
+        """The longest run of cached full pages that a prompt begins with; it looks, `allocate` takes them.
+
+        Pages are found by a hash of their tokens and all before (blake2b, 128 bits). To get logits at least one
+        token must be run, so leave the prompt's last out: `prefix_match(token_ids[:-1])`.
+
+        Args:
+          token_ids: [n] integers, the prompt.
+          data_shard: where to look; None: everywhere, the lowest of those that hold the most.
+
+        Returns:
+          A PrefixMatch, of 0 tokens where nothing was found. It is good until the next call that changes the allocator.
+
+        Raises:
+          ValueError: token_ids are not integers in one dimension, or no such data shard.
+        """
+        shards = range(self.num_shards) if data_shard is None else (_whole("data_shard", data_shard),)
+        rule = f"there are {self.num_shards} data shards"
+        require(0 <= shards[0] < self.num_shards, "data_shard", data_shard, rule)
+        chain = list(digests(_token_ids(token_ids)[: self.max_tokens], self._page_size))
+        best = PrefixMatch(None, 0, ())
+        for shard in shards:
+            for first in range(self.num_context_shards):
+                pages = []
+                for digest in chain:
+                    page = self._pages.find(shard, first, digest)
+                    if page is None:
+                        break
+                    pages.append(page)
+                if len(pages) > len(best.pages):
+                    entries = tuple(map(self._pages.entry, pages))
+                    best = PrefixMatch(shard, len(pages) * self._page_size, tuple(pages), entries)
+        return best
 
     # How.
 
@@ -336,7 +492,7 @@ class PageAllocator:
     def _held(self, row: int) -> list[int]:
         """The pages of the sequence in `row`, which must be held."""
         self._check_row(row)
-        pages = self._pages[row]
+        pages = self._row_pages[row]
         if pages is None:
             raise bad_value("row", row, "is free, no sequence has it", "allocate() it first")
         return pages
@@ -353,37 +509,145 @@ class PageAllocator:
             )
         return self.pages_for(num_tokens)
 
-    def _check_room(self, row: int, count: int) -> None:
-        shard = row // self.rows_per_shard
-        if count > len(self._free[shard]):
-            raise self._out_of_pages(shard, count, f"row {row} on")
-
-    def _out_of_pages(self, shard: int, asked: int, who: str) -> OutOfPages:
-        free = len(self._free[shard])
-        return OutOfPages(
-            f"{who} data shard {shard}: {asked} more pages needed, {free} of its {self.pages_per_shard} are free",
-            asked=asked,
-            free=free,
-            shard=shard,
+    def _check_prefix(self, prefix: PrefixMatch, shard: int, num_tokens: int) -> None:
+        require(
+            prefix.data_shard == shard,
+            "prefix",
+            prefix,
+            f"is on data shard {prefix.data_shard}, the row on {shard}",
+            "place(num_tokens, prefix) finds a row there",
+        )
+        require(
+            prefix.num_tokens <= num_tokens, "prefix", prefix, f"must not be longer than the {num_tokens} tokens asked"
+        )
+        require(
+            all(self._pages.entry(p) == e for p, e in zip(prefix.pages, prefix._entries, strict=True)),
+            "prefix",
+            prefix,
+            "is out of date: a page of it holds something else now",
+            "prefix_match() again",
         )
 
-    def _give(self, row: int, count: int) -> None:
-        """Appends the `count` lowest free pages of the row's shard; there must be as many."""
+    def _next_shards(
+        self, row: int, pages: Sequence[int], count: int, asked: collections.Counter[int]
+    ) -> list[int] | None:
+        """The shards of the next `count` pages of a row that holds `pages`, added to `asked`.
+
+        Where it holds none, the first is that which leaves the shards' free pages the most even, each row's next page
+        counted as half taken (counted not at all or whole, they were less even over a request trace).
+        """
+        C, base = self.num_context_shards, row // self.rows_per_shard * self.num_context_shards
         if count == 0:
+            return []
+        if pages:
+            first = self._pages.shard_of(pages[0]) + len(pages)
+        elif C == 1:
+            first = base
+        else:
+            free = [self._pages.available(r) - asked[r] for r in range(base, base + C)]
+            due = [0] * C
+            start = row // self.rows_per_shard * self.rows_per_shard
+            for other in self._row_pages[start : start + self.rows_per_shard]:
+                if other:
+                    due[(self._pages.shard_of(other[0]) + len(other) - base) % C] += 1
+
+            def evenness(o: int) -> tuple[bool, int]:
+                left = [free[(o + i) % C] - len(range(i, count, C)) for i in range(C)]
+                if min(left) < 0:
+                    return False, min(left)
+                soon = [2 * x - due[(o + i) % C] - (i == count % C) for i, x in enumerate(left)]
+                return True, sum(soon) ** 2 - C * sum(x * x for x in soon)  # minus C^2 times their variance
+
+            first = base + max(range(C), key=evenness)
+        shards = [base + (first - base + i) % C for i in range(count)]
+        asked.update(shards)
+        return shards
+
+    def _has_room(self, shard: int, count: int, prefix: PrefixMatch | None) -> bool:
+        """Whether a new sequence of `count` pages, some of them a prefix's, fits on a data shard."""
+        shared = prefix.pages if prefix is not None else ()
+        asked = collections.Counter(self._pages.shard_of(page) for page in shared if self._pages.is_cached(page))
+        self._next_shards(shard * self.rows_per_shard, shared, count - len(shared), asked)
+        return all(n <= self._pages.available(r) for r, n in asked.items())
+
+    def _check_room(self, asked: collections.Counter[int], who: str) -> None:
+        """Raises OutOfPages where a shard has not what is `asked` of it."""
+        for r, count in sorted(asked.items()):
+            free = self._pages.available(r)
+            if count > free:
+                shard, context_shard = divmod(r, self.num_context_shards)
+                several = self.num_context_shards > 1
+                where = f"{who} data shard {shard}" + (f", context shard {context_shard}" if several else "")
+                raise OutOfPages(
+                    f"{where}: {count} more pages needed, {free} of its {self._pages.per_shard} are free",
+                    asked=count,
+                    free=free,
+                    shard=shard,
+                    context_shard=context_shard if several else None,
+                )
+
+    def _changes_pages(self, pages: list[int], old: int, new: int) -> bool:
+        """Whether growth from `old` to `new` tokens takes a page, or writes into one that is not the row's alone."""
+        if new > len(pages) * self._page_size:
+            return True
+        return new > old and old % self._page_size != 0 and not self._pages.may_write(pages[-1])
+
+    def _grow(self, rows: Sequence[int], num_tokens: int, who: str) -> None:
+        """Gives each of `rows` the pages for `num_tokens` more tokens, of which there is one at least."""
+        asked: collections.Counter[int] = collections.Counter()
+        holders: dict[int, int] = {}  # of last pages, as rows before leave them
+        plan: list[tuple[int, bool, list[int]]] = []
+        for row in rows:
+            pages, old = self._row_pages[row], self._lengths[row]
+            count = self._pages_asked(old + num_tokens, old) - len(pages)
+            is_shared = False
+            if old % self._page_size:
+                end = pages[-1]
+                held = holders.get(end, self._pages.holders[end])
+                is_shared = held > 1
+                if is_shared:
+                    holders[end] = held - 1
+                    asked[self._pages.shard_of(end)] += 1
+            plan.append((row, is_shared, self._next_shards(row, pages, count, asked)))
+        self._check_room(asked, who)
+        for row, is_shared, shards in plan:
+            if self._lengths[row] % self._page_size:
+                if is_shared:
+                    self._copy_end(row)
+                else:
+                    self._pages.forget(self._row_pages[row][-1])
+            self._give(row, shards)
+
+    def _copy_end(self, row: int) -> None:
+        """Gives the row a last page of its own, on the same shard, and notes the copy."""
+        pages = self._row_pages[row]
+        end = pages[-1]
+        source = self._copies.get(end, end)  # what is not copied yet is not there to be read
+        page = self._pages.take(self._pages.shard_of(end))
+        self._pages.pin(source)
+        self._copies[page] = source
+        pages[-1] = self._table[row, len(pages) - 1] = page
+        self._table_out = None
+        self._pages.release(end)
+
+    def _give(self, row: int, shards: Sequence[int]) -> None:
+        """Appends a page of each of `shards`; there must be as many."""
+        if not shards:
             return
-        pages, free = self._pages[row], self._free[row // self.rows_per_shard]
+        pages = self._row_pages[row]
         start = len(pages)
-        pages.extend(heapq.heappop(free) for _ in range(count))
-        self._table[row, start : start + count] = pages[start:]
+        pages.extend(map(self._pages.take, shards))
+        self._table[row, start : len(pages)] = pages[start:]
         self._table_out = None
 
     def _take_back(self, row: int, pages: list[int], keep: int) -> None:
-        """Frees all but the first `keep` of the row's pages."""
+        """Lets go of all but the first `keep` of the row's pages."""
         if len(pages) == keep:
             return
-        free = self._free[row // self.rows_per_shard]
-        for page in pages[keep:]:
-            heapq.heappush(free, page)
+        for page in reversed(pages[keep:]):  # of a prompt that stays cached, the end goes before what leads to it
+            self._pages.release(page)
+            if not self._pages.holders[page] and page in self._copies:
+                self._pages.unpin(self._copies.pop(page))
         self._table[row, keep : len(pages)] = -1
         del pages[keep:]
         self._table_out = None
@@ -392,3 +656,13 @@ class PageAllocator:
         if self._lengths[row] != length:
             self._lengths[row] = length
             self._lengths_out = None
+
+
+def _token_ids(token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Token ids as int64 [n]. Raises ValueError for anything but integers in one dimension."""
+    tokens = np.asarray(token_ids)
+    if tokens.size == 0 and tokens.ndim == 1:
+        return tokens.astype(np.int64)
+    whole = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
+    require(whole, "token_ids", (tokens.shape, str(tokens.dtype)), "must be integers in one dimension")
+    return tokens.astype(np.int64)

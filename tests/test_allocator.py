@@ -293,13 +293,6 @@ def test_a_geometry_that_does_not_divide_is_refused(options, message):
         allocator(**options)
 
 
-def test_what_is_not_there_yet_says_so():
-    with pytest.raises(NotImplementedError, match="context size 2"):
-        PageAllocator(CacheSpec(1, 128, 16), mesh_of(2, 2), 4, 4)
-    with pytest.raises(NotImplementedError, match="fork"):
-        allocator().fork(0, 1)
-
-
 def test_axes_of_other_names_are_taken():
     mesh = AbstractMesh((2, 2, 3), ("replica", "fsdp", "tp"))
     axes = MeshAxes(data=("replica", "fsdp"), context=None, model="tp")

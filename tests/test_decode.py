@@ -364,7 +364,7 @@ def refused(tmp_path, *arguments):
     [
         (["--data=3"], "data=3"),
         (["--model=3"], "model=3"),
-        (["--context=3"], "context=3"),
+        (["--context=3"], "context x model=6: must divide the number of devices, 8"),
         (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
         (["--kv_dtype=f64"], "--kv_dtype='f64': is no cache dtype; use bf16, f32, int8 or fp8"),
         (["--kv_dtype=int8", "--page_size=48"], "page_size=48: with int8 and fp8 must divide 128"),

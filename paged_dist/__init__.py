@@ -12,9 +12,10 @@ if (_tree / "kernels" / "paged_attention").is_dir() and (_tree / "pyproject.toml
     # run from the tree's root finds this folder before any installed finder that knows where they are.
     __path__.append(str(_tree))
 
-from paged_dist.allocator import OutOfPages, PageAllocator  # noqa: E402
+from paged_dist.allocator import OutOfPages, PageAllocator, PrefixMatch  # noqa: E402
 from paged_dist.attend import paged_attention_local, sharded_paged_attention  # noqa: E402
 from paged_dist.cache import CacheSpec, PagedKVCache  # noqa: E402
+from paged_dist.copies import copy_pages, copy_pages_local  # noqa: E402
 from paged_dist.describe import describe_mesh  # noqa: E402
 from paged_dist.distributed import initialize_distributed  # noqa: E402
 from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_kv, quantize_kv  # noqa: E402
@@ -29,9 +30,12 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PagedKVCache",
+    "PrefixMatch",
     "append_kv",
     "append_kv_local",
     "calibrate_key_smoothing",
+    "copy_pages",
+    "copy_pages_local",
     "dequantize_kv",
     "describe_mesh",
     "initialize_distributed",

@@ -209,9 +209,14 @@ class PagedKVCache:
     def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer."""
         self.check_layer(layer)
-        if layer is None:
-            return self.key_pages[None], self.value_pages[None], jnp.int32(0)
-        return self.key_pages, self.value_pages, jnp.asarray(layer, jnp.int32)
+        layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+        return *self.stacked_pages(), layer
+
+    def stacked_pages(self) -> tuple[jax.Array, jax.Array]:
+        """(key_pages, value_pages) with a layer axis."""
+        if self.spec.num_layers is None:
+            return self.key_pages[None], self.value_pages[None]
+        return self.key_pages, self.value_pages
 
     def stacked_scales(self) -> dict[str, jax.Array]:
         """key_scales and value_scales with a layer axis, by name: what a kernel takes beside the pools. Maybe none."""

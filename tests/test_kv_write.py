@@ -306,11 +306,3 @@ def test_batch_that_does_not_divide_over_data_is_refused():
     new = jnp.zeros((3, 4, 128))
     with pytest.raises(ValueError, match=r"key\.shape\[0\]=3.*multiple of the mesh's data size 2"):
         pd.append_kv(cache, new, new, jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), jnp.int32))
-
-
-def test_context_axis_is_not_in_this_release():
-    spec = pd.CacheSpec(4, 128, 16)
-    cache = pd.PagedKVCache.create(spec, pod(shape=(2, 2, 2)))
-    new = jnp.zeros((2, 4, 128))
-    with pytest.raises(NotImplementedError, match="context axis of size 2"):
-        pd.append_kv(cache, new, new, jnp.zeros(2, jnp.int32), jnp.zeros((2, 4), jnp.int32))

@@ -212,14 +212,8 @@ def test_every_weight_is_split_over_the_chips_that_read_it(layers):
     assert {name for name, n in chips.items() if n == 4} == {"wo", "w_gate", "w_up", "w_down"}
 
 
-# Not strict, and to be dropped with the refusal: main() as it is called by a reader is the case of 4.
-NO_CONTEXT_YET = pytest.mark.xfail(raises=NotImplementedError, reason="PageAllocator refuses a context axis")
-
-
 @BOTH
-@pytest.mark.parametrize(
-    "model_parallelism", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=NO_CONTEXT_YET)]
-)
+@pytest.mark.parametrize("model_parallelism", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_examples_run_as_they_are(layers, model_parallelism, capsys):
     out = layers.module.main(steps=2, model_parallelism=model_parallelism)
     assert out.shape == (4 * 8 // model_parallelism, 256) and np.isfinite(np.asarray(out, np.float32)).all()

@@ -84,7 +84,9 @@ class Both:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
 def test_random_calls_never_show_a_row_another_rows_tokens(data, context, seed):
     rng = random.Random(1000 * seed + 10 * data + context)
-    make = lambda: allocator(data, context, rows=6 * data, columns=2 * context + 3, pages=data * context * (9 + 8 // context))
+    make = lambda: allocator(
+        data, context, rows=6 * data, columns=2 * context + 3, pages=data * context * (9 + 8 // context)
+    )
     a, twin = make(), make()
     both = Both(a, twin)
     w = Written(a)

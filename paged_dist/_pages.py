@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -131,22 +131,38 @@ class Pages:
         if entry is not None:
             del self._found[self._key(page, entry)]
 
-    def cache(self, page: int, entry: Entry) -> None:
-        """Makes a free page a cached one with that content."""
-        free = self._free[self.shard_of(page)]
-        free.remove(page)
-        heapq.heapify(free)
+    def cache(self, shard: int, entry: Entry) -> int:
+        """The lowest free page of `shard` as a cached one with that content; there must be a free one."""
+        page = heapq.heappop(self._free[shard])
         self.remember(page, entry)
         self._retire(page)
+        return page
+
+    def touch(self, page: int) -> None:
+        """Makes a cached page the most recently used."""
+        self._cached[self.shard_of(page)].pop(page)
+        self._retire(page)
+
+    def load(self, holders: dict[int, int], known: Iterable[tuple[int, Entry]], cached: Iterable[int]) -> None:
+        """The state of other pages, of which none was taken yet: how many hold each, what they hold, who is cached."""
+        for page, count in holders.items():
+            self.holders[page] = count
+        for page, entry in known:
+            self.remember(page, entry)
+        cached = list(cached)
+        taken = holders.keys() | set(cached)
+        self._free = [[page for page in free if page not in taken] for free in self._free]
+        for page in cached:
+            self._retire(page)
 
     def _key(self, page: int, entry: Entry) -> tuple[int, int, bytes]:
         return self.shard_of(page) // self.context, entry.first, entry.digest
 
     # Over all.
 
-    def lowest_free(self, shard: int) -> int | None:
-        """The free page of `shard` that `take` would give; None where it would give a cached one, or none."""
-        return self._free[shard][0] if self._free[shard] else None
+    def num_free(self, shard: int) -> int:
+        """Free pages of `shard`, cached ones not counted."""
+        return len(self._free[shard])
 
     def cached(self) -> list[int]:
         """All cached pages, the least recently used first."""

@@ -482,7 +482,182 @@ class PageAllocator:
                     best = PrefixMatch(shard, len(pages) * self._page_size, tuple(pages), entries)
         return best
 
+    # Elsewhere.
+
+    def moved(
+        self,
+        spec: CacheSpec,
+        mesh: Mesh | AbstractMesh,
+        *,
+        num_sequences: int | None = None,
+        axes: MeshAxes = MeshAxes(),
+    ) -> tuple[PageAllocator, np.ndarray]:
+        """The same sequences, in the same rows, in the pages of another pool size or mesh shape.
+
+        Pages stay shared where their rows are on one data shard still, and are doubled where not. Cached prefixes come
+        along while they fit, the most recently used first.
+
+        Args:
+          spec: as this one's but for num_pages.
+          mesh, axes: where the pages will be.
+          num_sequences: B there, at least this one's; default: this one's.
+
+        Returns:
+          (the new allocator, moves): moves [m, 2] int32 (page here, page there), each page there once, ascending.
+          This allocator is as it was.
+
+        Raises:
+          ValueError: a spec that differs in more, sizes that do not divide over the mesh, or copies that are due:
+            `take_copies` and make them first.
+          OutOfPages: the sequences do not fit.
+        """
+        _check_same(self.spec, spec)
+        require(
+            not self._copies, "copies due", len(self._copies), "must be made first", "copy_pages(..., take_copies())"
+        )
+        rows = self.num_sequences if num_sequences is None else _whole("num_sequences", num_sequences)
+        rule = f"must be at least the {self.num_sequences} there are: rows keep their numbers"
+        require(rows >= self.num_sequences, "num_sequences", rows, rule)
+        new = PageAllocator(spec, mesh, rows, self.pages_per_sequence, axes=axes)
+        came_from: dict[int, int] = {}  # page there -> page here
+        self._move_rows(new, came_from)
+        self._move_prefixes(new, came_from)
+        moves = [(page, to) for to, page in sorted(came_from.items())]
+        return new, np.array(moves, np.int32).reshape(-1, 2)
+
+    def to_state(self) -> dict:
+        """The sequences and cached prefixes as numbers, strings and lists: what JSON can hold. See `from_state`.
+
+        Raises:
+          ValueError: copies are due, see `take_copies`.
+        """
+        require(
+            not self._copies, "copies due", len(self._copies), "must be made first", "copy_pages(..., take_copies())"
+        )
+        held = zip(self._lengths, self._row_pages, strict=True)
+        return {
+            "num_sequences": self.num_sequences,
+            "pages_per_sequence": self.pages_per_sequence,
+            "data": self.num_shards,
+            "context": self.num_context_shards,
+            "rows": [None if pages is None else [length, list(pages)] for length, pages in held],
+            "known": [[p, e.first, e.index, e.digest.hex(), e.parent.hex()] for p, e in self._pages.entries()],
+            "cached": self._pages.cached(),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict, spec: CacheSpec) -> PageAllocator:
+        """The allocator that `to_state` told of, over a mesh of the same data and context sizes.
+
+        Raises:
+          ValueError: a state that no allocator of `spec` can be in.
+        """
+        try:
+            sizes = {name: state[name] for name in ("data", "context", "num_sequences", "pages_per_sequence")}
+            mesh = AbstractMesh((sizes["data"], sizes["context"], 1), ("data", "context", "model"))
+            made = cls(spec, mesh, sizes["num_sequences"], sizes["pages_per_sequence"])
+            made._load(state)
+        except (KeyError, TypeError, IndexError, AttributeError) as e:
+            raise bad_value("state", f"{type(e).__name__}: {e}", "is not what to_state() gives") from e
+        return made
+
     # How.
+
+    def _load(self, state: dict) -> None:
+        """Takes over a state. Raises ValueError where it contradicts itself, KeyError and the like where it is none."""
+        holds = lambda condition, what: require(bool(condition), "state", what, "is not what to_state() gives")
+        holds(len(state["rows"]) == self.num_sequences, f"{len(state['rows'])} rows")
+        holders: collections.Counter[int] = collections.Counter()
+        C, each = self.num_context_shards, self._pages.per_shard
+        for row, held in enumerate(state["rows"]):
+            if held is None:
+                continue
+            length, pages = held
+            holds(0 <= length <= self.max_tokens and len(pages) == self.pages_for(length), f"row {row}: {held}")
+            base, first = row // self.rows_per_shard * C, pages[0] // each if pages else 0
+            turn = [base + (first - base + i) % C for i in range(len(pages))]
+            holds([page // each for page in pages] == turn, f"row {row} with the pages {pages}")
+            self._lengths[row], self._row_pages[row] = _whole("state", length), [_whole("state", p) for p in pages]
+            self._table[row, : len(pages)] = pages
+            holders.update(pages)
+        known = {
+            _whole("state", p): Entry(f, i, bytes.fromhex(d), bytes.fromhex(q)) for p, f, i, d, q in state["known"]
+        }
+        cached = state["cached"]
+        is_cached = set(cached)
+        for page, entry in known.items():
+            on_its_turn = 0 <= page < self.spec.num_pages and page // each % C == (entry.first + entry.index) % C
+            holds(on_its_turn and (page in holders) != (page in is_cached), f"page {page}, known as {entry}")
+        holds(len(is_cached) == len(cached) and is_cached <= known.keys(), f"cached pages {cached}")
+        self._pages.load(holders, known.items(), cached)
+        holds(len(self._pages.entries()) == len(known), "two pages of one content")
+
+    def _move_rows(self, new: PageAllocator, came_from: dict[int, int]) -> None:
+        """Gives `new` this one's sequences."""
+        C, stays = new.num_context_shards, (self.num_shards, self.num_context_shards) == _sizes(new)
+        gone_to: dict[tuple[int, int], int] = {}  # (page here, data shard there) -> page there
+        for row, pages in enumerate(self._row_pages):
+            if pages is None:
+                continue
+            shard = row // new.rows_per_shard
+            there = [gone_to.get((page, shard)) for page in pages]
+            if not pages:
+                first = 0
+            elif there[0] is not None:
+                first = new._pages.shard_of(there[0]) % C
+            elif stays:  # so that each shard's pages stay on it
+                first = self._pages.shard_of(pages[0]) % C
+            else:
+                first = new._next_shards(row, (), len(pages), collections.Counter())[0] % C
+            shards = [shard * C + (first + i) % C for i in range(len(pages))]
+            there = [
+                p if p is not None and new._pages.shard_of(p) == r else None for p, r in zip(there, shards, strict=True)
+            ]
+            asked = collections.Counter(r for p, r in zip(there, shards, strict=True) if p is None)
+            new._check_room(asked, f"row {row} on")
+            for i, page in enumerate(pages):
+                if there[i] is None:
+                    there[i] = new._pages.take(shards[i])
+                    gone_to[page, shard], came_from[there[i]] = there[i], page
+                else:
+                    new._pages.hold(there[i])
+                entry = self._pages.entry(page)
+                if entry is not None:
+                    new._pages.remember(there[i], entry._replace(first=first))
+            new._row_pages[row] = there
+            new._table[row, : len(there)] = there
+            new._set_length(row, self._lengths[row])
+
+    def _move_prefixes(self, new: PageAllocator, came_from: dict[int, int]) -> None:
+        """Gives `new` the cached prefixes that no sequence holds, as long as there are free pages."""
+        C, gone_to = new.num_context_shards, {}
+        for last in reversed(self._pages.cached()):
+            shard = self._pages.shard_of(last) // self.num_context_shards
+            chain, page = [], last
+            while page is not None:
+                entry = self._pages.entry(page)
+                chain.append((page, entry))
+                page = self._pages.find(shard, entry.first, entry.parent) if entry.parent else None
+            if chain[-1][1].index != 0:
+                continue  # what leads to it went before: nobody can find it
+            to, root = shard * new.num_shards // self.num_shards, chain[-1][1].digest
+            free = [new._pages.num_free(to * C + c) for c in range(C)]
+            found = [c for c in range(C) if new._pages.find(to, c, root) is not None]
+            first = found[0] if found else max(range(C), key=lambda c: free[c])
+            missing = [
+                (page, entry._replace(first=first))
+                for page, entry in reversed(chain)
+                if new._pages.find(to, first, entry.digest) is None
+            ]
+            place = lambda entry, to=to: to * C + (entry.first + entry.index) % C
+            needed = collections.Counter(place(entry) for _, entry in missing)
+            if all(count <= new._pages.num_free(r) for r, count in needed.items()):
+                for page, entry in missing:
+                    gone_to[page] = new._pages.cache(place(entry), entry)
+                    came_from[gone_to[page]] = page
+        for page in self._pages.cached():  # in the order in which they were used
+            if page in gone_to:
+                new._pages.touch(gone_to[page])
 
     def _check_row(self, row: int) -> None:
         _whole("row", row)
@@ -656,6 +831,16 @@ class PageAllocator:
         if self._lengths[row] != length:
             self._lengths[row] = length
             self._lengths_out = None
+
+
+def _sizes(allocator: PageAllocator) -> tuple[int, int]:
+    return allocator.num_shards, allocator.num_context_shards
+
+
+def _check_same(old: CacheSpec, new: CacheSpec) -> None:
+    """Raises ValueError unless two specs differ in their number of pages alone."""
+    same = dataclasses.replace(new, num_pages=old.num_pages) == old
+    require(same, "spec", new, f"must be {old} but for num_pages")
 
 
 def _token_ids(token_ids: np.ndarray | Sequence[int]) -> np.ndarray:

@@ -1,0 +1,95 @@
+"""Pages on their way: some of each shard's, gathered into a staging cache and written from one, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paged_dist._shard import Implementation, interpret_of, run_sharded
+from paged_dist.cache import PagedKVCache
+from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels.kv_cache_update.copy import copy_stored_pages
+from paged_dist.mesh import MeshAxes
+from paged_dist.spec import CacheSpec
+
+
+def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
+    """Shards of a pool's pages: data x context."""
+    return axes.size(mesh, "data") * axes.size(mesh, "context")
+
+
+def round_slots(spec: CacheSpec, slots: int) -> int:
+    """`slots` pages a shard, rounded up to what a cache of `spec` may have."""
+    unit = math.lcm(SUBLANES * LANES, spec.page_size) // spec.page_size if spec.is_quantized else 1
+    return -(-slots // unit) * unit
+
+
+def staging_spec(spec: CacheSpec, shards: int, slots: int) -> CacheSpec:
+    """The spec of a cache with `slots` pages on each shard."""
+    return dataclasses.replace(spec, num_pages=shards * slots)
+
+
+def pairs(lists: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of each shard, [n, 2], padded to one length: ([shards, length, 2], [shards]) int32."""
+    made = np.zeros((len(lists), max(1, length), 2), np.int32)
+    for shard, some in zip(made, lists, strict=True):
+        shard[: len(some)] = some
+    return made, np.array([len(some) for some in lists], np.int32)
+
+
+def put(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    """A global array from every process's own copy of it."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+def copy_between(
+    into: PagedKVCache,
+    source: PagedKVCache,
+    lists: list[np.ndarray],
+    length: int,
+    *,
+    axes: MeshAxes,
+    implementation: Implementation = None,
+) -> PagedKVCache:
+    """`into`, donated, with pages of `source`: two caches of one mesh that differ in their number of pages.
+
+    Args:
+      lists: of each page shard [n, 2] int32, local ids: page of source, page of into.
+      length: the most that any shard's list may have, over all calls that are to share a program.
+    """
+    copies, counts = pairs(lists, length)
+    at = P(axes.pages or None)
+    copies, counts = (put(x, into.mesh, P(*at, *(None,) * (x.ndim - 1))) for x in (copies, counts))
+    return _copy_between(into, source, copies, counts, axes=axes, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "implementation"), donate_argnames="into")
+def _copy_between(into, source, copies, counts, *, axes, implementation):
+    def local(into, source, copies, counts):
+        pools, sources = ((*c.stacked_pages(), *c.stacked_scales().values()) for c in (into, source))
+        interpret = interpret_of(implementation)
+        made = copy_stored_pages(pools, copies[0], counts[0], into.spec.page_size, interpret, sources=sources)
+        return into.with_pools(*made)
+
+    pools, pages = into.partition_specs(axes), axes.pages or None
+    specs = (pools, source.partition_specs(axes), P(pages, None, None), P(pages))
+    return run_sharded(local, into.mesh, specs, pools, into, source, copies, counts)
+
+
+def without_smoothing(cache: PagedKVCache) -> PagedKVCache:
+    """The pages and scales alone."""
+    return dataclasses.replace(cache, key_smoothing=None)
+
+
+def zeros_like_cache(spec: CacheSpec, mesh: Mesh, axes: MeshAxes) -> PagedKVCache:
+    """`PagedKVCache.create`, without its warnings: the cache it comes from had them."""
+    made = PagedKVCache.abstract(spec, mesh, axes=axes)
+    shardings = PagedKVCache.shardings(spec, mesh, axes=axes)
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made), out_shardings=shardings)()

@@ -1,0 +1,193 @@
+"""Move: live pages to a pool of another size, or to another mesh, a bounded part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paged_dist._errors import bad_value, require
+from paged_dist._shard import run_sharded
+from paged_dist._staging import (
+    copy_between,
+    page_shards,
+    round_slots,
+    staging_spec,
+    without_smoothing,
+    zeros_like_cache,
+)
+from paged_dist.allocator import PageAllocator
+from paged_dist.cache import PagedKVCache
+from paged_dist.mesh import MeshAxes
+
+CHUNK_BYTES = 64 << 20  # of pages that are on their way at once, on each device
+
+
+def resize(
+    cache: PagedKVCache, num_pages: int, allocator: PageAllocator, *, axes: MeshAxes = MeshAxes()
+) -> tuple[PagedKVCache, PageAllocator]:
+    """The live pages in a pool of `num_pages`, on the same mesh: for more or fewer sequences than were planned.
+
+    Page ids change, for shard r owns [r * n, (r + 1) * n): use the new allocator's tables. Each shard copies its own
+    pages, nothing crosses a link. Both pools are in memory until `cache` is dropped.
+
+    Args:
+      cache: as it is; its pages that no sequence holds and no prompt may begin with are left behind.
+      num_pages: N of the new pool, over all shards.
+      allocator: the pages' owner, of which nothing changes; its copies that are due must be made first.
+      axes: which mesh axes are data, context and model.
+
+    Returns:
+      (cache, allocator) of the new pool; what no live page fills is zeros.
+
+    Raises:
+      ValueError: sizes that do not divide over the mesh, an allocator of another cache, or copies that are due.
+      OutOfPages: the live pages of a shard do not fit. Nothing is moved then.
+    """
+    mesh = _mesh_of(cache, allocator, axes)
+    spec = dataclasses.replace(cache.spec, num_pages=num_pages)
+    new, moves = allocator.moved(spec, mesh, axes=axes)
+    shards = page_shards(mesh, axes)
+    here, there = cache.spec.num_pages // shards, num_pages // shards
+    if (moves[:, 0] // here != moves[:, 1] // there).any():  # a prefix went to another context shard
+        return _reshard(cache, spec, mesh, new, moves, axes, axes, CHUNK_BYTES), new
+    lists = [moves[moves[:, 1] // there == r] - np.array([r * here, r * there], np.int32) for r in range(shards)]
+    made = copy_between(
+        zeros_like_cache(spec, mesh, axes), without_smoothing(cache), lists, max(map(len, lists)), axes=axes
+    )
+    return dataclasses.replace(made, key_smoothing=cache.key_smoothing), new
+
+
+def reshard(
+    cache: PagedKVCache,
+    allocator: PageAllocator,
+    new_mesh: Mesh,
+    *,
+    num_pages: int | None = None,
+    num_sequences: int | None = None,
+    axes: MeshAxes = MeshAxes(),
+    new_axes: MeshAxes | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[PagedKVCache, PageAllocator]:
+    """The live pages on another mesh: another shape over the same devices, or other devices (prefill to decode pod).
+
+    Pages go in chunks: every shard stages some for each shard of the new mesh, one exchange brings them there, each
+    shard writes them into its pool. So no device and no host holds a whole pool, but where both meshes have a device,
+    it holds its parts of both caches, and about `chunk_bytes` twice. All chunks run one program.
+
+    Args:
+      cache, allocator: as they are; see `resize`.
+      new_mesh: the devices and the shape. Over other devices than the cache's every device must be this process's: a
+        mesh of other processes takes `save` and `restore`.
+      num_pages, num_sequences: of the new pool and batch; default: as before.
+      axes, new_axes: which mesh axes are data, context and model, here and there; new_axes None: as here.
+      chunk_bytes: what each device stages at once; at least a page for each shard of the other side.
+
+    Returns:
+      (cache, allocator) on the new mesh: the same rows and lengths, other page ids.
+
+    Raises:
+      ValueError: sizes that do not divide over the new mesh, an allocator of another cache, copies that are due, or
+        other devices in a run of several processes.
+      OutOfPages: the live pages do not fit. Nothing is moved then.
+    """
+    new_axes = axes if new_axes is None else new_axes
+    mesh = _mesh_of(cache, allocator, axes)
+    require(isinstance(new_mesh, Mesh), "new_mesh", new_mesh, "must be a jax.sharding.Mesh: it has devices")
+    require(chunk_bytes >= 1, "chunk_bytes", chunk_bytes, "must be at least 1")
+    if set(mesh.devices.flat) != set(new_mesh.devices.flat) and jax.process_count() > 1:
+        works = "save() from this mesh and restore() on that one"
+        raise bad_value("new_mesh", dict(new_mesh.shape), "is of other devices, in a run of several processes", works)
+    spec = cache.spec if num_pages is None else dataclasses.replace(cache.spec, num_pages=num_pages)
+    new, moves = allocator.moved(spec, new_mesh, num_sequences=num_sequences, axes=new_axes)
+    return _reshard(cache, spec, new_mesh, new, moves, axes, new_axes, chunk_bytes), new
+
+
+def _mesh_of(cache: PagedKVCache, allocator: PageAllocator, axes: MeshAxes) -> Mesh:
+    """The mesh of a cache that `allocator` gives the pages of."""
+    mesh = cache.mesh
+    require(
+        isinstance(mesh, Mesh), "cache.mesh", mesh, "must be a jax.sharding.Mesh", "PagedKVCache.create(spec, mesh)"
+    )
+    require(allocator.spec == cache.spec, "allocator.spec", allocator.spec, f"must be the cache's, {cache.spec}")
+    sizes = tuple(axes.size(mesh, part) for part in ("data", "context"))
+    has = allocator.num_shards, allocator.num_context_shards
+    require(has == sizes, "allocator", has, f"must have the data and context sizes of the cache's mesh, {sizes}")
+    return mesh
+
+
+def _reshard(cache, spec, mesh: Mesh, new, moves: np.ndarray, axes, new_axes, chunk_bytes: int) -> PagedKVCache:
+    sides = (cache.mesh, axes, cache.spec), (mesh, new_axes, spec)
+    S, T = (page_shards(*side[:2]) for side in sides)
+    each = [side[2].num_pages // n for side, n in zip(sides, (S, T), strict=True)]
+    # A slot for each of q pages of each pair of shards: axis 0 of the pages is the source, axis 1 the destination.
+    by_pair = [[_between(moves, each, s, t) for t in range(T)] for s in range(S)]
+    longest = max(len(pair) for row in by_pair for pair in row)
+    a_page = [spec.bytes_per_token * spec.page_size // side[1].size(side[0], "model") for side in sides]
+    q = max(1, min(longest, chunk_bytes // max(T * a_page[0], S * a_page[1])))
+    q = round_slots(spec, q)
+    made = zeros_like_cache(spec, mesh, new_axes)
+    for begin in range(0, longest, q):
+        part = [[pair[begin : begin + q] for pair in row] for row in by_pair]
+        slots = lambda pairs, column: [
+            np.stack([pair[:, column], i * q + np.arange(len(pair))], axis=1) for i, pair in enumerate(pairs)
+        ]
+        leaving = [np.concatenate(slots(row, 0)) for row in part]
+        arriving = [np.concatenate(slots([row[t] for row in part], 1))[:, ::-1] for t in range(T)]
+        staged = zeros_like_cache(staging_spec(spec, S, T * q), cache.mesh, axes)
+        staged = copy_between(staged, without_smoothing(cache), leaving, T * q, axes=axes)
+        staged = _exchange(staged, mesh, S, T, q, axes, new_axes)
+        made = copy_between(made, staged, arriving, S * q, axes=new_axes)
+        jax.block_until_ready(made)  # or the next chunks' staging would pile up
+    smoothing = cache.key_smoothing
+    if smoothing is not None:
+        smoothing = jax.device_put(smoothing, NamedSharding(mesh, spec.key_smoothing_partition_spec(new_axes)))
+    return dataclasses.replace(made, key_smoothing=smoothing)
+
+
+def _between(moves: np.ndarray, each: list[int], source: int, to: int) -> np.ndarray:
+    """[n, 2] int32: the local ids of what moves from one shard to another."""
+    owners = moves // np.array(each, np.int32)
+    return moves[(owners == (source, to)).all(axis=1)] % np.array(each, np.int32)
+
+
+def _exchange(staged: PagedKVCache, mesh: Mesh, S: int, T: int, q: int, axes, new_axes) -> PagedKVCache:
+    """Slots [S, T, q] of pages, split over S source shards, as slots [S, T, q] split over T destination shards.
+
+    On the same devices that is an all-to-all, between others a copy of each part.
+    """
+    apart = _regroup(without_smoothing(staged), mesh=staged.mesh, axes=axes, parts=T, arriving=False)
+    at = jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), apart, _slots(staged, new_axes, arriving=True))
+    there = jax.device_put(apart, at)
+    spec = staging_spec(staged.spec, T, S * q)
+    return _regroup(dataclasses.replace(there, spec=spec, mesh=mesh), mesh=mesh, axes=new_axes, parts=S, arriving=True)
+
+
+def _slots(cache: PagedKVCache, axes: MeshAxes, *, arriving: bool) -> PagedKVCache:
+    """The PartitionSpec of each array once its pages have three axes, [S, T, q]."""
+
+    def spec(pages: P) -> P:  # [..., model, pages, ...], whatever the array
+        axis = len(cache.spec._layers) + 1
+        both = (None, axes.pages or None) if arriving else (axes.pages or None, None)
+        return P(*tuple(pages)[:axis], *both, *(None,) * (len(pages) - axis))
+
+    return jax.tree.map(spec, cache.partition_specs(axes), is_leaf=lambda x: isinstance(x, P))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "parts", "arriving"))
+def _regroup(cache, *, mesh, axes, parts, arriving):
+    """A shard's slots [parts * q] as [1, parts, q], or on arrival [parts, 1, q] as [parts * q]."""
+    axis = len(cache.spec._layers) + 1
+
+    def local(cache):
+        if arriving:
+            return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :]), cache)
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], 1, parts, -1, *x.shape[axis + 1 :]), cache)
+
+    slots, pages = _slots(cache, axes, arriving=arriving), cache.partition_specs(axes)
+    in_specs, out_specs = (slots, pages) if arriving else (pages, slots)
+    return run_sharded(local, mesh, (in_specs,), out_specs, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from typing import NamedTuple
@@ -132,15 +133,27 @@ def collectives(hlo: str) -> list[Collective]:
     return found
 
 
+_MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+
 def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
     """The replica groups of an instruction, which XLA writes in one of four ways."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}"
+    if match := re.search(mesh, text):
+        numbers = lambda x: [int(n) for n in x.split(",")]
         sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        axes = re.findall(r"'([^']+)'", match[2])
-        ids = np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values())
-        where = [list(sizes).index(axis) for axis in axes]
-        if "device_ids" not in match[1] and "(" not in match[2]:
-            return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, _size(sizes, axes)))
+        ids = np.arange(np.prod(list(sizes.values())))
+        if match[2]:
+            ids = ids.reshape(numbers(match[2])).transpose(numbers(match[3]))
+        # 'model', or 'model':(4)2 for its part of size 2 behind one of size 4: every axis as three, before, it, behind.
+        parts = {k: (int(before or 1), int(n or sizes[k])) for k, before, n in _MESH_AXIS.findall(match[4])}
+        split = {k: parts.get(k, (1, 1)) for k in sizes}
+        ids = ids.reshape(
+            [n for k, (before, size) in split.items() for n in (before, size, sizes[k] // before // size)]
+        )
+        where = [3 * list(sizes).index(k) + 1 for k in parts]
+        within = math.prod(size for _, size in parts.values())
+        return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, within))
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims, order = ([int(n) for n in x.split(",")] if x else None for x in match.groups())
         ids = np.arange(np.prod(dims)).reshape(dims)
@@ -148,10 +161,6 @@ def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
     raise ValueError(f"the groups of {name} are in a form that is not known: {text[:200]}")
-
-
-def _size(sizes: dict[str, int], axes: list[str]) -> int:
-    return int(np.prod([sizes[axis] for axis in axes]))
 
 
 def _as_groups(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:

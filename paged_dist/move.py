@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -124,12 +126,13 @@ def _reshard(cache, spec, mesh: Mesh, new, moves: np.ndarray, axes, new_axes, ch
     sides = (cache.mesh, axes, cache.spec), (mesh, new_axes, spec)
     S, T = (page_shards(*side[:2]) for side in sides)
     each = [side[2].num_pages // n for side, n in zip(sides, (S, T), strict=True)]
-    # A slot for each of q pages of each pair of shards: axis 0 of the pages is the source, axis 1 the destination.
+    # A slot for each of q pages of each pair of shards: on its way slot t * q + i of s becomes slot s * q + i of t.
     by_pair = [[_between(moves, each, s, t) for t in range(T)] for s in range(S)]
     longest = max(len(pair) for row in by_pair for pair in row)
     a_page = [spec.bytes_per_token * spec.page_size // side[1].size(side[0], "model") for side in sides]
     q = max(1, min(longest, chunk_bytes // max(T * a_page[0], S * a_page[1])))
-    q = round_slots(spec, q)
+    unit = S // math.gcd(S, T)  # T * q slots are dealt out to S shards
+    q = round_slots(spec, -(-q // unit)) * unit
     made = zeros_like_cache(spec, mesh, new_axes)
     for begin in range(0, longest, q):
         part = [[pair[begin : begin + q] for pair in row] for row in by_pair]
@@ -156,38 +159,46 @@ def _between(moves: np.ndarray, each: list[int], source: int, to: int) -> np.nda
 
 
 def _exchange(staged: PagedKVCache, mesh: Mesh, S: int, T: int, q: int, axes, new_axes) -> PagedKVCache:
-    """Slots [S, T, q] of pages, split over S source shards, as slots [S, T, q] split over T destination shards.
+    """W = T * q slots of pages on each of S source shards, as S * q on each of T destination shards of `mesh`.
 
-    On the same devices that is an all-to-all, between others a copy of each part.
+    An all-to-all between the source's page shards, W / S slots of every other to each, which leaves no more to do than
+    another split of the same axes: left to XLA as one step it would gather all of a chunk on each device.
     """
-    apart = _regroup(without_smoothing(staged), mesh=staged.mesh, axes=axes, parts=T, arriving=False)
-    at = jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), apart, _slots(staged, new_axes, arriving=True))
-    there = jax.device_put(apart, at)
+    apart = _leave(without_smoothing(staged), mesh=staged.mesh, axes=axes, shards=S)
+    specs = _slot_specs(staged, new_axes)
+    there = jax.device_put(apart, jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), apart, specs))
     spec = staging_spec(staged.spec, T, S * q)
-    return _regroup(dataclasses.replace(there, spec=spec, mesh=mesh), mesh=mesh, axes=new_axes, parts=S, arriving=True)
+    return _arrive(dataclasses.replace(there, spec=spec, mesh=mesh), mesh=mesh, axes=new_axes)
 
 
-def _slots(cache: PagedKVCache, axes: MeshAxes, *, arriving: bool) -> PagedKVCache:
-    """The PartitionSpec of each array once its pages have three axes, [S, T, q]."""
-
-    def spec(pages: P) -> P:  # [..., model, pages, ...], whatever the array
-        axis = len(cache.spec._layers) + 1
-        both = (None, axes.pages or None) if arriving else (axes.pages or None, None)
-        return P(*tuple(pages)[:axis], *both, *(None,) * (len(pages) - axis))
-
-    return jax.tree.map(spec, cache.partition_specs(axes), is_leaf=lambda x: isinstance(x, P))
+def _page_axis(cache: PagedKVCache) -> int:
+    """Where an array's pages are, or its rows of scales."""
+    return 1 if cache.spec.num_layers is None else 2
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axes", "parts", "arriving"))
-def _regroup(cache, *, mesh, axes, parts, arriving):
-    """A shard's slots [parts * q] as [1, parts, q], or on arrival [parts, 1, q] as [parts * q]."""
-    axis = len(cache.spec._layers) + 1
+def _slot_specs(cache: PagedKVCache, axes: MeshAxes) -> PagedKVCache:
+    """The PartitionSpec of each array once its pages have two axes: [S, W], W split."""
+    axis = _page_axis(cache)
+    specs = cache.partition_specs(axes)
+    return jax.tree.map(lambda p: P(*p[:axis], None, *p[axis:]), specs, is_leaf=lambda x: isinstance(x, P))
 
-    def local(cache):
-        if arriving:
-            return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 3 :]), cache)
-        return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], 1, parts, -1, *x.shape[axis + 1 :]), cache)
 
-    slots, pages = _slots(cache, axes, arriving=arriving), cache.partition_specs(axes)
-    in_specs, out_specs = (slots, pages) if arriving else (pages, slots)
-    return run_sharded(local, mesh, (in_specs,), out_specs, cache)
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "shards"))
+def _leave(cache, *, mesh, axes, shards):
+    axis, names = _page_axis(cache), axes.pages
+
+    def local(x):
+        if shards > 1:
+            x = lax.all_to_all(x, names, axis, axis, tiled=True)
+        return x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+
+    each = functools.partial(jax.tree.map, local)
+    return run_sharded(each, mesh, (cache.partition_specs(axes),), _slot_specs(cache, axes), cache)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axes"))
+def _arrive(cache, *, mesh, axes):
+    axis = _page_axis(cache)
+    join = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    each = functools.partial(jax.tree.map, join)
+    return run_sharded(each, mesh, (_slot_specs(cache, axes),), cache.partition_specs(axes), cache)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from context_cases import pod
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
-from paged_dist import move
+from paged_dist import _staging, move
+from paged_dist._compat import lowering_for
 
 
 def bits(x) -> np.ndarray:
@@ -28,14 +33,14 @@ def fill(spec: pd.CacheSpec, mesh, rows: int, columns: int, seed=0):
     """(cache of random numbers in live pages and NaN or all ones in others, allocator), forks and prefixes among it."""
     rng = np.random.default_rng(seed)
     pages = pd.PageAllocator(spec, mesh, rows, columns)
-    P, per = spec.page_size, pages.rows_per_shard
+    size, per = spec.page_size, pages.rows_per_shard
     for row in range(rows):
         if row % per != 1 or per == 1:
-            pages.allocate(row, int(rng.integers(0, columns * P + 1)))
+            pages.allocate(row, int(rng.integers(0, columns * size + 1)))
     if per > 1:
         pages.fork(0, 1)
     ended = per - 1
-    if pages.lengths[ended] >= P and ended > 1:
+    if pages.lengths[ended] >= size and ended > 1:
         pages.cache_prefix(ended, range(int(pages.lengths[ended])))
         pages.free(ended)
     abstract = pd.PagedKVCache.abstract(spec, mesh, key_smoothing=spec.is_quantized)
@@ -257,3 +262,55 @@ def test_copies_that_are_due_come_first():
     pages.grow(1)
     with pytest.raises(ValueError, match=r"copies due=1: must be made first.*take_copies"):
         pd.resize(pd.PagedKVCache.create(spec, mesh), 128, pages)
+
+
+@aot.needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [
+        ("v6e:8x8", dict(dtype="int8", num_layers=4)),
+        pytest.param("v5p:4x4x4", dict(dtype="bfloat16", num_layers=4), marks=pytest.mark.slow),
+        pytest.param("v5e:8x8", dict(dtype="float8_e4m3fn", page_size=64), marks=pytest.mark.slow),
+        pytest.param("v4:4x4x4", dict(dtype="int8", head_dim=64), marks=pytest.mark.slow),
+    ],
+)
+def test_a_pods_programs_stage_a_chunk_and_hold_no_pool(topology, shape):
+    """data 2 x context 4 x model 8 to 8 x 2 x 4: what leaves, the exchange, and what arrives."""
+    old = pd.make_pod_mesh(data=2, context=4, model=8, topology=topology)
+    new = Mesh(old.devices.reshape(8, 2, 4), old.axis_names)
+    axes, (S, T, q) = pd.MeshAxes(), (8, 16, 16)
+    spec = pd.CacheSpec(**dict(num_kv_heads=8, head_dim=128, num_pages=4096 * T) | shape)
+    pool = min(spec.bytes_per_chip(mesh) for mesh in (old, new))
+    whole = lambda compiled: aot.values_as_large_as(compiled.as_text(), pool // 16)
+    at = lambda mesh, x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, P(axes.pages, *(None,) * (x.ndim - 1)))
+    )
+    caches = [pd.PagedKVCache.abstract(spec, mesh) for mesh in (old, new)]
+    leaving = pd.PagedKVCache.abstract(_staging.staging_spec(spec, S, T * q), old)
+    arriving = pd.PagedKVCache.abstract(_staging.staging_spec(spec, T, S * q), new)
+    staged = leaving.spec.bytes_per_chip(old)
+    assert staged < pool / 16
+    for mesh, into, source, shards in ((old, leaving, caches[0], S), (new, caches[1], arriving, T)):
+        lists = [at(mesh, np.zeros(s, np.int32)) for s in ((shards, S * T * q // shards, 2), (shards,))]
+        with lowering_for(mesh):
+            compiled = _staging._copy_between.lower(into, source, *lists, axes=axes, implementation=None).compile()
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= into.spec.bytes_per_chip(mesh), "written in place"
+        assert (
+            memory.temp_size_in_bytes <= staged and whole(compiled) == [] and aot.collectives(compiled.as_text()) == []
+        )
+    leave = functools.partial(move._leave, mesh=old, axes=axes, shards=S)
+    specs = move._slot_specs(leaving, axes)
+    apart = jax.tree.map(
+        lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(old, p)),
+        jax.eval_shape(leave, leaving),
+        specs,
+    )
+    there = jax.tree.map(lambda p: jax.sharding.NamedSharding(new, p), specs, is_leaf=lambda x: isinstance(x, P))
+    with lowering_for(old):
+        exchange = [jax.jit(leave).lower(leaving), jax.jit(lambda c: c, out_shardings=there).lower(apart)]
+    for lowered in exchange:
+        compiled = lowered.compile()
+        assert whole(compiled) == [] and compiled.memory_analysis().temp_size_in_bytes <= 4 * staged
+        kinds = {c.kind for c in aot.collectives(compiled.as_text())}
+        assert "all-to-all" in kinds and kinds <= {"all-to-all", "collective-permute"}

@@ -21,6 +21,7 @@ from paged_dist.distributed import initialize_distributed  # noqa: E402
 from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_kv, quantize_kv  # noqa: E402
 from paged_dist.mesh import MeshAxes, make_pod_mesh  # noqa: E402
 from paged_dist.move import reshard, resize  # noqa: E402
+from paged_dist.store import restore, save  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
 
 __version__ = "0.1.0"
@@ -45,6 +46,8 @@ __all__ = [
     "quantize_kv",
     "reshard",
     "resize",
+    "restore",
+    "save",
     "sharded_paged_attention",
     "write_prefill_kv",
     "write_prefill_kv_local",

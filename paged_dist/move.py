@@ -50,7 +50,7 @@ def resize(
       ValueError: sizes that do not divide over the mesh, an allocator of another cache, or copies that are due.
       OutOfPages: the live pages of a shard do not fit. Nothing is moved then.
     """
-    mesh = _mesh_of(cache, allocator, axes)
+    mesh = mesh_of(cache, allocator, axes)
     spec = dataclasses.replace(cache.spec, num_pages=num_pages)
     new, moves = allocator.moved(spec, mesh, axes=axes)
     shards = page_shards(mesh, axes)
@@ -98,7 +98,7 @@ def reshard(
       OutOfPages: the live pages do not fit. Nothing is moved then.
     """
     new_axes = axes if new_axes is None else new_axes
-    mesh = _mesh_of(cache, allocator, axes)
+    mesh = mesh_of(cache, allocator, axes)
     require(isinstance(new_mesh, Mesh), "new_mesh", new_mesh, "must be a jax.sharding.Mesh: it has devices")
     require(chunk_bytes >= 1, "chunk_bytes", chunk_bytes, "must be at least 1")
     if set(mesh.devices.flat) != set(new_mesh.devices.flat) and jax.process_count() > 1:
@@ -109,7 +109,7 @@ def reshard(
     return _reshard(cache, spec, new_mesh, new, moves, axes, new_axes, chunk_bytes), new
 
 
-def _mesh_of(cache: PagedKVCache, allocator: PageAllocator, axes: MeshAxes) -> Mesh:
+def mesh_of(cache: PagedKVCache, allocator: PageAllocator, axes: MeshAxes) -> Mesh:
     """The mesh of a cache that `allocator` gives the pages of."""
     mesh = cache.mesh
     require(

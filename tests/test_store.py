@@ -1,0 +1,222 @@
+"""Saved caches: what comes back, on which meshes, and that an interrupted or damaged save never restores wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from context_cases import pod
+from test_move import SPECS, check, contents, fill
+
+import paged_dist as pd
+from paged_dist import store
+
+
+def small(tmp_path, *, shape=(2, 2, 2), name="int8", **options):
+    """(folder, cache, allocator) of a save."""
+    spec = pd.CacheSpec(**dict(num_kv_heads=4, head_dim=128, num_pages=512) | SPECS[name])
+    cache, pages = fill(spec, pod(*shape), 8, 4)
+    folder = tmp_path / "saved"
+    pd.save(folder, cache, pages, **options)
+    return folder, cache, pages
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size=")
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("int8", (2, 2, 2), (2, 2, 2)),
+        ("layers", (2, 1, 4), (4, 1, 2)),
+        ("bf16", (1, 4, 2), (1, 1, 4)),
+        ("packed", (1, 1, 1), (2, 2, 2)),
+        ("fp8_page_64", (2, 2, 1), (1, 8, 1)),
+        *(pytest.param(name, (4, 2, 1), (2, 1, 4), marks=pytest.mark.slow) for name in SPECS),
+    ],
+)
+def test_what_was_saved_comes_back_on_another_mesh(tmp_path, name, old, new):
+    a_chunk = 3 * 4 * 128 * 128  # a few pages
+    folder, cache, pages = small(tmp_path, shape=old, name=name, chunk_bytes=a_chunk)
+    assert sorted(os.listdir(tmp_path)) == ["saved"]
+    before, digest = contents(cache, pages), pages.digest()
+    made, there = pd.restore(folder, pod(*new), num_pages=768, chunk_bytes=a_chunk)
+    check(cache, pages, made, there, before)
+    if old == new:
+        made, there = pd.restore(folder, pod(*new))
+        assert there.digest() == digest
+        check(cache, pages, made, there, before)
+    there.free(0)
+    there.allocate(0, 5)
+
+
+def test_only_live_pages_are_written(tmp_path):
+    folder, cache, pages = small(tmp_path)
+    data = sum(p.stat().st_size for p in folder.glob("pages-*.bin"))
+    assert data == len(pages.live_pages) * cache.spec.bytes_per_token * cache.spec.page_size
+    assert len(list(folder.glob("pages-*.bin"))) == 8
+
+
+def test_cached_prefixes_come_back(tmp_path):
+    spec, mesh = pd.CacheSpec(2, 128, 32, 128, "float32"), pod(1, 2, 2)
+    cache, pages = pd.PagedKVCache.create(spec, mesh), pd.PageAllocator(spec, mesh, 2, 8)
+    pages.allocate(1, 400)
+    pages.cache_prefix(1, range(400))
+    pages.free(1)
+    pd.save(tmp_path / "saved", cache, pages)
+    _, there = pd.restore(tmp_path / "saved", pod(2, 1, 2))
+    assert there.prefix_match(range(400)).num_tokens == 384
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
+    folder, cache, pages = small(tmp_path)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"folder='.*saved': exists; pass overwrite=True"):
+        pd.save(folder, cache, pages)
+    assert (folder / "manifest.json").read_bytes() == before
+    pages.free(3)
+    pd.save(folder, cache, pages, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["saved"]
+    _, there = pd.restore(folder, pod(2, 2, 2))
+    assert there.lengths.tolist() == pages.lengths.tolist() and not there.is_held(3)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over_another"])
+def test_an_interruption_at_any_call_leaves_the_old_save_or_none(tmp_path, monkeypatch, overwrite):
+    """Every fsync, mkdir and rename of a save fails once, in turn, as on a full disk."""
+    folder, cache, pages = small(tmp_path, shape=(1, 2, 1), name="layers")
+    lengths = lambda: pd.restore(folder, pod(1, 2, 1))[1].lengths.tolist()
+    old = pages.lengths.tolist()
+    if not overwrite:
+        folder = tmp_path / "other"
+    pages.free(3)
+    failed, n = 0, 0
+    while True:
+        left = [n]
+
+        def counted(real, left=left):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise OSError(28, "No space left on device")
+                return real(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as m:
+            for name in ("fsync", "mkdir", "rename"):
+                m.setattr(os, name, counted(getattr(os, name)))
+            try:
+                pd.save(folder, cache, pages, overwrite=overwrite)
+            except OSError as e:
+                assert "No space left" in str(e)
+                failed += 1
+            else:
+                break
+        names = sorted(os.listdir(tmp_path))
+        if overwrite:
+            assert names in (["saved"], ["saved", "saved.replaced"])
+            assert lengths() in (old, pages.lengths.tolist())
+        elif os.path.exists(folder):  # renamed, only the folder's own sync failed
+            assert lengths() == pages.lengths.tolist()
+            os.rename(folder, tmp_path / f"whole-{n}")
+        else:
+            assert "other.saving" not in names
+            with pytest.raises(ValueError, match="holds no finished save"):
+                pd.restore(folder, pod(1, 2, 1))
+        n += 1
+    assert failed >= 6 and lengths() == pages.lengths.tolist() != old
+
+
+def test_a_killed_save_is_no_save_and_the_next_one_clears_it_away(tmp_path):
+    folder, cache, pages = small(tmp_path, shape=(1, 2, 1), name="layers")
+    os.rename(folder, tmp_path / "saved.saving")
+    (tmp_path / "saved.saving" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no finished save: there is no manifest\.json"):
+        pd.restore(folder, pod(1, 2, 1))
+    pd.save(folder, cache, pages)
+    assert sorted(os.listdir(tmp_path)) == ["saved"]
+    os.rename(folder, tmp_path / "saved.replaced")
+    with pytest.raises(ValueError, match=r"no finished save.*saved\.replaced is the save before, rename it back"):
+        pd.restore(folder, pod(1, 2, 1))
+
+
+def flip(path, at=100):
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit of a page": (
+        lambda f: flip(f / "pages-00001-00000.bin"),
+        r"pages-00001-00000\.bin is damaged: the rec",
+    ),
+    "the last bit": (
+        lambda f: flip(f / "pages-00000-00000.bin", -1),
+        r"pages-00000-00000\.bin is damaged: the record of",
+    ),
+    "a short file": (
+        lambda f: os.truncate(f / "pages-00000-00000.bin", 1000),
+        r"pages-00000-00000\.bin is damaged: 1000 bytes, not \d+",
+    ),
+    "a missing file": (lambda f: (f / "pages-00001-00000.bin").unlink(), r"pages-00001-00000\.bin is missing"),
+    "an index": (lambda f: flip(f / "pages-00000-00000.bin.json"), r"bin\.json is damaged: it is not what was written"),
+    "the manifest": (lambda f: flip(f / "manifest.json", 200), r"manifest\.json is damaged"),
+    "half a manifest": (
+        lambda f: os.truncate(f / "manifest.json", 300),
+        r"manifest\.json is damaged: it cannot be read",
+    ),
+    "an empty manifest": (lambda f: os.truncate(f / "manifest.json", 0), r"manifest\.json is damaged"),
+    "a list for a manifest": (lambda f: (f / "manifest.json").write_text("[1]"), r"manifest\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_damaged_is_named(tmp_path, name):
+    folder, *_ = small(tmp_path, shape=(1, 2, 1), name="layers")
+    damage, says = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(ValueError, match=says):
+        pd.restore(folder, pod(1, 2, 1))
+
+
+def test_another_format_and_states_that_contradict_themselves_are_refused(tmp_path):
+    folder, *_ = small(tmp_path, shape=(1, 2, 1), name="layers")
+    path = folder / "manifest.json"
+    manifest = json.loads(json.loads(path.read_text())["manifest"])
+
+    def write(**changes):
+        text = json.dumps(manifest | changes, sort_keys=True)
+        path.write_text(json.dumps({"manifest": text, "digest": store._digest(text.encode())}))
+
+    state = manifest["allocator"]
+    rows = [list(row) if row else row for row in state["rows"]]
+    row = next(i for i, r in enumerate(rows) if r and len(r[1]) > 1)
+    twice = [rows[row][0], [rows[row][1][0]] * len(rows[row][1])]
+    for changes, says in (
+        (dict(format="paged-dist cache 9"), "is of format 'paged-dist cache 9'"),
+        (dict(allocator=state | dict(rows=rows[:-1])), "state='7 rows': is not what"),
+        (dict(allocator=state | dict(rows=[*rows[:row], [1, rows[row][1]], *rows[row + 1 :]])), f"state='row {row}: "),
+        (dict(allocator=state | dict(rows=[*rows[:row], twice, *rows[row + 1 :]])), f"state='row {row} with the pages"),
+        (dict(allocator={k: v for k, v in state.items() if k != "rows"}), "state=\"KeyError: 'rows'\""),
+        (dict(allocator=state | dict(cached=[5])), "state="),
+    ):
+        write(**changes)
+        with pytest.raises(ValueError, match=says):
+            pd.restore(folder, pod(1, 2, 1))
+    write()
+    pd.restore(folder, pod(1, 2, 1))
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    folder, *_ = small(tmp_path, name="layers")
+    with pytest.raises(pd.OutOfPages, match="row 0 on data shard 0"):
+        pd.restore(folder, pod(2, 2, 2), num_pages=4)
+    with pytest.raises(ValueError, match="num_kv_heads=4: must be a multiple of the mesh's model size 8"):
+        pd.restore(folder, pod(1, 1, 8))
+    with pytest.raises(ValueError, match=r"folder='.*/none': holds no finished save"):
+        pd.restore(tmp_path / "none", pod(2, 2, 2))
+    spec = pd.CacheSpec(2, 128, 8, 128, "float32")
+    mesh = pod(1, 1, 1)
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        pd.save(tmp_path / "nowhere" / "x", pd.PagedKVCache.create(spec, mesh), pd.PageAllocator(spec, mesh, 1, 1))

@@ -7,6 +7,7 @@ import os
 
 import pytest
 from context_cases import pod
+from test_distributed import free_port, run_processes
 from test_move import SPECS, check, contents, fill
 
 import paged_dist as pd
@@ -73,11 +74,11 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     with pytest.raises(ValueError, match=r"folder='.*saved': exists; pass overwrite=True"):
         pd.save(folder, cache, pages)
     assert (folder / "manifest.json").read_bytes() == before
-    pages.free(3)
+    pages.free(2)
     pd.save(folder, cache, pages, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["saved"]
     _, there = pd.restore(folder, pod(2, 2, 2))
-    assert there.lengths.tolist() == pages.lengths.tolist() and not there.is_held(3)
+    assert there.lengths.tolist() == pages.lengths.tolist() and not there.is_held(2)
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "over_another"])
@@ -220,3 +221,35 @@ def test_what_does_not_fit_is_refused(tmp_path):
     mesh = pod(1, 1, 1)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         pd.save(tmp_path / "nowhere" / "x", pd.PagedKVCache.create(spec, mesh), pd.PageAllocator(spec, mesh, 1, 1))
+
+
+# Several processes
+
+
+def run_pod(tmp_path, processes: int, steps: str):
+    """What the processes of a pod of 8 devices printed of `steps`, in `store_process.py`; each has a hard end."""
+    script = os.path.join(os.path.dirname(__file__), "store_process.py")
+    address = f"127.0.0.1:{free_port()}"
+    code = "import runpy, sys; sys.argv = [{0!r}, {1!r}, {2!r}, '{3}', '{4}', {5!r}]; runpy.run_path({0!r})"
+    scripts = [code.format(script, str(tmp_path), address, processes, i, steps) for i in range(processes)]
+    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    results = run_processes(scripts, 120, XLA_FLAGS=devices, PYTHONPATH=os.path.dirname(script))
+    for code, out, err in results:
+        assert code == 0, out + err
+    return ["\n".join(line for line in out.splitlines() if line.startswith("TOLD")) for _, out, _ in results]
+
+
+@pytest.mark.parametrize("there", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_processes_save_and_others_restore(tmp_path, there):
+    first, second = run_pod(tmp_path, 2, "save,reshard")
+    assert first == second and first.count("TOLD") == 2 and len({line.split()[-1] for line in first.splitlines()}) == 1
+    assert len(list((tmp_path / "saved").glob("pages-*.bin"))) == 8
+    for restored in run_pod(tmp_path, there, "restore"):
+        assert restored.split()[-1] == first.split()[-1]
+
+
+def test_where_one_process_cannot_write_all_are_told_and_nothing_is_left(tmp_path):
+    first, second = run_pod(tmp_path, 2, "fail")
+    assert "No space left on device" in second
+    assert "process 1 could not go on" in first
+    assert os.listdir(tmp_path) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 
 def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> ValueError:
     """A ValueError that reads `argument=value: rule; what would work`.
@@ -21,3 +23,12 @@ def require(holds: bool, argument: str, value: object, rule: str, works: str | N
 def not_yet(what: str, instead: str | None = None) -> NotImplementedError:
     """The error of a documented argument or value that this release does not serve."""
     return NotImplementedError(f"{what} is not in this release" + (f"; {instead}" if instead else ""))
+
+
+def whole_number(argument: str, value: int) -> int:
+    """`value` as an int; raises ValueError for what is no whole number, True and False among it."""
+    if type(value) is int:  # the usual case, first: it is on the decode loop's path
+        return value
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise bad_value(argument, value, "must be a whole number")
+    return int(value)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import numbers
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import bad_value, require, whole_number
+from paged_dist._moves import load_state, move_prefixes, move_rows
 from paged_dist._pages import Entry, Pages, digests
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
@@ -53,15 +53,6 @@ class PrefixMatch:
     num_tokens: int
     pages: tuple[int, ...]
     _entries: tuple[Entry, ...] = dataclasses.field(default=(), repr=False)
-
-
-def _whole(argument: str, value: int) -> int:
-    """`value` as an int; raises ValueError for what is no whole number, True and False among it."""
-    if type(value) is int:  # the usual case, first: it is on the decode loop's path
-        return value
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise bad_value(argument, value, "must be a whole number")
-    return int(value)
 
 
 class PageAllocator:
@@ -106,8 +97,8 @@ class PageAllocator:
     ):
         spec.check_mesh(mesh, axes)
         data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
-        num_sequences = _whole("num_sequences", num_sequences)
-        pages_per_sequence = _whole("pages_per_sequence", pages_per_sequence)
+        num_sequences = whole_number("num_sequences", num_sequences)
+        pages_per_sequence = whole_number("pages_per_sequence", pages_per_sequence)
         require(num_sequences >= 1, "num_sequences", num_sequences, "must be at least 1")
         require(
             num_sequences % data == 0,
@@ -235,7 +226,7 @@ class PageAllocator:
             beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`; so may
             another shard where a prefix was given.
         """
-        asked = self._pages_asked(_whole("num_tokens", num_tokens))
+        asked = self._pages_asked(whole_number("num_tokens", num_tokens))
         shards: Sequence[int] = range(self.num_shards)
         if prefix is not None and prefix.pages:
             self._check_prefix(prefix, prefix.data_shard, num_tokens)
@@ -277,7 +268,7 @@ class PageAllocator:
             prefix is of another data shard or longer than num_tokens, or its pages hold something else by now.
           OutOfPages: the row's shard has too few pages free.
         """
-        num_tokens = _whole("num_tokens", num_tokens)
+        num_tokens = whole_number("num_tokens", num_tokens)
         self._check_row(row)
         if self._row_pages[row] is not None:
             raise bad_value(
@@ -310,7 +301,7 @@ class PageAllocator:
             table holds.
           OutOfPages: the row's shard has too few pages free.
         """
-        num_tokens = _whole("num_tokens", num_tokens)
+        num_tokens = whole_number("num_tokens", num_tokens)
         pages = self._held(row)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
@@ -326,7 +317,7 @@ class PageAllocator:
           ValueError: as `grow`, or a row named twice.
           OutOfPages: a shard has too few pages free for all its rows together.
         """
-        num_tokens = _whole("num_tokens", num_tokens)
+        num_tokens = whole_number("num_tokens", num_tokens)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         rows = list(rows)
@@ -347,7 +338,7 @@ class PageAllocator:
         Raises:
           ValueError: no such row, the row is free, or num_tokens is not between 0 and its length.
         """
-        num_tokens = _whole("num_tokens", num_tokens)
+        num_tokens = whole_number("num_tokens", num_tokens)
         pages = self._held(row)
         if not 0 <= num_tokens <= self._lengths[row]:
             raise bad_value(
@@ -464,7 +455,7 @@ class PageAllocator:
         Raises:
           ValueError: token_ids are not integers in one dimension, or no such data shard.
         """
-        shards = range(self.num_shards) if data_shard is None else (_whole("data_shard", data_shard),)
+        shards = range(self.num_shards) if data_shard is None else (whole_number("data_shard", data_shard),)
         rule = f"there are {self.num_shards} data shards"
         require(0 <= shards[0] < self.num_shards, "data_shard", data_shard, rule)
         chain = list(digests(_token_ids(token_ids)[: self.max_tokens], self._page_size))
@@ -515,13 +506,13 @@ class PageAllocator:
         require(
             not self._copies, "copies due", len(self._copies), "must be made first", "copy_pages(..., take_copies())"
         )
-        rows = self.num_sequences if num_sequences is None else _whole("num_sequences", num_sequences)
+        rows = self.num_sequences if num_sequences is None else whole_number("num_sequences", num_sequences)
         rule = f"must be at least the {self.num_sequences} there are: rows keep their numbers"
         require(rows >= self.num_sequences, "num_sequences", rows, rule)
         new = PageAllocator(spec, mesh, rows, self.pages_per_sequence, axes=axes)
         came_from: dict[int, int] = {}  # page there -> page here
-        self._move_rows(new, came_from)
-        self._move_prefixes(new, came_from)
+        move_rows(self, new, came_from)
+        move_prefixes(self, new, came_from)
         moves = [(page, to) for to, page in sorted(came_from.items())]
         return new, np.array(moves, np.int32).reshape(-1, 2)
 
@@ -556,111 +547,15 @@ class PageAllocator:
             sizes = {name: state[name] for name in ("data", "context", "num_sequences", "pages_per_sequence")}
             mesh = AbstractMesh((sizes["data"], sizes["context"], 1), ("data", "context", "model"))
             made = cls(spec, mesh, sizes["num_sequences"], sizes["pages_per_sequence"])
-            made._load(state)
+            load_state(made, state)
         except (KeyError, TypeError, IndexError, AttributeError) as e:
             raise bad_value("state", f"{type(e).__name__}: {e}", "is not what to_state() gives") from e
         return made
 
     # How.
 
-    def _load(self, state: dict) -> None:
-        """Takes over a state. Raises ValueError where it contradicts itself, KeyError and the like where it is none."""
-        holds = lambda condition, what: require(bool(condition), "state", what, "is not what to_state() gives")
-        holds(len(state["rows"]) == self.num_sequences, f"{len(state['rows'])} rows")
-        holders: collections.Counter[int] = collections.Counter()
-        C, each = self.num_context_shards, self._pages.per_shard
-        for row, held in enumerate(state["rows"]):
-            if held is None:
-                continue
-            length, pages = held
-            holds(0 <= length <= self.max_tokens and len(pages) == self.pages_for(length), f"row {row}: {held}")
-            base, first = row // self.rows_per_shard * C, pages[0] // each if pages else 0
-            turn = [base + (first - base + i) % C for i in range(len(pages))]
-            holds([page // each for page in pages] == turn, f"row {row} with the pages {pages}")
-            self._lengths[row], self._row_pages[row] = _whole("state", length), [_whole("state", p) for p in pages]
-            self._table[row, : len(pages)] = pages
-            holders.update(pages)
-        known = {
-            _whole("state", p): Entry(f, i, bytes.fromhex(d), bytes.fromhex(q)) for p, f, i, d, q in state["known"]
-        }
-        cached = state["cached"]
-        is_cached = set(cached)
-        for page, entry in known.items():
-            on_its_turn = 0 <= page < self.spec.num_pages and page // each % C == (entry.first + entry.index) % C
-            holds(on_its_turn and (page in holders) != (page in is_cached), f"page {page}, known as {entry}")
-        holds(len(is_cached) == len(cached) and is_cached <= known.keys(), f"cached pages {cached}")
-        self._pages.load(holders, known.items(), cached)
-        holds(len(self._pages.entries()) == len(known), "two pages of one content")
-
-    def _move_rows(self, new: PageAllocator, came_from: dict[int, int]) -> None:
-        """Gives `new` this one's sequences."""
-        C, stays = new.num_context_shards, (self.num_shards, self.num_context_shards) == _sizes(new)
-        gone_to: dict[tuple[int, int], int] = {}  # (page here, data shard there) -> page there
-        for row, pages in enumerate(self._row_pages):
-            if pages is None:
-                continue
-            shard = row // new.rows_per_shard
-            there = [gone_to.get((page, shard)) for page in pages]
-            if not pages:
-                first = 0
-            elif there[0] is not None:
-                first = new._pages.shard_of(there[0]) % C
-            elif stays:  # so that each shard's pages stay on it
-                first = self._pages.shard_of(pages[0]) % C
-            else:
-                first = new._next_shards(row, (), len(pages), collections.Counter())[0] % C
-            shards = [shard * C + (first + i) % C for i in range(len(pages))]
-            there = [
-                p if p is not None and new._pages.shard_of(p) == r else None for p, r in zip(there, shards, strict=True)
-            ]
-            asked = collections.Counter(r for p, r in zip(there, shards, strict=True) if p is None)
-            new._check_room(asked, f"row {row} on")
-            for i, page in enumerate(pages):
-                if there[i] is None:
-                    there[i] = new._pages.take(shards[i])
-                    gone_to[page, shard], came_from[there[i]] = there[i], page
-                else:
-                    new._pages.hold(there[i])
-                entry = self._pages.entry(page)
-                if entry is not None:
-                    new._pages.remember(there[i], entry._replace(first=first))
-            new._row_pages[row] = there
-            new._table[row, : len(there)] = there
-            new._set_length(row, self._lengths[row])
-
-    def _move_prefixes(self, new: PageAllocator, came_from: dict[int, int]) -> None:
-        """Gives `new` the cached prefixes that no sequence holds, as long as there are free pages."""
-        C, gone_to = new.num_context_shards, {}
-        for last in reversed(self._pages.cached()):
-            shard = self._pages.shard_of(last) // self.num_context_shards
-            chain, page = [], last
-            while page is not None:
-                entry = self._pages.entry(page)
-                chain.append((page, entry))
-                page = self._pages.find(shard, entry.first, entry.parent) if entry.parent else None
-            if chain[-1][1].index != 0:
-                continue  # what leads to it went before: nobody can find it
-            to, root = shard * new.num_shards // self.num_shards, chain[-1][1].digest
-            free = [new._pages.num_free(to * C + c) for c in range(C)]
-            found = [c for c in range(C) if new._pages.find(to, c, root) is not None]
-            first = found[0] if found else max(range(C), key=lambda c: free[c])
-            missing = [
-                (page, entry._replace(first=first))
-                for page, entry in reversed(chain)
-                if new._pages.find(to, first, entry.digest) is None
-            ]
-            place = lambda entry, to=to: to * C + (entry.first + entry.index) % C
-            needed = collections.Counter(place(entry) for _, entry in missing)
-            if all(count <= new._pages.num_free(r) for r, count in needed.items()):
-                for page, entry in missing:
-                    gone_to[page] = new._pages.cache(place(entry), entry)
-                    came_from[gone_to[page]] = page
-        for page in self._pages.cached():  # in the order in which they were used
-            if page in gone_to:
-                new._pages.touch(gone_to[page])
-
     def _check_row(self, row: int) -> None:
-        _whole("row", row)
+        whole_number("row", row)
         if not 0 <= row < self.num_sequences:  # a negative index would silently be another row
             raise bad_value("row", row, f"must be between 0 and {self.num_sequences - 1}")
 
@@ -831,10 +726,6 @@ class PageAllocator:
         if self._lengths[row] != length:
             self._lengths[row] = length
             self._lengths_out = None
-
-
-def _sizes(allocator: PageAllocator) -> tuple[int, int]:
-    return allocator.num_shards, allocator.num_context_shards
 
 
 def _check_same(old: CacheSpec, new: CacheSpec) -> None:

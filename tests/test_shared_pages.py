@@ -1,5 +1,8 @@
 """Pages over a context axis, forks and cached prefixes: against a model that says which tokens every page holds."""
 
+import collections
+import dataclasses
+import json
 import random
 
 import numpy as np
@@ -84,76 +87,114 @@ class Both:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
 def test_random_calls_never_show_a_row_another_rows_tokens(data, context, seed):
     rng = random.Random(1000 * seed + 10 * data + context)
-    make = lambda: allocator(
-        data, context, rows=6 * data, columns=2 * context + 3, pages=data * context * (9 + 8 // context)
-    )
+    each = 9 + 8 // context  # pages a shard
+    make = lambda: allocator(data, context, rows=6 * data, columns=2 * context + 3, pages=data * context * each)
     a, twin = make(), make()
-    both = Both(a, twin)
-    w = Written(a)
-    refused = matched = copied = evicted = 0
-    families = [[rng.randrange(50) for _ in range(8 * P)] for _ in range(3)]  # prompts share their beginnings
+    w, seen = Written(a), collections.Counter()
     for _ in range(700):
-        call = rng.choices(["allocate", "grow", "truncate", "free", "fork", "cache"], [5, 8, 3, 3, 4, 3])[0]
-        held = sorted(w.rows)
-        row = rng.choice(held) if held and call not in ("allocate",) else rng.randrange(a.num_sequences)
-        before, written, both.done = a.digest(), {}, []
-        known = len(a._pages.entries())
-
-        try:
-            if call == "allocate":
-                tokens = rng.choice(families)[: rng.randrange(8 * P)] + [
-                    rng.randrange(50) for _ in range(rng.randrange(5))
-                ]
-                tokens = tokens[: a.max_tokens]
-                match = a.prefix_match(tokens)
-                if rng.random() < 0.7 and match.pages:
-                    row = a.place(len(tokens), match)
-                    both("allocate", row, len(tokens), match)
-                    written[row], matched = match.num_tokens, matched + 1
-                else:
-                    row = a.place(len(tokens))
-                    both("allocate", row, len(tokens))
-                    written[row] = 0
-                w.rows[row] = tokens
-            elif not held:
-                continue
-            elif call == "grow":
-                rows = rng.sample(held, rng.randint(1, len(held)))
-                count = rng.choice([0, 1, 1, 1, 2, P + 1])
-                both("grow_all", rows, count) if rng.random() < 0.7 else both("grow", rows[0], count)
-                for r in rows if both.done == ["grow_all"] else rows[:1]:
-                    written[r] = len(w.rows[r])
-                    w.rows[r] = w.rows[r] + [rng.randrange(50) for _ in range(count)]
-            elif call == "truncate":
-                length = rng.randrange(len(w.rows[row]) + 1)
-                both("truncate", row, length)
-                w.rows[row] = w.rows[row][:length]
-            elif call == "free":
-                both("free", row)
-                del w.rows[row]
-            elif call == "fork":
-                near = range(row // 6 * 6, row // 6 * 6 + 6)
-                new = rng.choice([r for r in near if r not in w.rows] or [0, a.num_sequences - 1])
-                both("fork", row, new)
-                w.rows[new] = list(w.rows[row])
-            elif call == "cache":
-                found = both("cache_prefix", row, w.rows[row])
-                assert found == len(w.rows[row]) // P * P
-                assert a.prefix_match(w.rows[row]).num_tokens >= 0
-        except (OutOfPages, ValueError):
-            refused += 1
-            assert a.digest() == before and not both.done, "a refused call changes nothing"
-            continue
-        copied += len(a._copies)
-        evicted += len(a._pages.entries()) < known
-        w.step(written)
-        twin.take_copies()
-        w.check()
-        assert a.digest() == twin.digest()
-    assert min(refused, matched, copied, evicted) > 5, (refused, matched, copied, evicted)
+        random_call(rng, Both(a, twin), w, seen)
+    assert min(seen[what] for what in ("refused", "matched", "copied", "evicted")) > 5, seen
     for row in list(w.rows):
         a.free(row)
     assert a.used_pages == 0 and a.free_pages() == a.spec.num_pages
+
+
+FAMILIES = [[random.Random(i).randrange(50) for _ in range(8 * P)] for i in range(3)]  # prompts share their beginnings
+
+
+def random_call(rng: random.Random, both: Both, w: Written, seen: collections.Counter) -> None:
+    """One call, the writes that follow from it, and everything that must hold then."""
+    a, twin = both.pages
+    call = rng.choices(["allocate", "grow", "truncate", "free", "fork", "cache"], [5, 8, 3, 3, 4, 3])[0]
+    held = sorted(w.rows)
+    row = rng.choice(held) if held and call != "allocate" else rng.randrange(a.num_sequences)
+    before, written, known = a.digest(), {}, len(a._pages.entries())
+    try:
+        if call == "allocate":
+            own = [rng.randrange(50) for _ in range(rng.randrange(5))]
+            tokens = [*rng.choice(FAMILIES)[: rng.randrange(8 * P)], *own][: a.max_tokens]
+            match = a.prefix_match(tokens)
+            if rng.random() < 0.7 and match.pages:
+                row = a.place(len(tokens), match)
+                both("allocate", row, len(tokens), match)
+                written[row] = match.num_tokens
+                seen["matched"] += 1
+            else:
+                row = a.place(len(tokens))
+                both("allocate", row, len(tokens))
+                written[row] = 0
+            w.rows[row] = tokens
+        elif not held:
+            return
+        elif call == "grow":
+            rows = rng.sample(held, rng.randint(1, len(held)))
+            count = rng.choice([0, 1, 1, 1, 2, P + 1])
+            both("grow_all", rows, count) if rng.random() < 0.7 else both("grow", rows[0], count)
+            for r in rows if both.done == ["grow_all"] else rows[:1]:
+                written[r] = len(w.rows[r])
+                w.rows[r] = w.rows[r] + [rng.randrange(50) for _ in range(count)]
+        elif call == "truncate":
+            length = rng.randrange(len(w.rows[row]) + 1)
+            both("truncate", row, length)
+            w.rows[row] = w.rows[row][:length]
+        elif call == "free":
+            both("free", row)
+            del w.rows[row]
+        elif call == "fork":
+            first = row // a.rows_per_shard * a.rows_per_shard
+            near = [r for r in range(first, first + a.rows_per_shard) if r not in w.rows]
+            new = rng.choice(near or [0, a.num_sequences - 1])
+            both("fork", row, new)
+            w.rows[new] = list(w.rows[row])
+        elif call == "cache":
+            assert both("cache_prefix", row, w.rows[row]) == len(w.rows[row]) // P * P
+    except (OutOfPages, ValueError):
+        seen["refused"] += 1
+        assert a.digest() == before and not both.done, "a refused call changes nothing"
+        return
+    seen["copied"] += len(a._copies)
+    seen["evicted"] += len(a._pages.entries()) < known
+    w.step(written)
+    twin.take_copies()
+    w.check()
+    assert a.digest() == twin.digest()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+def test_sequences_keep_their_tokens_over_moves_and_as_saved_state(seed):
+    """From pool to pool, of other sizes and over other shards, with calls between; state goes through JSON."""
+    rng, seen = random.Random(seed), collections.Counter()
+    a = allocator(1, 2, rows=6, columns=7, pages=60)
+    w, moved = Written(a), 0
+    shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 4), (1, 3), (6, 2)]
+    for i in range(400):
+        twin = PageAllocator.from_state(json.loads(json.dumps(a.to_state())), a.spec)
+        assert twin.digest() == a.digest()
+        random_call(rng, Both(a, twin), w, seen)
+        if i % 10:
+            continue
+        data, context = rng.choice(shapes)
+        spec = dataclasses.replace(a.spec, num_pages=data * context * rng.randint(2, 40))
+        mesh = AbstractMesh((data, context, 1), ("data", "context", "model"))
+        before, known = a.digest(), a._pages.entries()
+        try:
+            new, moves = a.moved(spec, mesh)
+        except OutOfPages:
+            assert a.digest() == before
+            continue
+        assert a.digest() == before
+        np.testing.assert_array_equal(moves[:, 1], new.live_pages)
+        assert set(moves[:, 0]) <= set(a.live_pages.tolist())
+        pool = np.full((spec.num_pages, P), POISON)
+        pool[moves[:, 1]] = w.pool[moves[:, 0]]
+        a, w.pages, w.pool, moved = new, new, pool, moved + 1
+        w.check()
+        if data == context == 1 and spec.num_pages > 2 * len(moves):
+            assert {e.digest for _, e in known} == {e.digest for _, e in a._pages.entries()}, "they all fit"
+        for row in w.rows:  # what can be found of a row's tokens holds them
+            match = a.prefix_match(w.rows[row])
+            np.testing.assert_array_equal(w.pool[list(match.pages)].ravel(), w.rows[row][: match.num_tokens])
+    assert moved > 20 and min(seen[what] for what in ("matched", "copied")) > 3, (moved, seen)
 
 
 def test_a_sequences_pages_go_round_the_context_shards():

@@ -1,8 +1,8 @@
 """Decoding with paged attention over a whole TPU pod, in JAX.
 
 One decode step, in the order of the modules: `mesh` (which devices), `cache` (the page pools), `allocator` (which
-pages), `copies` (what forks leave due), `write` (new keys and values into pages), `attend` (attention over them). `move`
-and `store` bring a cache elsewhere; `distributed` starts the hosts.
+pages), `copies` (what forks leave due), `write` (new keys and values), `attend` (attention over the pages). `move` and
+`store` bring a cache elsewhere; `distributed` starts the hosts.
 """
 
 import pathlib

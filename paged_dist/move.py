@@ -56,7 +56,7 @@ def resize(
     shards = page_shards(mesh, axes)
     here, there = cache.spec.num_pages // shards, num_pages // shards
     if (moves[:, 0] // here != moves[:, 1] // there).any():  # a prefix went to another context shard
-        return _reshard(cache, spec, mesh, new, moves, axes, axes, CHUNK_BYTES), new
+        return _reshard(cache, spec, mesh, moves, axes, axes, CHUNK_BYTES), new
     lists = [moves[moves[:, 1] // there == r] - np.array([r * here, r * there], np.int32) for r in range(shards)]
     made = copy_between(
         zeros_like_cache(spec, mesh, axes), without_smoothing(cache), lists, max(map(len, lists)), axes=axes
@@ -106,7 +106,7 @@ def reshard(
         raise bad_value("new_mesh", dict(new_mesh.shape), "is of other devices, in a run of several processes", works)
     spec = cache.spec if num_pages is None else dataclasses.replace(cache.spec, num_pages=num_pages)
     new, moves = allocator.moved(spec, new_mesh, num_sequences=num_sequences, axes=new_axes)
-    return _reshard(cache, spec, new_mesh, new, moves, axes, new_axes, chunk_bytes), new
+    return _reshard(cache, spec, new_mesh, moves, axes, new_axes, chunk_bytes), new
 
 
 def mesh_of(cache: PagedKVCache, allocator: PageAllocator, axes: MeshAxes) -> Mesh:
@@ -122,13 +122,18 @@ def mesh_of(cache: PagedKVCache, allocator: PageAllocator, axes: MeshAxes) -> Me
     return mesh
 
 
-def _reshard(cache, spec, mesh: Mesh, new, moves: np.ndarray, axes, new_axes, chunk_bytes: int) -> PagedKVCache:
+def _reshard(cache, spec, mesh: Mesh, moves: np.ndarray, axes, new_axes, chunk_bytes: int) -> PagedKVCache:
+    """The cache of `spec` on `mesh` with the pages that `moves` names, [m, 2] of ids here and there."""
     sides = (cache.mesh, axes, cache.spec), (mesh, new_axes, spec)
     S, T = (page_shards(*side[:2]) for side in sides)
     each = [side[2].num_pages // n for side, n in zip(sides, (S, T), strict=True)]
     # A slot for each of q pages of each pair of shards: on its way slot t * q + i of s becomes slot s * q + i of t.
-    by_pair = [[_between(moves, each, s, t) for t in range(T)] for s in range(S)]
-    longest = max(len(pair) for row in by_pair for pair in row)
+    owners, local = np.divmod(moves, np.array(each, np.int32))
+    pair = owners[:, 0] * T + owners[:, 1]
+    counts = np.bincount(pair, minlength=S * T)
+    pairs = np.split(local[np.argsort(pair, kind="stable")], np.cumsum(counts)[:-1])
+    by_pair = [pairs[s * T : (s + 1) * T] for s in range(S)]
+    longest = int(counts.max())
     a_page = [spec.bytes_per_token * spec.page_size // side[1].size(side[0], "model") for side in sides]
     q = max(1, min(longest, chunk_bytes // max(T * a_page[0], S * a_page[1])))
     unit = S // math.gcd(S, T)  # T * q slots are dealt out to S shards
@@ -150,12 +155,6 @@ def _reshard(cache, spec, mesh: Mesh, new, moves: np.ndarray, axes, new_axes, ch
     if smoothing is not None:
         smoothing = jax.device_put(smoothing, NamedSharding(mesh, spec.key_smoothing_partition_spec(new_axes)))
     return dataclasses.replace(made, key_smoothing=smoothing)
-
-
-def _between(moves: np.ndarray, each: list[int], source: int, to: int) -> np.ndarray:
-    """[n, 2] int32: the local ids of what moves from one shard to another."""
-    owners = moves // np.array(each, np.int32)
-    return moves[(owners == (source, to)).all(axis=1)] % np.array(each, np.int32)
 
 
 def _exchange(staged: PagedKVCache, mesh: Mesh, S: int, T: int, q: int, axes, new_axes) -> PagedKVCache:

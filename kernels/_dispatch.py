@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from paged_dist._compat import vary_like
+
 Interpret = bool | pltpu.InterpretParams | Literal["xla"] | None
 
 
@@ -21,11 +23,18 @@ def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: I
         simulation in TPU interpret mode, which cannot be a branch of `platform_dependent`. 'xla' is the XLA form
         on every platform.
     """
+    # Both forms' results then vary over the same axes of a `shard_map`, whichever of the operands does.
+    operands = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves(operands)), operands)
+
+    def run_kernel(*operands, interpret):
+        with jax.enable_x64(False):  # its scalars are int32, whatever a caller's Python numbers would become
+            return kernel(*operands, interpret=interpret)
+
     if interpret is None:
-        return jax.lax.platform_dependent(*operands, tpu=lambda *x: kernel(*x, interpret=False), default=xla)
+        return jax.lax.platform_dependent(*operands, tpu=lambda *x: run_kernel(*x, interpret=False), default=xla)
     if interpret == "xla":
         return xla(*operands)
-    return kernel(*operands, interpret=pltpu.InterpretParams() if interpret is True else interpret)
+    return run_kernel(*operands, interpret=pltpu.InterpretParams() if interpret is True else interpret)
 
 
 def in_hbm(*pools: jax.Array, interpret: Interpret) -> tuple[jax.Array, ...]:

@@ -38,14 +38,16 @@ def op_mesh(
 ) -> Mesh | AbstractMesh:
     """The mesh of a sharded op: the argument, else the cache's, else the one in scope.
 
+    Inside a `shard_map` over other axes (a pipeline's stages) it is the one in scope, whatever names its devices.
+
     Raises:
-      ValueError: the cache does not divide over it, or the implementation does not run on it.
+      ValueError: the cache does not divide over it, or the implementation does not run on it; a `shard_map` around
+        the call splits one of `axes` already.
     """
-    require(
-        isinstance(axes, MeshAxes), "axes", axes, "must be a MeshAxes", "MeshAxes(data=..., context=..., model=...)"
-    )
+    _check_axes(axes)
     scope = jax.sharding.get_abstract_mesh()
-    if AxisType.Manual in scope.axis_types:
+    manual = _manual_axes(scope)
+    if set(manual) & {*axes.pages, *axes.names("model")} or (manual and len(manual) == len(scope.axis_names)):
         raise bad_value(
             "mesh", dict(scope.shape), "is split by a shard_map already", "use the op's _local form in there"
         )
@@ -61,7 +63,48 @@ def op_mesh(
     if implementation == "pallas" and platform != "tpu":
         works = "pass None, which follows the platform, or 'pallas_interpret'"
         raise bad_value("implementation", implementation, f"needs a TPU, not {platform}", works)
-    return mesh
+    if not manual:
+        return mesh
+    require(
+        dict(mesh.shape) == dict(scope.shape),
+        "mesh",
+        dict(mesh.shape),
+        f"differs from that of the shard_map around this call, {dict(scope.shape)}",
+        "split all of it there and here alike",
+    )
+    cache.check_part(axes, {})
+    return scope
+
+
+def check_shard(cache: PagedKVCache, axes: MeshAxes) -> None:
+    """Inside a `shard_map`: `cache` holds this shard's part over `axes`.
+
+    Raises:
+      ValueError: no `shard_map` around the call splits one of `axes`, or the pools are another part, in which page
+        ids and heads would mean others.
+    """
+    _check_axes(axes)
+    scope = jax.sharding.get_abstract_mesh()
+    for part in ("data", "context", "model"):
+        for name in axes.names(part):
+            require(
+                name in _manual_axes(scope),
+                f"axes.{part}",
+                getattr(axes, part),
+                f"the shard_maps around this call split {_manual_axes(scope)}",
+                f"outside of one, use the op without _local; pass MeshAxes({part}=None) where nothing is split so",
+            )
+    cache.check_part(axes, dict(scope.shape))
+
+
+def _manual_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+
+
+def _check_axes(axes: MeshAxes) -> None:
+    require(
+        isinstance(axes, MeshAxes), "axes", axes, "must be a MeshAxes", "MeshAxes(data=..., context=..., model=...)"
+    )
 
 
 def check_batch(batch: int, mesh: Mesh | AbstractMesh, axes: MeshAxes, argument: str) -> None:
@@ -80,7 +123,9 @@ def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs,
     """`shard_map(local)(*args)` on `mesh`. Arguments in another sharding are resharded, under Explicit axes too."""
     if has_explicit_axes(mesh):
         args = tuple(_reshard(mesh, specs, x) for specs, x in zip(in_specs, args, strict=True))
-    return jax.shard_map(local, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)(*args)
+    # Inside another shard_map the mesh is the one in scope, and only what is left of it can be named.
+    where = dict(axis_names=set(mesh.axis_names) - set(manual)) if (manual := _manual_axes(mesh)) else dict(mesh=mesh)
+    return jax.shard_map(local, **where, in_specs=tuple(in_specs), out_specs=out_specs)(*args)
 
 
 def _reshard(mesh: Mesh | AbstractMesh, specs, tree):
@@ -142,4 +187,4 @@ def _columns(block_tables: jax.Array, stripes: Stripes) -> jax.Array:
     padded = jnp.pad(block_tables, ((0, 0), (0, groups * stride - columns)), constant_values=-1)
     # No gather, nor a slice for each of the columns: this is two small operations on a TPU.
     is_mine = stripes.first[:, None] == jnp.arange(stride, dtype=jnp.int32)
-    return jnp.sum(jnp.where(is_mine[:, None], padded.reshape(rows, groups, stride), 0), axis=-1)
+    return jnp.sum(jnp.where(is_mine[:, None], padded.reshape(rows, groups, stride), 0), axis=-1, dtype=jnp.int32)

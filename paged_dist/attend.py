@@ -14,6 +14,7 @@ from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
     check_batch,
+    check_shard,
     context_size,
     interpret_of,
     invariant_over_context,
@@ -22,13 +23,12 @@ from paged_dist._shard import (
     run_sharded,
 )
 from paged_dist.cache import PagedKVCache
+from paged_dist.collectives import OUTPUT_HEADS
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_queries, check_sinks
 from paged_dist.kernels.paged_attention.decode import add_sinks, decode_stored_pages
 from paged_dist.kernels.paged_attention.queries import causal_spans
 from paged_dist.merge import merge_partials, my_heads
 from paged_dist.mesh import MeshAxes
-
-OUTPUT_HEADS = ("replicated", "scattered")
 
 
 def sharded_paged_attention(
@@ -63,7 +63,9 @@ def sharded_paged_attention(
       cache: a PagedKVCache of Hkv heads. With a `key_smoothing` the query is multiplied by it here.
       lengths: [B] int32, live tokens of each sequence, the new one included; 0 for an idle row. P(data).
       block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
-        anything. Row b's pages are those of its data shard b // (B / data). P(data, None).
+        anything. Row b's pages are on its data shard b // (B / data), and its page i on context shard (o + i) mod C,
+        as `PageAllocator` places them: column 0 alone says where a sequence begins, so that a page freed behind a
+        window leaves an id of its shard there. Other tables give wrong numbers, not an error. P(data, None).
       layer: int32 scalar, traced or not, for a cache with stacked layers; the kernel's DMA takes it.
       sm_scale: factor on q . k (1.0, as in JAX's paged attention: scale the query or pass 1 / sqrt(D)).
       soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
@@ -186,8 +188,11 @@ def paged_attention_local(
       scattered, Hq / (model x context) heads of them.
 
     Raises:
-      ValueError: as `sharded_paged_attention`.
+      ValueError: as `sharded_paged_attention`; no `shard_map` around the call, or one with another part of the cache.
     """
+    query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
+    sinks = None if sinks is None else jnp.asarray(sinks)
+    check_shard(cache, axes)
     _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
     _check_output_heads(output_heads, query.shape[-2], context_size(axes))
     return _local(
@@ -197,9 +202,9 @@ def paged_attention_local(
         block_tables,
         layer,
         sinks,
-        sm_scale=sm_scale,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
+        sm_scale=float(sm_scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sliding_window=None if sliding_window is None else int(sliding_window),
         return_lse=return_lse,
         output_heads=output_heads,
         axes=axes,
@@ -226,7 +231,9 @@ def _local(
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
-    options = dict(sm_scale=float(sm_scale), soft_cap=soft_cap, interpret=interpret_of(implementation))
+    if tables is not block_tables:  # an id of another shard may be read, but not past the pool
+        tables = jnp.clip(tables, 0, key_pages.shape[2] - 1)
+    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
         _smoothed(query, smoothing),
         key_pages,
@@ -291,10 +298,10 @@ def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, slidi
     )
     require(lengths.shape == (batch,), "lengths.shape", lengths.shape, f"must be ({batch},), one for each row of query")
     require(
-        block_tables.ndim == 2 and block_tables.shape[0] == batch,
+        block_tables.ndim == 2 and block_tables.shape[0] == batch and block_tables.shape[1] >= 1,
         "block_tables.shape",
         block_tables.shape,
-        f"must be [{batch}, pages_per_sequence], one row for each of query's",
+        f"must be [{batch}, pages_per_sequence], one row for each of query's and at least one column",
     )
     for name, array in (("lengths", lengths), ("block_tables", block_tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")

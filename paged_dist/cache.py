@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,25 @@ class PagedKVCache:
             return made
         unpack = lambda x: unpack_scales(x, self.spec.page_size, self.spec.tokens_per_row)
         return *made, unpack(self.key_scales), unpack(self.value_scales)
+
+    def check_part(self, axes: MeshAxes, sizes: Mapping[str, int]) -> None:
+        """Raises ValueError where an array is not the part of it that mesh axes of these `sizes` leave: the whole, of
+        none. Inside a `shard_map` they are those that it splits.
+        """
+        spec, split = self.spec, self.partition_specs(axes)
+        shapes = (spec.pool_shape,) * 2 + ((spec.scales_shape,) * 2 if spec.is_quantized else (None,) * 2)
+        for name, whole in zip(_ARRAYS, (*shapes, spec.key_smoothing_shape), strict=True):
+            if (array := getattr(self, name)) is None:
+                continue
+            count = lambda names: math.prod(sizes.get(n, 1) for n in (names if isinstance(names, tuple) else (names,)))
+            part = tuple(size // count(names) for size, names in zip(whole, getattr(split, name), strict=True))
+            require(
+                array.shape == part,
+                f"cache.{name}.shape",
+                array.shape,
+                f"must be {part} here, of {whole} in all",
+                "pass the cache through the shard_map with cache.partition_specs(axes)",
+            )
 
     def check_layer(self, layer: jax.Array | int | None) -> None:
         """Raises ValueError where `layer` is missing for a stacked cache, given for a lone one, or out of range."""

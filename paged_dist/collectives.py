@@ -9,10 +9,11 @@ import numbers
 from jax.sharding import AbstractMesh, Mesh
 
 from paged_dist._errors import require
+from paged_dist.kernels.paged_attention.checks import MAX_QUERIES
 from paged_dist.mesh import MeshAxes
 from paged_dist.spec import CacheSpec
 
-_OUTPUT_HEADS = ("replicated", "scattered")
+OUTPUT_HEADS = ("replicated", "scattered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def attention_collectives(
       mesh: only its sizes are read.
       batch: B, rows of the query over all data shards.
       num_q_heads: Hq.
-      num_query_tokens: Q, query tokens a row.
+      num_query_tokens: Q, query tokens a row, up to 16. 1 stands for a query [B, Hq, D].
       output_heads: as in `sharded_paged_attention`: 'scattered' makes the sum a reduce-scatter over heads.
       axes: which mesh axes play the three parts.
 
@@ -80,9 +81,10 @@ def attention_collectives(
     """
     spec.check_mesh(mesh, axes)
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
-    require(output_heads in _OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {_OUTPUT_HEADS}")
+    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
     for name, size in (("batch", batch), ("num_q_heads", num_q_heads), ("num_query_tokens", num_query_tokens)):
         require(isinstance(size, numbers.Integral) and size >= 1, name, size, "must be a whole number, at least 1")
+    require(num_query_tokens <= MAX_QUERIES, "num_query_tokens", num_query_tokens, f"must be at most {MAX_QUERIES}")
     up = lambda size, multiple: f"{-(-size // multiple) * multiple} works"
     require(
         batch % data == 0, "batch", batch, f"must be a multiple of the mesh's data size {data}", up(batch, data)

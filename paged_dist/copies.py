@@ -10,9 +10,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from paged_dist._compat import vary_like
 from paged_dist._errors import require
-from paged_dist._shard import Implementation, interpret_of, op_mesh, run_sharded
+from paged_dist._shard import Implementation, check_shard, interpret_of, op_mesh, run_sharded
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.kv_cache_update.copy import copy_stored_pages
 from paged_dist.mesh import MeshAxes
@@ -43,6 +42,7 @@ def copy_pages(
     Raises:
       ValueError: copies of another shape or dtype; a cache that does not divide over the mesh.
     """
+    copies = jnp.asarray(copies)
     mesh = op_mesh(cache, mesh, axes, implementation)
     _check_copies(copies)
     return _copy_sharded(cache, copies, mesh=mesh, axes=axes, implementation=implementation)
@@ -62,22 +62,24 @@ def copy_pages_local(
     global. Returns this shard's pools.
 
     Raises:
-      ValueError: as `copy_pages`.
+      ValueError: as `copy_pages`; no `shard_map` around the call, or one with another part of the cache.
     """
+    copies = jnp.asarray(copies)
+    check_shard(cache, axes)
     _check_copies(copies)
     return _copy_local(cache, copies, axes=axes, implementation=implementation)
 
 
 def _check_copies(copies) -> None:
-    shape, dtype = jnp.shape(copies), jnp.result_type(copies)
-    require(len(shape) == 2 and shape[1] == 2, "copies.shape", shape, "must be [M, 2]: page to read, page to write")
-    require(dtype == jnp.int32, "copies.dtype", str(dtype), "must be int32")
+    shape, rule = copies.shape, "must be [M, 2]: page to read, page to write"
+    require(copies.ndim == 2 and shape[1] == 2, "copies.shape", shape, rule)
+    require(copies.dtype == jnp.int32, "copies.dtype", str(copies.dtype), "must be int32")
 
 
 def _copy_local(cache, copies, *, axes, implementation):
     names, pages = axes.pages, cache.key_pages.shape[-3]
     shard = lax.axis_index(names) if names else 0
-    local = vary_like(copies, cache.key_pages) - jnp.int32(shard * pages)
+    local = copies - jnp.int32(shard * pages)
     is_mine = jnp.all((local >= 0) & (local < pages), axis=1)
     local = local[jnp.argsort(~is_mine, stable=True)]
     pools = (*cache.stacked_pages(), *cache.stacked_scales().values())

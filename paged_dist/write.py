@@ -13,6 +13,7 @@ from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
     check_batch,
+    check_shard,
     interpret_of,
     local_pages,
     op_mesh,
@@ -47,8 +48,9 @@ def append_kv(
         their scales into the same pages' rows of scales, in the same pass.
       positions: [B] int32, 0-based position of each row's (first) new token, `lengths - 1` after
         `PageAllocator.grow(row)`. A negative one writes nothing of that row.
-      block_tables: [B, pages_per_sequence] int32 global page ids; positions outside the table and pages outside
-        the row's data shard are not written.
+      block_tables: [B, pages_per_sequence] int32 global page ids, placed as in `sharded_paged_attention`. Positions
+        outside the table are not written, nor are pages that are not on the shard where their place in the row puts
+        them.
       layer, mesh, axes, implementation: as in `sharded_paged_attention`.
 
     Returns:
@@ -57,6 +59,7 @@ def append_kv(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
+    key, value, positions, block_tables = map(jnp.asarray, (key, value, positions, block_tables))
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_append(cache, key, value, positions, block_tables, implementation)
@@ -110,8 +113,10 @@ def append_kv_local(
       This shard's pools with the tokens written.
 
     Raises:
-      ValueError: as `append_kv`.
+      ValueError: as `append_kv`; no `shard_map` around the call, or one with another part of the cache.
     """
+    key, value, positions, block_tables = map(jnp.asarray, (key, value, positions, block_tables))
+    check_shard(cache, axes)
     _check_append(cache, key, value, positions, block_tables, implementation)
     return _append_local(cache, key, value, positions, block_tables, layer, axes=axes, implementation=implementation)
 
@@ -147,7 +152,8 @@ def write_prefill_kv(
       cache: the cache; after an eager call use the returned one only. Inside a jit, donate it to the jit.
       key, value: [R, T, Hkv, D], any float dtype, cast to the cache's, or quantised as in `append_kv`.
       lengths: [R] int32, one past the last token to write; at most starts[r] + T are.
-      block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`).
+      block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`), placed and
+        written as in `append_kv`.
       starts: [R] int32, position of key[r, 0]; None: 0. A negative one writes nothing.
       rows: [R] int32 indices into block_tables' rows, one twice only where its chunks share no page; a negative
         one, or one past B, writes nothing. key, value then are the same on every data shard. None: R = B, row r
@@ -160,6 +166,8 @@ def write_prefill_kv(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
+    key, value, lengths, block_tables = map(jnp.asarray, (key, value, lengths, block_tables))
+    starts, rows = (None if x is None else jnp.asarray(x) for x in (starts, rows))
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
@@ -239,8 +247,11 @@ def write_prefill_kv_local(
       This shard's pools with the tokens written.
 
     Raises:
-      ValueError: as `write_prefill_kv`.
+      ValueError: as `write_prefill_kv`; no `shard_map` around the call, or one with another part of the cache.
     """
+    key, value, lengths, block_tables = map(jnp.asarray, (key, value, lengths, block_tables))
+    starts, rows = (None if x is None else jnp.asarray(x) for x in (starts, rows))
+    check_shard(cache, axes)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     return _prefill_local(
         cache, key, value, lengths, block_tables, starts, rows, layer, axes=axes, implementation=implementation
@@ -312,10 +323,10 @@ def _check_append(cache, key, value, positions, block_tables, implementation) ->
         positions.shape == (batch,), "positions.shape", positions.shape, f"must be ({batch},), one for each row of key"
     )
     require(
-        block_tables.ndim == 2 and block_tables.shape[0] == batch,
+        block_tables.ndim == 2 and block_tables.shape[0] == batch and block_tables.shape[1] >= 1,
         "block_tables.shape",
         block_tables.shape,
-        f"must be [{batch}, pages_per_sequence], one row for each of key's",
+        f"must be [{batch}, pages_per_sequence], one row for each of key's and at least one column",
     )
     _check_int32(positions=positions, block_tables=block_tables)
 
@@ -331,7 +342,12 @@ def _check_prefill(cache, key, value, lengths, block_tables, starts, rows, imple
             getattr(array, "shape", None),
             f"must be ({count},), one for each row of key",
         )
-    require(block_tables.ndim == 2, "block_tables.shape", block_tables.shape, "must be [B, pages_per_sequence]")
+    require(
+        block_tables.ndim == 2 and 0 not in block_tables.shape,
+        "block_tables.shape",
+        block_tables.shape,
+        "must be [B, pages_per_sequence], neither 0",
+    )
     require(
         rows is not None or block_tables.shape[0] == count,
         "rows",

@@ -142,6 +142,7 @@ def test_collectives_follow_from_shapes_alone():
             "output_heads='scattered': the 2 query heads of a model shard must be a multiple of the 4 context shards; "
             "'replicated' takes any",
         ),
+        (CacheSpec(8, 128, 64), dict(num_query_tokens=17), "num_query_tokens=17: must be at most 16"),
         (CacheSpec(8, 128, 64), dict(output_heads="split"), "output_heads='split': must be one of"),
         (CacheSpec(8, 128, 64), dict(axes=MeshAxes(context="seq")), "axes.context='seq': the mesh has axes"),
     ],

@@ -50,11 +50,16 @@ def decode_loop(spec: pd.CacheSpec, **op):
 
 
 def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4, new_tokens: tuple[int, ...] = ()):
-    """ShapeDtypeStructs of a decode loop's arguments."""
-    batch = BATCH * mesh.shape["data"]
-    new = jax.ShapeDtypeStruct((batch, *new_tokens, spec.num_kv_heads, spec.head_dim), jnp.bfloat16)
-    query = jax.ShapeDtypeStruct((batch, *new_tokens, spec.num_kv_heads * group, spec.head_dim), jnp.bfloat16)
-    int32 = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32)
+    """ShapeDtypeStructs of a decode loop's arguments; on Explicit axes placed as the ops want them."""
+    batch, queries = BATCH * mesh.shape["data"], tuple(None for _ in new_tokens)
+    explicit = AxisType.Explicit in mesh.axis_types
+    placed = lambda *axes: NamedSharding(mesh, P(*axes)) if explicit else None
+    heads, rows = placed("data", *queries, "model"), placed("data")
+    struct = lambda count: jax.ShapeDtypeStruct(
+        (batch, *new_tokens, count, spec.head_dim), jnp.bfloat16, sharding=heads
+    )
+    query, new = struct(spec.num_kv_heads * group), struct(spec.num_kv_heads)
+    int32 = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32, sharding=rows)
     return pd.PagedKVCache.abstract(spec, mesh), query, new, new, int32(), int32(WIDTH)
 
 
@@ -115,6 +120,17 @@ def test_decode_loop_over_context_shards_copies_no_pool_and_merges_only(topology
     options = dict(head_dim=128, page_size=128) | options
     spec = pd.CacheSpec(model, num_pages=256 * data * context, **options)
     _assert_in_place(spec, pod_mesh(topology, data, model, context))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("way", ["explicit_axes", "x64"])
+def test_decode_loop_is_in_place_on_explicit_axes_and_under_x64(way):
+    """Under jax_enable_x64 a caller's Python numbers are 64 bits wide; the kernels know 32."""
+    kind = AxisType.Explicit if way == "explicit_axes" else AxisType.Auto
+    mesh = pod_mesh("v6e:8x8", 2, 2, 2)
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 3)
+    with jax.enable_x64(way == "x64"):
+        _assert_in_place(pd.CacheSpec(2, 128, 256 * 4, 128, dtype="int8", num_layers=2), mesh)
 
 
 @needs_libtpu

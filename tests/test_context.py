@@ -150,6 +150,22 @@ def test_several_new_tokens_over_all_axes(shape, implementation):
         assert_no_races()
 
 
+@pytest.mark.parametrize("implementation", [None, "pallas_interpret"])
+def test_numbers_are_the_same_under_x64(implementation):
+    case = Case(**FOUR, num_queries=3)
+    with jax.enable_x64(True):
+        query, lengths, tables = case.arguments
+        cache = case.cache(case.mesh())
+        output = pd.sharded_paged_attention(
+            query, cache, lengths, tables, sm_scale=SCALE, sliding_window=9, implementation=implementation
+        )
+        case.check(output, sm_scale=SCALE, sliding_window=9)
+        new = np.full((4, 3, 2, 128), 2, np.float32)
+        cache = pd.append_kv(cache, new, new, lengths - 3, tables, implementation=implementation)
+        for tokens in written(cache, [(case.arrays["block_tables"][3], 64)]):
+            np.testing.assert_array_equal(tokens[:, 61:], 2)
+
+
 def test_heads_that_cannot_be_scattered_are_refused():
     case = Case((8, 8), context=3, group=4)
     query, lengths, tables = case.arguments
@@ -233,6 +249,23 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
     np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*page_size=")
+def test_the_write_kernel_on_context_shards_fills_8_bit_pages_as_the_xla_form_does():
+    rng, page_size, own = np.random.default_rng(0), 32, 32  # own: pages a shard
+    positions = jnp.array([30, 0, -1, 61], jnp.int32)  # over an edge; in one page; idle; over an edge
+    free = [list(rng.permutation(own) + own * shard) for shard in range(2)]
+    tables = jnp.array([[free[(b + i) % 2].pop() for i in range(4)] for b in range(4)], jnp.int32)
+    new = rng.standard_normal((2, 4, 5, 2, 128)).astype(np.float32)
+    made = []
+    for implementation in ("xla", RACES):
+        cache = pd.PagedKVCache.create(pd.CacheSpec(2, 128, 2 * own, page_size, "int8"), pod(1, 2, 2))
+        made.append(pd.append_kv(cache, *new, positions, tables, implementation=implementation).to_pages())
+    assert_no_races()
+    for xla, simulated in zip(*made, strict=True):
+        np.testing.assert_array_equal(simulated, xla)
+    assert np.count_nonzero(made[0][2]) == 2 * 3 * 5  # scales of two heads, three rows, five tokens
+
+
 # -------------------------------------------------------------------------------------------------- composition
 
 KINDS = [AxisType.Auto, AxisType.Explicit]
@@ -302,6 +335,12 @@ def test_a_users_mesh_may_have_other_axes(names, shape, axes):
     pools = (jnp.asarray(case.arrays[k]) for k in ("key", "value"))
     cache = pd.PagedKVCache.from_pages(*pools, mesh=mesh, axes=axes)
     query, lengths, tables = case.arguments
+    new = np.random.default_rng(1).standard_normal((2, 4, 2, 128)).astype(np.float32)
+    cache = pd.append_kv(cache, *new, lengths - 1, tables, axes=axes)
+    for pool, tokens in zip(("key", "value"), new, strict=True):
+        for b in (0, 2, 3):
+            last = case.lengths[b] - 1
+            case.arrays[pool][:, case.arrays["block_tables"][b, last // 8], last % 8] = tokens[b]
     for output_heads in ("replicated", "scattered"):
         output = pd.sharded_paged_attention(
             query, cache, lengths, tables, sm_scale=SCALE, axes=axes, output_heads=output_heads

@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_layer_of_the_readme_decodes():
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     names: dict = {}
     exec(compile(code, str(README), "exec"), names)
     spec, cache, pages, step = (names[n] for n in ("spec", "cache", "pages", "decode_step"))
@@ -53,9 +53,44 @@ def test_the_layer_of_the_readme_decodes():
 
 
 def test_the_whole_layer_of_the_readme_is_that_of_the_example():
-    _, layer = blocks("python")
+    _, layer, *_ = blocks("python")
     assert layer.startswith("def decoder_layer(")
     assert layer in (README.parent / "examples" / "plain_jax_layer.py").read_text()  # which test_layers.py runs
+
+
+def test_the_pages_of_the_readme_are_shared_moved_and_saved(tmp_path):
+    *_, sharing, moving = (compile(code, str(README), "exec") for code in blocks("python"))
+    mesh = pd.make_pod_mesh(data=2, context=2, model=2)
+    spec = pd.CacheSpec(2, 128, 32, 64)
+    new = np.random.default_rng(0).standard_normal((2, 4, 2, 128)).astype(np.float32)
+    names = dict(jnp=jnp, pd=pd, cache=pd.PagedKVCache.create(spec, mesh), key=new[0], value=new[1])
+    names |= dict(pages=pd.PageAllocator(spec, mesh, num_sequences=4, pages_per_sequence=4), row=0, new_row=1)
+    pages, token_ids = names["pages"], np.arange(150)
+    pages.allocate(0, 70)
+    prompt = np.random.default_rng(1).standard_normal((2, 1, 70, 2, 128)).astype(np.float32)
+    starts = jnp.zeros(1, jnp.int32)
+    names["cache"] = pd.write_prefill_kv(
+        names["cache"], *prompt, jnp.array([70]), pages.block_tables, starts=starts, rows=[0]
+    )
+    exec(sharing, names | dict(rows=[0, 1], token_ids=token_ids), made := {})
+    assert made["match"].num_tokens == 0  # nothing is cached yet, and then the prompt's full pages are
+    assert pages.prefix_match(token_ids[:-1]).num_tokens == 128
+    assert pages.lengths.tolist()[:2] == [71, 71]
+    held = lambda cache, pages, row: [
+        np.asarray(pool, np.float32)[:, pages.block_tables[row, t // 64], t % 64]
+        for t in [np.arange(71)]
+        for pool in cache.to_pages()
+    ]
+
+    names |= made | dict(num_pages=64, new_mesh=pd.make_pod_mesh(data=4, context=1, model=2), folder=tmp_path / "a")
+    names |= dict(any_mesh=pd.make_pod_mesh(data=1, context=4, model=2))
+    exec(moving, names)
+    cache, pages = names["cache"], names["pages"]
+    assert cache.spec.num_pages == 64 and dict(cache.mesh.shape) == dict(data=1, context=4, model=2)
+    for row in (0, 1):  # the fork's own token follows the shared ones
+        for got, shared, own in zip(held(cache, pages, row), prompt[:, 0], new[:, row], strict=True):
+            expected = np.concatenate([shared, own[None]]).astype(jnp.bfloat16).astype(np.float32)
+            np.testing.assert_array_equal(got.swapaxes(0, 1), expected)
 
 
 @needs_libtpu

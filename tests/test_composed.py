@@ -81,7 +81,7 @@ PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 
             local_heads,
             num_layers,
             *shape,
-            marks=() if pod is often and (shape[0] == 128 or local_heads == 1) else pytest.mark.slow,
+            marks=() if pod is often and (shape[0] == 128 or (local_heads, num_layers) == (1, 8)) else pytest.mark.slow,
         )
         for shape, often in (((128, 128), PODS[0]), ((64, 64), PODS[1]), ((256, 16), PODS[0]))
         for num_layers in (None, 8)  # one layer, or a scan over 8
@@ -153,7 +153,13 @@ QUANTIZED = [
 
 @needs_libtpu
 @pytest.mark.parametrize("local_heads", [1, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("topology", "data", "model", "options"), QUANTIZED, ids=[f"{p[0]}-{p[3]}" for p in QUANTIZED])
+@pytest.mark.parametrize(
+    ("topology", "data", "model", "options"),
+    [
+        pytest.param(*p, id=f"{p[0]}-{p[3]}", marks=pytest.mark.slow if p[3].get("head_dim") == 256 else ())
+        for p in QUANTIZED
+    ],
+)
 def test_decode_loop_of_8_bit_caches_copies_neither_pools_nor_scales(topology, data, model, options, local_heads):
     mesh = pod_mesh(topology, data, model)
     options = dict(head_dim=128, page_size=128) | options

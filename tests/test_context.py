@@ -36,7 +36,8 @@ def edges(rng, page_size: int, most: int, count: int) -> list[int]:
 often = lambda values, rest: [*values, *(pytest.param(v, marks=pytest.mark.slow) for v in rest)]
 
 
-WINDOWS = [(2, None), (2, 11), (3, 1), (3, 1000), (4, None), (4, 11), (8, None), (8, 1), (8, 24)]
+WINDOWS = [(2, None), (2, 11), (3, 1), (3, 1000), (4, 11), (8, None), (8, 24)]
+WINDOWS += [pytest.param(c, w, marks=pytest.mark.slow) for c, w in ((4, None), (8, 1))]
 WINDOWS += [pytest.param(c, w, marks=pytest.mark.slow) for c in (2, 3, 4, 8) for w in (50, 8)]
 WINDOWS += [pytest.param(c, w, marks=pytest.mark.slow) for c, w in ((2, 1), (2, 1000), (3, None), (3, 11), (4, 1))]
 WINDOWS += [pytest.param(c, w, marks=pytest.mark.slow) for c, w in ((4, 1000), (8, 11), (8, 1000), (1, None), (1, 11))]

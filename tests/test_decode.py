@@ -424,6 +424,7 @@ def test_a_trace_runs_and_small_pages_are_a_warning_only(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a short run is profiled too"
 
 
+@pytest.mark.slow
 def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
     flags = [
         f"--trace={write_trace(tmp_path)}",

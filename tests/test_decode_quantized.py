@@ -108,7 +108,13 @@ def test_what_single_chips_do_differently_equals_the_oracle(case, target):
     assert_no_races()
 
 
-@pytest.mark.parametrize("case", [x[0] for x in CASES[::3]], ids=lambda case: f"{case.name}-{case.dtype}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x[0], id=f"{x[0].name}-{x[0].dtype}", marks=pytest.mark.slow if x[0].name == "starts" else ())
+        for x in CASES[::3]
+    ],
+)
 def test_xla_form_equals_the_oracle(case):
     arrays, scales, expected = make_quantized(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)

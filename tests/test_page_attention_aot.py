@@ -61,7 +61,7 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("chip", "name"),
     [
-        pytest.param(chip, name, marks=() if chip in ("v4", "v7x") or (i + j) % 3 == 0 else pytest.mark.slow)
+        pytest.param(chip, name, marks=() if chip == "v7x" or (i + j) % 3 == 0 else pytest.mark.slow)
         for j, chip in enumerate(CHIPS)
         for i, name in enumerate(SHAPES)
     ],
@@ -158,7 +158,7 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
         compile_on(mesh, attend(), *arrays)
 
 
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIPS])
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "v7x" else pytest.mark.slow) for c in CHIPS])
 @pytest.mark.parametrize(
     "shape",
     [

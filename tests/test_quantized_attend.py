@@ -47,13 +47,21 @@ def filled(dtype: str, head_dim: int, page_size: int, mesh, *, smoothed: bool, l
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
 @pytest.mark.parametrize(
-    ("kind", "implementation"),
-    [(AxisType.Auto, None), (AxisType.Explicit, None), (AxisType.Auto, RACES)],
-    ids=["auto_xla", "explicit_xla", "auto_simulated"],
-)
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "page_size", "smoothed"),
-    [("int8", 128, 128, True), ("float8_e4m3fn", 64, 64, False)],
+    ("dtype", "head_dim", "page_size", "smoothed", "kind", "implementation"),
+    [
+        pytest.param(
+            *shape, *way, id="-".join(map(str, (*shape, name))), marks=() if name in often else pytest.mark.slow
+        )
+        for shape, often in (
+            (("int8", 128, 128, True), ("explicit_xla", "auto_simulated")),
+            (("float8_e4m3fn", 64, 64, False), ("explicit_xla",)),
+        )
+        for name, way in {
+            "auto_xla": (AxisType.Auto, None),
+            "explicit_xla": (AxisType.Explicit, None),
+            "auto_simulated": (AxisType.Auto, RACES),
+        }.items()
+    ],
 )
 def test_append_and_attend_equal_the_oracle(dtype, head_dim, page_size, smoothed, kind, implementation):
     cache, tables, (key, value), exact = filled(dtype, head_dim, page_size, pod(kind), smoothed=smoothed)

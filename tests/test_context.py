@@ -151,7 +151,7 @@ def test_several_new_tokens_over_all_axes(shape, implementation):
         assert_no_races()
 
 
-@pytest.mark.parametrize("implementation", [None, "pallas_interpret"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("pallas_interpret", marks=pytest.mark.slow)])
 def test_numbers_are_the_same_under_x64(implementation):
     case = Case(**FOUR, num_queries=3)
     with jax.enable_x64(True):

@@ -89,7 +89,8 @@ def test_every_layout_of_processes_gives_the_checksum_of_2x4(records, layout, pr
     assert {k: got[k] for k in same} == {k: want[k] for k in same}
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
 def test_8_bit_caches_have_one_checksum_too(records, tmp_path, kv_dtype):
     path, bytes_per_token = tmp_path / "results.jsonl", 2 * 2 * 2 * (64 + 4)  # layers, kv heads, K and V
     for command in ([*POD, "--processes=2", "--devices=4", "--", "decode"], DECODE):
@@ -183,7 +184,7 @@ REQUESTS = [Request(i, 20 + 37 * i % 300, 3 + i % 4) for i in range(12)]
 CASES = [
     Model(2, 4, 2, 64, "float32", seed=3),
     Model(1, 8, 2, 128, "bfloat16", soft_cap=2.0, sliding_window=33),
-    Model(3, 2, 2, 128, "float32", sliding_window=16),
+    pytest.param(Model(3, 2, 2, 128, "float32", sliding_window=16), marks=pytest.mark.slow),
     pytest.param(Model(2, 4, 2, 64, "int8", sliding_window=100), marks=pytest.mark.slow),
     Model(1, 4, 2, 128, "float8_e4m3fn", soft_cap=3.0),
 ]

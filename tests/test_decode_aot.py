@@ -65,9 +65,9 @@ WITH_LSE = ("gqa", "head_dim_64_packed")  # the others' takes the same path as t
 
 # Hundreds of copies in straight-line code take the compiler long; one chip's prove it, `-m slow` does the others.
 LONG = ("page_8", "page_16", "many_heads")
-# v7x compiles every shape, v4 and v5p a third each, v5e and v6e, whose compilers take what those take, a fifth;
+# v7x compiles every shape, the others, whose compilers take what it takes, a fifth each;
 # `-m slow` the rest.
-OFTEN = {"v7x": (0, 1), "v4": (0, 3), "v5p": (1, 3), "v5e": (1, 5), "v6e": (2, 5)}  # from which shape on, every n-th
+OFTEN = {"v7x": (0, 1), "v4": (0, 5), "v5p": (1, 5), "v5e": (3, 5), "v6e": (2, 5)}  # from which shape on, every n-th
 ALSO_SLOW = {(chip, name) for chip, (i, n) in OFTEN.items() for name in SHAPES if name not in list(SHAPES)[i::n]}
 ALSO_SLOW |= {(chip, name) for chip in CHIPS for name in LONG if chip != "v7x"}
 SPLIT = ("large_batch_packed",)
@@ -175,8 +175,14 @@ def test_a_row_that_scalar_memory_cannot_hold_is_refused(chip):
         compiled_text(chip, shapes(B=2, S=300_000, Hq=8, Hkv=1))
 
 
-@pytest.mark.parametrize("in_scope", [False, True], ids=["plain_jit", "mesh_in_scope"])
-@on_every_chip
+@pytest.mark.parametrize(
+    ("chip", "in_scope"),
+    [
+        pytest.param(chip, scope, marks=pytest.mark.slow if scope and chip in ("v4", "v5e", "v6e") else ())
+        for chip in CHIPS
+        for scope in (False, True)
+    ],
+)
 def test_both_cores_work_where_a_device_has_two(chip, in_scope):
     """Also in a plain jit that is lowered for an absent chip, where nothing tells the tracer which."""
     mesh = one_chip_mesh(chip)

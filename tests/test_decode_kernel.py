@@ -60,7 +60,8 @@ LONG = {("packed_head_dim_64", 2), ("nine_sequences", 2), ("starts", 2), ("page_
 LONG |= {("packed_window_and_cap", 1), ("starts_and_window", 1), ("page_24_bf16", 1), ("soft_cap", 1)}
 LONG |= {("window_beyond_int32", 1), ("all_empty", 2), ("bf16", 2), ("mqa_odd_table", 1), ("window_of_two_pages", 1)}
 LONG |= {("longer_than_the_table", 1), ("page_24", 1), ("window_inside_large_pages", 1), ("bf16_pages_f32_query", 1)}
-LONG |= {("starts_in_cells_of_many_pages", 1), ("group_of_five", 1), ("cells_of_sixteen_pages", 1)}
+LONG |= {("starts_in_cells_of_many_pages", 1), ("group_of_five", 1), ("cells_of_sixteen_pages", 1), ("bf16", 1)}
+LONG |= {("longer_than_a_table_of_part_of_a_cell", 1), ("nine_sequences", 1), ("page_24_bf16_window", 1)}
 LONG |= {("window_and_cells_of_no_sequence", 1), ("four_heads_share_a_register", 1), ("page_8_bf16", 1)}
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 
@@ -170,6 +171,7 @@ def test_sinks_join_the_denominator_and_are_an_empty_rows_lse(D, interpret):
     np.testing.assert_allclose(lse, expected[1], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_block_sizes_change_rounding_only_and_runs_change_nothing():
     case = Case("sizes", P=16, S=6, lengths=(96, 0, 50, 17, 95, 1))
     outputs = [np.asarray(run(case, sizes, simulated())[0][0]) for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))]

@@ -66,6 +66,8 @@ CASES = [
     (Case("window", P=128, lengths=(500, 300), sliding_window=150, dtype=INT8), SMALL, 1),
 ]
 SLOW = (
+    "gqa",
+    "page_16",
     "page_64",
     "default_sizes",
     "four_heads_share_a_register",

@@ -105,7 +105,9 @@ def run(case: Case, sizes, interpret, *, seed=0, sinks=None):
     return expected, *made
 
 
-@pytest.mark.parametrize("interpret", [simulated(), None], ids=["kernel", "xla"])
+@pytest.mark.parametrize(
+    "interpret", [pytest.param(simulated(), id="kernel", marks=pytest.mark.slow), pytest.param(None, id="xla")]
+)
 @pytest.mark.parametrize("D", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_sinks_join_each_query_s_denominator(D, interpret):
     """Those of -inf too, of queries that see nothing."""

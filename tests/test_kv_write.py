@@ -233,8 +233,15 @@ def test_append_of_several_tokens_a_row_crosses_pages():
     np.testing.assert_array_equal(cache.to_pages()[1], 2 * expected)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("implementation", [None, "pallas_interpret"], ids=["xla", "simulated"])
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [
+        pytest.param(AxisType.Auto, None, id="auto-xla"),
+        pytest.param(AxisType.Explicit, None, id="explicit-xla"),
+        pytest.param(AxisType.Auto, "pallas_interpret", id="auto-simulated"),
+        pytest.param(AxisType.Explicit, "pallas_interpret", id="explicit-simulated", marks=pytest.mark.slow),
+    ],
+)
 def test_prefill_in_chunks_of_some_rows_equals_all_at_once(implementation, kind):
     mesh, rng = pod(kind), np.random.default_rng(9)
     spec = pd.CacheSpec(4, 128, 16, 64, dtype="float32", num_layers=2)

@@ -118,7 +118,7 @@ def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
     assert "tpu_custom_call" not in here
 
 
-@on_every_chip
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIPS])
 @BODIES
 @pytest.mark.parametrize("Hq", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_launcher_written_for_ejkernel_compiles(chip, body, Hq):

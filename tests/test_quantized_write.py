@@ -236,7 +236,9 @@ def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtyp
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
-@pytest.mark.parametrize("implementation", [None, "pallas_interpret"], ids=["xla", "simulated"])
+@pytest.mark.parametrize(
+    "implementation", [None, pytest.param("pallas_interpret", marks=pytest.mark.slow)], ids=["xla", "simulated"]
+)
 def test_prompts_in_chunks_of_some_rows_equal_all_at_once(implementation):
     mesh, rng = pod(), np.random.default_rng(9)
     spec = pd.CacheSpec(4, 128, 32, 64, dtype="int8", num_layers=2)

@@ -130,7 +130,9 @@ def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name,
         assert values_as_large_as(text, scales.size * 4) == []
 
 
-@pytest.mark.parametrize(("B", "S"), [(32, 4), (32, 32), (32, 33), (256, 4), (8, 64)])
+@pytest.mark.parametrize(
+    ("B", "S"), [(32, 33), (256, 4), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((32, 4), (32, 32), (8, 64)))]
+)
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v7x", marks=pytest.mark.slow)])
 def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))

@@ -79,7 +79,13 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     assert_no_races()
 
 
-@pytest.mark.parametrize("case", [pytest.param(x[0], id=x[0].name, marks=mark(x[0])) for x in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x[0], id=x[0].name, marks=pytest.mark.slow if x[0].name == "on_two_cores" else mark(x[0]))
+        for x in CASES
+    ],
+)
 def test_xla_form_equals_the_oracle(case):
     check(case, *run(case, None, None))
 

@@ -98,7 +98,7 @@ def test_random_rounds_of_writes_agree_with_numpy(interpret):
 
 
 @pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
-@pytest.mark.parametrize("tokens", [1, 8, 100])
+@pytest.mark.parametrize("tokens", [1, pytest.param(8, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("start", [64, 2**31 - 4, 2**31 - 1, -(2**31)])
 def test_positions_outside_the_table_write_nothing(start, tokens, interpret):
     """At the table's edge and at int32's."""
@@ -123,8 +123,14 @@ COMPILED = [
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("heads", "pages", "page_size", "head_dim", "dtype", "batch", "tokens"), COMPILED)
+@pytest.mark.parametrize(
+    ("chip", "heads", "pages", "page_size", "head_dim", "dtype", "batch", "tokens"),
+    [
+        pytest.param(chip, *shape, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, chip in enumerate(CHIPS)
+        for j, shape in enumerate(COMPILED)
+    ],
+)
 def test_compiled_write_is_in_place(chip, heads, pages, page_size, head_dim, dtype, batch, tokens):
     lanes = max(128, head_dim)
     shape = (2, heads, pages, page_size * head_dim // lanes, lanes)

@@ -13,8 +13,6 @@ from paged_dist import kernels
 from paged_dist.kernels.paged_attention import DEFAULT_MASK_VALUE, page_attention, ref_paged_attention
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 
-by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
 
 @pytest.mark.parametrize(
     "case",
@@ -33,7 +31,9 @@ def test_page_attention_off_tpu_equals_the_oracle(case):
     assert_close(case, expected, output)
 
 
-@by_name
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=pytest.mark.slow if i % 2 else ()) for i, c in enumerate(CASES)]
+)
 def test_xla_form_equals_the_oracle_in_stacked_pools(case):
     (query, k, v, *rest), expected = make(case, seed=1)
     width = max(128, case.D) if case.P * case.D % 128 == 0 else case.D

@@ -48,9 +48,9 @@ IN_BOTH_FORMS = ("gqa", "packed_window_and_cap", "window_of_two_pages", "all_emp
             pages,
             inline,
             id=f"{case.name}-{'inline' if inline else 'blocks_in_grid'}",
-            marks=() if inline or case.name in IN_BOTH_FORMS else pytest.mark.slow,
+            marks=() if (inline and i % 2) or case.name in IN_BOTH_FORMS else pytest.mark.slow,
         )
-        for case, pages in CASES
+        for i, (case, pages) in enumerate(CASES)
         for inline in (True, False)
     ],
 )

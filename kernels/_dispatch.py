@@ -24,7 +24,8 @@ def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: I
         on every platform.
     """
     # Both forms' results then vary over the same axes of a `shard_map`, whichever of the operands does.
-    operands = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves(operands)), operands)
+    leaves = jax.tree.leaves(operands)
+    operands = jax.tree.map(lambda x: vary_like(x, *leaves), operands)
 
     def run_kernel(*operands, interpret):
         with jax.enable_x64(False):  # its scalars are int32, whatever a caller's Python numbers would become

@@ -33,6 +33,11 @@ def interpret_of(implementation: Implementation) -> Interpret:
     return _INTERPRET[implementation]
 
 
+def as_arrays(*values) -> tuple[jax.Array | None, ...]:
+    """Each value as a jax array, lists too; None stays None."""
+    return tuple(None if x is None else jnp.asarray(x) for x in values)
+
+
 def op_mesh(
     cache: PagedKVCache, mesh: Mesh | AbstractMesh | None, axes: MeshAxes, implementation: Implementation
 ) -> Mesh | AbstractMesh:
@@ -46,7 +51,7 @@ def op_mesh(
     """
     _check_axes(axes)
     scope = jax.sharding.get_abstract_mesh()
-    manual = _manual_axes(scope)
+    manual = scope.manual_axes
     if set(manual) & {*axes.pages, *axes.names("model")} or (manual and len(manual) == len(scope.axis_names)):
         raise bad_value(
             "mesh", dict(scope.shape), "is split by a shard_map already", "use the op's _local form in there"
@@ -72,7 +77,7 @@ def op_mesh(
         f"differs from that of the shard_map around this call, {dict(scope.shape)}",
         "split all of it there and here alike",
     )
-    cache.check_part(axes, {})
+    cache.check_part(scope, MeshAxes(None, None, None))
     return scope
 
 
@@ -85,20 +90,8 @@ def check_shard(cache: PagedKVCache, axes: MeshAxes) -> None:
     """
     _check_axes(axes)
     scope = jax.sharding.get_abstract_mesh()
-    for part in ("data", "context", "model"):
-        for name in axes.names(part):
-            require(
-                name in _manual_axes(scope),
-                f"axes.{part}",
-                getattr(axes, part),
-                f"the shard_maps around this call split {_manual_axes(scope)}",
-                f"outside of one, use the op without _local; pass MeshAxes({part}=None) where nothing is split so",
-            )
-    cache.check_part(axes, dict(scope.shape))
-
-
-def _manual_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+    axes.check(scope.manual_axes, "the shard_maps around this call split", "outside of one, use the op without _local")
+    cache.check_part(scope, axes)
 
 
 def _check_axes(axes: MeshAxes) -> None:
@@ -123,9 +116,9 @@ def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs,
     """`shard_map(local)(*args)` on `mesh`. Arguments in another sharding are resharded, under Explicit axes too."""
     if has_explicit_axes(mesh):
         args = tuple(_reshard(mesh, specs, x) for specs, x in zip(in_specs, args, strict=True))
-    # Inside another shard_map the mesh is the one in scope, and only what is left of it can be named.
-    where = dict(axis_names=set(mesh.axis_names) - set(manual)) if (manual := _manual_axes(mesh)) else dict(mesh=mesh)
-    return jax.shard_map(local, **where, in_specs=tuple(in_specs), out_specs=out_specs)(*args)
+    left = set(mesh.axis_names) - set(mesh.manual_axes)  # inside another shard_map, whose mesh is that in scope
+    outer = mesh if len(left) == len(mesh.axis_names) else None
+    return jax.shard_map(local, mesh=outer, axis_names=left, in_specs=tuple(in_specs), out_specs=out_specs)(*args)
 
 
 def _reshard(mesh: Mesh | AbstractMesh, specs, tree):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
+    as_arrays,
     check_batch,
     check_shard,
     context_size,
@@ -24,7 +25,7 @@ from paged_dist._shard import (
 )
 from paged_dist.cache import PagedKVCache
 from paged_dist.collectives import OUTPUT_HEADS
-from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_options, check_queries, check_sinks
+from paged_dist.kernels.paged_attention.checks import check_options, check_queries, check_sinks
 from paged_dist.kernels.paged_attention.decode import add_sinks, decode_stored_pages
 from paged_dist.kernels.paged_attention.queries import causal_spans
 from paged_dist.merge import merge_partials, my_heads
@@ -89,11 +90,11 @@ def sharded_paged_attention(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
-    query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
-    sinks = None if sinks is None else jnp.asarray(sinks)
+    query, lengths, block_tables, sinks = as_arrays(query, lengths, block_tables, sinks)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
-    _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
+    _check(query, cache, lengths, block_tables, sinks, implementation)
+    options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
     context, model = axes.size(mesh, "context"), axes.size(mesh, "model")
     _check_output_heads(output_heads, query.shape[-2] // model, context)
@@ -104,9 +105,7 @@ def sharded_paged_attention(
         block_tables,
         layer,
         sinks,
-        sm_scale=float(sm_scale),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        **options,
         return_lse=return_lse,
         output_heads=output_heads,
         mesh=mesh,
@@ -190,10 +189,10 @@ def paged_attention_local(
     Raises:
       ValueError: as `sharded_paged_attention`; no `shard_map` around the call, or one with another part of the cache.
     """
-    query, lengths, block_tables = map(jnp.asarray, (query, lengths, block_tables))
-    sinks = None if sinks is None else jnp.asarray(sinks)
+    query, lengths, block_tables, sinks = as_arrays(query, lengths, block_tables, sinks)
     check_shard(cache, axes)
-    _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation)
+    _check(query, cache, lengths, block_tables, sinks, implementation)
+    options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     _check_output_heads(output_heads, query.shape[-2], context_size(axes))
     return _local(
         query,
@@ -202,9 +201,7 @@ def paged_attention_local(
         block_tables,
         layer,
         sinks,
-        sm_scale=float(sm_scale),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        **options,
         return_lse=return_lse,
         output_heads=output_heads,
         axes=axes,
@@ -282,7 +279,7 @@ def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
-def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, sliding_window, implementation) -> None:
+def _check(query, cache, lengths, block_tables, sinks, implementation) -> None:
     """The checks that hold for whole arrays and for one shard's alike."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
@@ -306,7 +303,6 @@ def _check(query, cache, lengths, block_tables, sinks, sm_scale, soft_cap, slidi
     for name, array in (("lengths", lengths), ("block_tables", block_tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
     check_sinks(sinks, heads)
-    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
 
 
 def _check_output_heads(output_heads: str, heads: int, context: int) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -193,22 +192,16 @@ class PagedKVCache:
         unpack = lambda x: unpack_scales(x, self.spec.page_size, self.spec.tokens_per_row)
         return *made, unpack(self.key_scales), unpack(self.value_scales)
 
-    def check_part(self, axes: MeshAxes, sizes: Mapping[str, int]) -> None:
-        """Raises ValueError where an array is not the part of it that mesh axes of these `sizes` leave: the whole, of
-        none. Inside a `shard_map` they are those that it splits.
-        """
-        spec, split = self.spec, self.partition_specs(axes)
-        shapes = (spec.pool_shape,) * 2 + ((spec.scales_shape,) * 2 if spec.is_quantized else (None,) * 2)
-        for name, whole in zip(_ARRAYS, (*shapes, spec.key_smoothing_shape), strict=True):
-            if (array := getattr(self, name)) is None:
-                continue
-            count = lambda names: math.prod(sizes.get(n, 1) for n in (names if isinstance(names, tuple) else (names,)))
-            part = tuple(size // count(names) for size, names in zip(whole, getattr(split, name), strict=True))
+    def check_part(self, mesh: Mesh | AbstractMesh, axes: MeshAxes) -> None:
+        """Raises ValueError where an array is not what a shard of `mesh` holds of the cache split over `axes`."""
+        mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # of a partly manual one jax knows no shard's shape
+        for name, whole in _stored_arrays(self.spec, mesh, axes, self.key_smoothing is not None).items():
+            shape, part = getattr(self, name).shape, whole.sharding.shard_shape(whole.shape)
             require(
-                array.shape == part,
+                shape == part,
                 f"cache.{name}.shape",
-                array.shape,
-                f"must be {part} here, of {whole} in all",
+                shape,
+                f"must be {part} here, of {whole.shape} in all",
                 "pass the cache through the shard_map with cache.partition_specs(axes)",
             )
 

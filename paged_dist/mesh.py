@@ -61,17 +61,20 @@ class MeshAxes:
         """How many shards `part` has on `mesh`."""
         return math.prod(mesh.shape[name] for name in self.names(part))
 
-    def check(self, mesh: Mesh | AbstractMesh) -> None:
-        """Raises ValueError where a name is no axis of `mesh`, or one axis plays two parts."""
+    def check(self, mesh_axes: Sequence[str], have: str = "the mesh has axes", works: str = "name one of them") -> None:
+        """Raises ValueError where a name is none of `mesh_axes`, or one axis plays two parts.
+
+        `have` and `works` are the error's words for `mesh_axes` and for what would do.
+        """
         seen: dict[str, str] = {}
         for part in ("data", "context", "model"):
             for name in self.names(part):
-                if name not in mesh.shape:
+                if name not in mesh_axes:
                     raise bad_value(
                         f"axes.{part}",
                         getattr(self, part),
-                        f"the mesh has axes {tuple(mesh.shape)}",
-                        f"name one of them, or pass MeshAxes({part}=None) where nothing is split so",
+                        f"{have} {tuple(mesh_axes)}",
+                        f"{works}, or pass MeshAxes({part}=None) where nothing is split so",
                     )
                 if name in seen:
                     raise bad_value(

@@ -126,7 +126,7 @@ class CacheSpec:
 
     def check_mesh(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> None:
         """Raises ValueError where heads or pages do not divide over `mesh`."""
-        axes.check(mesh)
+        axes.check(mesh.axis_names)
         model, data, context = (axes.size(mesh, part) for part in ("model", "data", "context"))
         require(
             self.num_kv_heads % model == 0,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from paged_dist._errors import require
 from paged_dist._shard import (
     Implementation,
+    as_arrays,
     check_batch,
     check_shard,
     interpret_of,
@@ -59,7 +60,7 @@ def append_kv(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
-    key, value, positions, block_tables = map(jnp.asarray, (key, value, positions, block_tables))
+    key, value, positions, block_tables = as_arrays(key, value, positions, block_tables)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_append(cache, key, value, positions, block_tables, implementation)
@@ -115,7 +116,7 @@ def append_kv_local(
     Raises:
       ValueError: as `append_kv`; no `shard_map` around the call, or one with another part of the cache.
     """
-    key, value, positions, block_tables = map(jnp.asarray, (key, value, positions, block_tables))
+    key, value, positions, block_tables = as_arrays(key, value, positions, block_tables)
     check_shard(cache, axes)
     _check_append(cache, key, value, positions, block_tables, implementation)
     return _append_local(cache, key, value, positions, block_tables, layer, axes=axes, implementation=implementation)
@@ -166,8 +167,7 @@ def write_prefill_kv(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
-    key, value, lengths, block_tables = map(jnp.asarray, (key, value, lengths, block_tables))
-    starts, rows = (None if x is None else jnp.asarray(x) for x in (starts, rows))
+    key, value, lengths, block_tables, starts, rows = as_arrays(key, value, lengths, block_tables, starts, rows)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
@@ -249,8 +249,7 @@ def write_prefill_kv_local(
     Raises:
       ValueError: as `write_prefill_kv`; no `shard_map` around the call, or one with another part of the cache.
     """
-    key, value, lengths, block_tables = map(jnp.asarray, (key, value, lengths, block_tables))
-    starts, rows = (None if x is None else jnp.asarray(x) for x in (starts, rows))
+    key, value, lengths, block_tables, starts, rows = as_arrays(key, value, lengths, block_tables, starts, rows)
     check_shard(cache, axes)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     return _prefill_local(

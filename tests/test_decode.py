@@ -360,36 +360,33 @@ def refused(tmp_path, *arguments):
     return line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--data=3"], "data=3"),
-        (["--context=3"], "context x model=6: must divide the number of devices, 8"),
-        (["--kv_dtype=f64"], "--kv_dtype='f64': is no cache dtype; use bf16, f32, int8 or fp8"),
-        (["--hbm_gib=0"], "--hbm_gib=0.0: must be above 0"),
-        (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
-        (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
-        (["--batch=100000000"], "--batch=100000000: must be at most"),
-        (["--head_dim=80"], "head_dim=80"),
-        (["--layers=none"], "--layers=none"),
-        (["--no_such_flag"], "no_such_flag"),
-        (["--output=/proc/x.jsonl"], "--output='/proc/x.jsonl'"),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)  # each is a process
-            for x in (
-                (["--model=3"], "model=3"),
-                (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
-                (["--kv_dtype=int8", "--page_size=48"], "page_size=48: with int8 and fp8 must divide 128"),
-                (["--pages_per_sequence=99999999"], "--pages_per_sequence=99999999: must be at most"),
-                (["--num_pages=2000000"], "--num_pages=2000000: a cache of"),
-                (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
-                (["--page_size=20"], "page_size=20"),
-                (["--layers=0"], "--layers=0: must be at least 1"),
-                (["extra"], "'extra'"),
-                (["--trace=/proc/none.csv"], "cannot be read"),
-            )
-        ),
-    ],
+BAD_FLAGS = [
+    (["--data=3"], "data=3"),
+    (["--model=3"], "model=3"),
+    (["--context=3"], "context x model=6: must divide the number of devices, 8"),
+    (["--num_q_heads=6", "--num_kv_heads=4"], "--num_q_heads=6: must be a multiple of --num_kv_heads=4"),
+    (["--kv_dtype=f64"], "--kv_dtype='f64': is no cache dtype; use bf16, f32, int8 or fp8"),
+    (["--kv_dtype=int8", "--page_size=48"], "page_size=48: with int8 and fp8 must divide 128"),
+    (["--hbm_gib=0"], "--hbm_gib=0.0: must be above 0"),
+    (["--num_pages=2000000"], "--num_pages=2000000: a cache of"),
+    (["--num_pages=16"], "num_pages=16: 8 pages a shard, but request"),
+    (["--pages_per_sequence=99999999"], "--pages_per_sequence=99999999: must be at most"),
+    (["--pages_per_sequence=2"], "--pages_per_sequence=2: holds 256 tokens"),
+    (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
+    (["--batch=100000000"], "--batch=100000000: must be at most"),
+    (["--page_size=20"], "page_size=20"),
+    (["--head_dim=80"], "head_dim=80"),
+    (["--layers=0"], "--layers=0: must be at least 1"),
+    (["--layers=none"], "--layers=none"),
+    (["extra"], "'extra'"),
+    (["--no_such_flag"], "no_such_flag"),
+    (["--trace=/proc/none.csv"], "cannot be read"),
+    (["--output=/proc/x.jsonl"], "--output='/proc/x.jsonl'"),
+]
+
+
+@pytest.mark.parametrize(  # each is a process: every second one unless `-m slow`
+    ("arguments", "says"), [pytest.param(*x, marks=pytest.mark.slow if i % 2 else ()) for i, x in enumerate(BAD_FLAGS)]
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2_before_anything_is_written(tmp_path, arguments, says):
     assert says in refused(tmp_path, *arguments)

@@ -89,7 +89,7 @@ OTHER = {"int8": "float8_e4m3fn", "float8_e4m3fn": "int8"}
             *case,
             kind,
             interpret,
-            marks=() if kind == dtype and (interpret is None) == i % 2 else pytest.mark.slow,
+            marks=() if kind == dtype and (interpret is None) == (i % 2 == 1) else pytest.mark.slow,
             id="-".join(map(str, (*case, kind, "simulated" if interpret else "xla"))),
         )
         for i, (*case, dtype) in enumerate(CASES)

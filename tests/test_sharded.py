@@ -475,9 +475,7 @@ def test_the_sharded_op_inside_a_shard_map_names_the_local_form():
 
 
 @pytest.mark.filterwarnings("ignore:.*page_size=")
-@pytest.mark.parametrize(
-    "page_size", [pytest.param(64, marks=pytest.mark.slow), 16]
-)  # small pages are not clamped by the kernel
+@pytest.mark.parametrize("page_size", [pytest.param(64, marks=pytest.mark.slow), 16])
 def test_a_wrong_id_in_a_live_entry_reads_a_page_of_the_pool(page_size):
     """Such a table is the caller's fault; what comes out is finite, and other rows are untouched."""
     case = Case(lengths=(33, 5, 48, 64), page_size=page_size, dtype="float32")

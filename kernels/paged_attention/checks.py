@@ -253,8 +253,13 @@ def _check(
     )
 
 
-def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_name: str = "soft_cap") -> None:
-    """Raises ValueError for an option outside its rule; all four are Python numbers, known before tracing."""
+def check_options(
+    *, sm_scale, soft_cap, sliding_window, mask_value=DEFAULT_MASK_VALUE, soft_cap_name: str = "soft_cap"
+) -> dict[str, float | int | None]:
+    """sm_scale, soft_cap and sliding_window by name, as Python's own numbers.
+
+    Raises ValueError for an option outside its rule; all four are numbers known before tracing.
+    """
     for name, value in (
         ("sm_scale", sm_scale),
         (soft_cap_name, soft_cap),
@@ -293,6 +298,11 @@ def check_options(*, sm_scale, soft_cap, sliding_window, mask_value, soft_cap_na
         "must be a finite negative number",
         f"DEFAULT_MASK_VALUE is {DEFAULT_MASK_VALUE:.4g}",
     )
+    return {
+        "sm_scale": float(sm_scale),
+        "soft_cap": None if soft_cap is None else float(soft_cap),
+        "sliding_window": None if sliding_window is None else int(sliding_window),
+    }
 
 
 def check_lengths(lengths, *shape: int) -> None:

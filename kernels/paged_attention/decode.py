@@ -11,7 +11,6 @@ from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, dispatch
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import (
-    DEFAULT_MASK_VALUE,
     check_interpret,
     check_lengths,
     check_options,
@@ -103,7 +102,7 @@ def paged_decode_attention(
         layer = layer.astype(jnp.int32)
     check_queries(query)
     starts, sinks = check_starts(starts, query.shape[0]), check_sinks(sinks, query.shape[-2])
-    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=DEFAULT_MASK_VALUE)
+    options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_interpret(interpret)
     require(
         block_sizes is None or isinstance(block_sizes, BlockSizes),
@@ -128,9 +127,7 @@ def paged_decode_attention(
         sinks,
         key_scales,
         value_scales,
-        sm_scale=float(sm_scale),
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        sliding_window=None if sliding_window is None else int(sliding_window),
+        **options,
         return_lse=bool(return_lse),
         block_sizes=block_sizes,
         interpret=interpret,

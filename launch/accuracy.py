@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import NamedTuple
 
 from absl import flags
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import require
 from paged_dist.launch import flags as shared
 from paged_dist.launch.workload import whole_pool
 
@@ -66,9 +65,7 @@ def settings_from_flags() -> Settings:
     Raises:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
-    for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]:
-        if flag.name not in _TAKEN and flag.present:
-            raise bad_value(f"--{flag.name}", flag.value, "is no flag of this launcher", "see --help")
+    shared.refuse_others(_TAKEN)
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:5]}
     shared.at_least(1, **values)
     shared.check_seed()
@@ -297,13 +294,8 @@ def main(argv) -> int:
         "versions": report.versions(),
     }
     print(table(record), flush=True)
-    try:
-        if shared.OUTPUT.value is not None:
-            report.append_json_line(shared.OUTPUT.value, record)
-    except OSError as e:
-        print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
-        return 1
-    return int(bool(record["failures"]))
+    written = report.append_output(NAME, shared.OUTPUT.value, record)
+    return int(not written or bool(record["failures"]))
 
 
 def cli() -> None:

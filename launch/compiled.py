@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import time
@@ -109,6 +110,7 @@ class Collective(NamedTuple):
     arrays: tuple[str, ...]  # its operands as 'f32[8,4,128]', of one device
     bytes: int  # of these
     groups: tuple[tuple[int, ...], ...]  # the devices, by number in the mesh, that talk to each other
+    loops: int = 0  # loops that it stands in; the text for a TPU does not say how often one runs
 
 
 _COLLECTIVES = (
@@ -122,14 +124,66 @@ def collectives(hlo: str) -> list[Collective]:
     Raises ValueError for groups in a form that is not known here.
     """
     types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
+    loops = loop_depths(hlo)
     found = []
-    for name, _, op, rest in (m.groups() for m in map(_INSTRUCTION.match, hlo.splitlines()) if m):
+    for inside, name, _, op, rest in _instructions(hlo):
         kind = re.fullmatch(rf"({_COLLECTIVES})(-start)?", op)
         if kind is None:
             continue
         operands = re.findall(r"%([\w.\-]+)", rest[: rest.index(")")])
         arrays = [f"{dtype}[{dims}]" for x in operands for dtype, dims in _ARRAY.findall(types[x])]
-        found.append(Collective(kind[1], tuple(arrays), sum(_array_bytes(" ".join(arrays))), _groups(name, rest)))
+        size = sum(_array_bytes(" ".join(arrays)))
+        found.append(Collective(kind[1], tuple(arrays), size, _groups(name, rest), loops.get(inside, 0)))
+    return found
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls|(?:branch|called)_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+def _instructions(hlo: str):
+    """(computation, name, type, operation, rest of the line) of each instruction."""
+    inside = ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            inside = match[1]
+        elif match := _INSTRUCTION.match(line):
+            yield inside, *match.groups()
+
+
+def loop_depths(hlo: str) -> dict[str, int]:
+    """How many loops each computation of a compiled program stands in, those of its callers counted."""
+    callers: dict[str, list[tuple[str, int]]] = {}
+    for inside, _, _, op, rest in _instructions(hlo):
+        for role, names in _CALLED.findall(rest):
+            within = int(op == "while" and role in ("body", "condition"))
+            for name in re.findall(r"[\w.\-]+", names):
+                callers.setdefault(name, []).append((inside, within))
+
+    @functools.cache
+    def depth(name: str) -> int:
+        return max((depth(caller) + within for caller, within in callers.get(name, ())), default=0)
+
+    return {name: depth(name) for name in callers}
+
+
+class Crossing(NamedTuple):
+    """One send of a program for several slices: what leaves a device for another slice, over DCN, or for the host."""
+
+    arrays: tuple[str, ...]
+    bytes: int
+    loops: int
+
+
+def crossings(hlo: str) -> list[Crossing]:
+    """The sends of a compiled program. libtpu turns a collective over several slices into sends and receives."""
+    types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
+    loops, found = loop_depths(hlo), []
+    for inside, _, _, op, rest in _instructions(hlo):
+        if op == "send":
+            first = re.search(r"%([\w.\-]+)", rest)
+            arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(types[first[1]])] if first else []
+            found.append(Crossing(tuple(arrays), sum(_array_bytes(" ".join(arrays))), loops.get(inside, 0)))
     return found
 
 
@@ -179,6 +233,15 @@ def ops_around_kernels(hlo: str) -> list[str]:
 
 def kernel_vmem(hlo: str) -> list[int]:
     """Bytes of vector memory that each kernel of a compiled program was given by the compiler."""
+    return [size for _, size in kernels(hlo)]
+
+
+def kernels(hlo: str) -> list[tuple[str, int]]:
+    """(name, bytes of vector memory that the compiler gave it) of each kernel of a compiled program."""
     used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
-    kernels = [line for line in hlo.splitlines() if _KERNEL in line]
-    return [int(match[1]) if (match := used.search(line)) else 0 for line in kernels]
+    named = re.compile(r'op_name="[^"]*?([^"/]+)/pallas_call"')
+    lines = [line for line in hlo.splitlines() if _KERNEL in line]
+    return [
+        (m[1] if (m := named.search(line)) else "kernel", int(m[1]) if (m := used.search(line)) else 0)
+        for line in lines
+    ]

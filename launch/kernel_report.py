@@ -14,13 +14,12 @@ import sys
 
 from absl import flags
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import require
 from paged_dist.launch import flags as shared
 from paged_dist.launch.workload import pages_needed, read_trace, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
-CONTEXT_TOKENS = flags.DEFINE_integer("context_tokens", 4096, "Live tokens of each sequence.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
     None,
@@ -37,6 +36,7 @@ JAX_BLOCK_TOKENS = flags.DEFINE_integer(
 
 NAME = "paged-dist-kernel-report"
 _TAKEN = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "kv_dtype", "output")
+_TAKEN += ("context_tokens",)
 _DEFAULTS = {"batch": 32, "num_q_heads": 8, "num_kv_heads": 1}  # a chip's share of 64 heads over 8 chips
 for _name in _TAKEN:
     flags.declare_key_flag(_name)
@@ -65,13 +65,10 @@ def settings_from_flags() -> Settings:
     Raises:
       ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
-    for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]:
-        if flag.name not in _TAKEN and flag.present:
-            instead = "give --context_tokens" if flag.name == "context" else "see --help"
-            raise bad_value(f"--{flag.name}", flag.value, "is no flag of this launcher", instead)
+    shared.refuse_others(_TAKEN, {"context": "give --context_tokens"})
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
-    tokens = CONTEXT_TOKENS.value
-    shared.at_least(1, context_tokens=tokens, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
+    tokens = shared.CONTEXT_TOKENS.value or 4096
+    shared.at_least(1, context_tokens=shared.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
     q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
@@ -324,12 +321,8 @@ def main(argv) -> int:
         records += report_chip(s, chip, mesh, plans[chip])
     versions = report.versions()
     print(table(s, records, versions), flush=True)
-    if shared.OUTPUT.value is not None:
-        try:
-            report.append_json_line(shared.OUTPUT.value, json_record(s, records, versions))
-        except OSError as e:
-            print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
-            return 1
+    if not report.append_output(NAME, shared.OUTPUT.value, json_record(s, records, versions)):
+        return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 
 

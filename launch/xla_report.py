@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
 import time
 
 from absl import flags
@@ -254,13 +253,8 @@ def main(argv) -> int:
         "versions": report.versions(),
     }
     print(table(record), flush=True)
-    try:
-        if shared.OUTPUT.value is not None:
-            report.append_json_line(shared.OUTPUT.value, record)
-    except OSError as e:
-        print(f"{NAME}: error: --output={shared.OUTPUT.value!r}: could not be written: {e}", file=sys.stderr)
-        return 1
-    return 0 if all(r["agrees"] for r in results) else 1
+    written = report.append_output(NAME, shared.OUTPUT.value, record)
+    return 0 if written and all(r["agrees"] for r in results) else 1
 
 
 def cli() -> None:

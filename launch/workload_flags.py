@@ -1,0 +1,50 @@
+"""The flags that say which requests are served, shared by the launchers that serve or count them."""
+
+from __future__ import annotations
+
+import math
+
+from absl import flags
+
+from paged_dist._errors import bad_value, require
+from paged_dist.launch import flags as shared
+from paged_dist.launch.workload import Request, draw_requests, read_trace, shorten
+
+TRACE = flags.DEFINE_string(
+    "trace",
+    None,
+    "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
+    "lengths are drawn like those of a production conversation service.",
+)
+NUM_REQUESTS = flags.DEFINE_integer(
+    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones."
+)
+LENGTH_SCALE = flags.DEFINE_float("length_scale", 1.0, "Factor on every request's lengths.")
+MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
+MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
+
+_DRAWN_REQUESTS = 96
+
+
+def requests_from_flags() -> tuple[list[Request], str]:
+    """The requests that the flags name, and what to call them in a report.
+
+    Raises:
+      ValueError: a flag outside its rule, or a trace that cannot be read.
+    """
+    shared.at_least(
+        1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value, max_generated=MAX_GENERATED.value
+    )
+    shared.check_seed()
+    scale = LENGTH_SCALE.value
+    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
+    if TRACE.value is not None:
+        requests, name = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1]
+        if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
+            raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
+    else:
+        requests = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, shared.SEED.value)
+        name = "the built-in workload"
+    if scale != 1:
+        name += f", lengths x {scale:g}"
+    return shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value), name

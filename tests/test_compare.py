@@ -1,0 +1,530 @@
+"""`paged-dist-compare`: statistics against brute force and published values, what is the same work, what is told."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from paged_dist.launch import compare
+
+MODULE = [sys.executable, "-P", "-m", "paged_dist.launch.compare"]
+LIMIT = 60  # seconds
+
+ROW = {
+    "benchmark": "decode",
+    "settings": {"layers": 2, "head_dim": 128, "dtype": "bfloat16", "soft_cap": None, "seed": 0},
+    "mesh": {"data": 4, "context": 1, "model": 4},
+    "devices": {"TPU v5e": 16},
+    "processes": 4,
+    "workload": "the built-in workload",
+    "requests": 96,
+    "pool_pages": 512,
+    "tokens": 9000,
+    "prefill_tokens": 70000,
+    "versions": {"python": "3.11", "jax": "0.10.2", "jaxlib": "0.10.2"},
+    "git_commit": "aaaa",
+    "time": "2025-01-01T00:00:00",
+    "checksum": "00112233aabbccdd",
+    "step_ms_p25": 9.0,
+    "step_ms_p50": 10.0,
+    "step_ms_p75": 12.0,
+    "step_ms_p99": 20.0,
+    "tokens_per_s": 1000.0,
+    "tokens_per_s_per_chip": 62.5,
+    "prefill_s": 3.0,
+    "compile_s": 7.0,
+}
+
+
+def rows(values, **changes):
+    """A run for each of `values`, its tokens/s."""
+    return [ROW | {"tokens_per_s": float(v)} | changes for v in values]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """`run(a, b, *options)` compares rows, or a file's text, in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(a, b, *options):
+        for name, content in (("a.jsonl", a), ("b.jsonl", b)):
+            text = content if isinstance(content, str | bytes) else lines(content)
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        try:
+            code = compare.main(["a.jsonl", "b.jsonl", *options])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        assert all(len(line) <= 80 for line in out.splitlines()), out
+        return code, out, err
+
+    return call
+
+
+def line_of(out, start):
+    """The one line that starts with the word `start`, its words a space apart."""
+    (found,) = (" ".join(line.split()) for line in out.splitlines() if line.split()[:1] == [start])
+    return found
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(1, 1), (1, 4), (2, 3), (3, 3), (4, 4), (5, 3), (2, 7), (5, 5)])
+@pytest.mark.parametrize("kinds", [2, 3, 6, 10**6])  # distinct values: many ties, some, none
+def test_p_is_that_of_every_split_of_the_runs(n_a, n_b, kinds):
+    rng = np.random.default_rng([n_a, n_b, kinds])
+    for _ in range(5):
+        pooled = rng.integers(kinds, size=n_a + n_b).astype(float)
+        ranks = np.asarray([(pooled < v).sum() + ((pooled == v).sum() + 1) / 2 for v in pooled])
+        off = ranks - ranks.mean()
+        seen = off[:n_a].sum()
+        splits = [sum(chosen) for chosen in itertools.combinations(off, n_a)]
+        want = np.mean([abs(x) >= abs(seen) - 1e-9 for x in splits])
+        p, above = compare.rank_test(pooled[:n_a], pooled[n_a:])
+        assert p == pytest.approx(want, abs=1e-12)
+        assert above == (0 if abs(seen) < 1e-9 else -np.sign(seen))
+
+
+@pytest.mark.parametrize(
+    ("n_a", "n_b", "most"),
+    # The largest U that is significant at 5 %, two-sided: published tables of the Mann-Whitney test.
+    [(4, 4, 0), (3, 5, 0), (2, 8, 0), (5, 5, 2), (6, 6, 5), (5, 8, 6), (8, 8, 13), (10, 10, 23), (20, 20, 127)],
+)
+def test_critical_values_are_those_of_published_tables(n_a, n_b, most):
+    """Both of the test and of the interval, which goes from the U + 1st smallest to the U + 1st largest ratio."""
+
+    def runs_with(u):
+        b = np.arange(1.0, n_b + 1)
+        a = []  # each below so many of b
+        for left in range(n_a, 0, -1):
+            more = min(n_b, u - sum(x for x, _ in a))
+            a.append((more, n_b - more + 0.5 + left / 1000))
+        return [x for _, x in a], b
+
+    for u, significant in ((most, True), (most + 1, False)):
+        p, above = compare.rank_test(*runs_with(u))
+        assert (p <= compare.ALPHA) == significant and above == -1
+    rng = np.random.default_rng(n_a)
+    a, b = rng.random(n_a) + 1, rng.random(n_b) + 1
+    ratios = sorted(y / x for x in a for y in b)
+    assert compare.ratio_interval(a, b) == pytest.approx((ratios[most], ratios[-most - 1]))
+
+
+def test_normal_approximation_agrees_with_the_exact_test_where_it_takes_over(monkeypatch):
+    rng = np.random.default_rng(0)
+    for decimals in (1, 9):  # tied, not tied
+        a = np.round(rng.normal(3.0, 0.3, 55), decimals)
+        b = np.round(rng.normal(3.1, 0.3, 55), decimals)
+        monkeypatch.setattr(compare, "_EXACT_COST", 1e8)
+        exact, spread = compare.rank_test(a, b), compare.ratio_interval(a, b)
+        monkeypatch.setattr(compare, "_EXACT_COST", 0)
+        near, near_spread = compare.rank_test(a, b), compare.ratio_interval(a, b)
+        assert 0.01 < exact[0] < 0.5
+        assert near == (pytest.approx(exact[0], rel=0.02), exact[1])
+        assert near_spread == pytest.approx(spread, rel=2e-3)
+
+
+def heavy_tailed(rng, n):
+    """Times as a shared host gives them: 2 % of noise, and now and then one that is far too long."""
+    return 10 * np.exp(0.02 * rng.standard_normal(n) + 0.3 * (rng.random(n) < 0.15))
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "level"), [(4, 4, 2 / 70), (6, 6, 0.0411), (5, 7, 0.0480), (25, 40, 0.05)])
+def test_runs_without_a_difference_are_noise_but_for_five_percent(n_a, n_b, level):
+    draws, rng = 2000 if n_a < 25 else 300, np.random.default_rng([n_a, n_b])
+    found = sum(
+        compare.rank_test(heavy_tailed(rng, n_a), heavy_tailed(rng, n_b))[0] <= compare.ALPHA for _ in range(draws)
+    )
+    error = np.sqrt(level * (1 - level) / draws)
+    assert level - 4 * error < found / draws < level + 4 * error
+    assert found / draws < 0.07
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(4, 4), (6, 6), (5, 9)])
+def test_interval_holds_the_true_ratio_and_goes_with_the_test(n_a, n_b):
+    rng, held = np.random.default_rng([7, n_a, n_b]), 0
+    for _ in range(1000):
+        a, b = heavy_tailed(rng, n_a), 1.03 * heavy_tailed(rng, n_b)
+        low, high = compare.ratio_interval(a, b)
+        held += low < 1.03 < high
+        assert (low < 1 < high) == (compare.rank_test(a, b)[0] > compare.ALPHA)
+    assert 935 <= held <= 990
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_ten_percent_are_found_in_six_runs_of_two_percent_noise(direction):
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        noisy = lambda centre: [ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)]
+        r = compare.compare_metric("step_ms_p50", noisy(10.0), noisy(10 * 1.1**direction))
+        assert r["verdict"] == ("slower" if direction == 1 else "faster")
+        assert r["ratio"] == pytest.approx(1.1**direction, rel=0.04)
+        assert r["spread"][0] < r["ratio"] < r["spread"][1]
+
+
+@pytest.mark.parametrize(
+    ("have", "need"),
+    [
+        ((1, 1), (4, 4)),
+        ((3, 3), (4, 4)),
+        ((3, 4), (4, 4)),
+        ((2, 6), (3, 6)),
+        ((4, 4), (4, 4)),
+        ((3, 5), (3, 5)),
+        ((2, 8), (2, 8)),
+        ((1, 38), (2, 38)),
+        ((1, 39), (1, 39)),
+    ],
+)
+def test_runs_needed_are_the_fewest_that_could_ever_tell(have, need):
+    assert compare.runs_needed(*have) == need
+    apart = lambda n: (np.arange(n[0]), 100.0 + np.arange(n[1]))
+    assert compare.rank_test(*apart(need))[0] <= compare.ALPHA
+    assert have == need or compare.rank_test(*apart(have))[0] > compare.ALPHA
+
+
+@pytest.mark.parametrize(
+    ("metric", "above", "below"),
+    [
+        ("tokens_per_s", "faster", "slower"),
+        ("live_kv_bytes_per_s_per_chip", "faster", "slower"),
+        ("peak_share", "faster", "slower"),
+        ("step_ms_p50", "slower", "faster"),
+        ("step_ms_mean", "slower", "faster"),
+        ("compile_s", "slower", "faster"),
+        ("live_kv_bytes_per_step", "higher", "lower"),
+        ("oracle_worst_error", "higher", "lower"),
+        ("rows_mean", "higher", "lower"),
+    ],
+)
+def test_the_better_direction_follows_the_unit(metric, above, below):
+    low, high = ([{metric: v + i} for i in range(4)] for v in (1, 11))
+    assert compare.compare_metric(metric, low, high)["verdict"] == above
+    assert compare.compare_metric(metric, high, low)["verdict"] == below
+
+
+# What is told
+
+
+def test_a_difference_reads_in_one_line_and_comes_out_as_json(run, tmp_path):
+    a, b = rows([1000, 1010, 990, 1005]), rows([1100, 1120, 1090, 1110])
+    code, out, err = run(a, b, "--metrics=tokens_per_s,step_ms_p50,tokens_per_s_per_chip", "--output=new/out.jsonl")
+    assert (code, err) == (0, "")
+    assert line_of(out, "tokens_per_s") == "tokens_per_s 4+4 1002.5 1105 1.102 1.079..1.131 faster 0.029"
+    assert line_of(out, "step_ms_p50") == "step_ms_p50 4+4 10 10 1.000 1.000..1.000 noise 1.000"
+    assert line_of(out, "4+4") == "4+4 62.5 62.5 1.000 1.000..1.000 noise 1.000"  # below a long name
+    assert "settings.layers=2" in out and "checksum same: 00112233aabbccdd" in out
+    assert "only in" not in out and "differs" not in out
+    record = json.loads((tmp_path / "new" / "out.jsonl").read_text())
+    assert record["benchmark"] == "compare" and record["a"]["runs"] == record["b"]["runs"] == 4
+    (found,) = record["groups"]
+    assert found["metrics"][0] == {
+        "metric": "tokens_per_s",
+        "runs": [4, 4],
+        "medians": [1002.5, 1105.0],
+        "ratio": 1105 / 1002.5,
+        "spread": [1090 / 1010, 1120 / 990],
+        "spread_of": "95% interval",
+        "p": pytest.approx(2 / 70),
+        "verdict": "faster",
+        "runs_needed": None,
+    }
+
+
+def test_three_runs_each_are_too_few_however_far_apart(run):
+    _, out, _ = run(rows([1, 2, 3]), rows([101, 102, 103]), "--metrics=tokens_per_s")
+    assert line_of(out, "tokens_per_s").endswith(" [33.667..103] too few runs")
+    assert "3+3 runs are too few for a verdict: 4+4 are needed" in out
+
+
+def test_one_run_each_shows_the_spread_of_its_steps_as_within_run(run):
+    slower = {"step_ms_p25": 18.0, "step_ms_p50": 20.0, "step_ms_p75": 27.0}
+    _, out, _ = run(rows([1000]), rows([500], **slower), "--metrics=tokens_per_s,step_ms_p50")
+    assert line_of(out, "step_ms_p50").endswith(" 2.000 - too few runs")
+    after = out[out.index("step_ms_p50") :].splitlines()[1]
+    assert after == "    within-run, quartiles of the steps: 1.500..3.000"  # 18 / 12 and 27 / 9
+    assert line_of(out, "tokens_per_s").endswith(" 0.500 - too few runs")
+    for other in (rows([500] * 2, **slower), rows([500], **slower | {"step_ms_p25": None})):
+        assert "within-run" not in run(rows([1000]), other, "--metrics=step_ms_p50")[1]
+
+
+@pytest.mark.parametrize("bad", [None, "fast", True, [1], float("nan"), float("inf"), 1e300, 10**400, "absent"])
+def test_a_value_that_is_none_is_shown_as_a_dash(run, bad):
+    b = rows([1000] * 5, peak_share=bad)
+    if bad == "absent":
+        b = rows([1000] * 5)
+    code, out, _ = run(rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl")
+    assert code == 0
+    assert line_of(out, "peak_share") == "peak_share 5+0 0.5 - - - -"
+    b[0] = b[0] | {"peak_share": 0.25}
+    out = run(rows([1000] * 5, peak_share=0.5), b, "--metrics=peak_share")[1]
+    assert line_of(out, "peak_share").startswith("peak_share 5+1 0.5 0.25 0.500 ")
+
+
+def test_zeros_and_negative_values_have_a_verdict_and_no_ratio(run):
+    a, b = ([ROW | {"x": v - i} for i in range(4)] for v in (0, 100))
+    assert line_of(run(a, b, "--metrics=x")[1], "x") == "x 4+4 -1.5 98.5 - - higher 0.029"
+
+
+def test_extreme_numbers_and_names_stay_within_eighty_columns(run):
+    """Checked by `run`; here that nothing is lost to it."""
+    rng = np.random.default_rng(0)
+    extreme = lambda n: [
+        ROW | {"tokens_per_s": 10.0 ** rng.uniform(-140, 140), "step_ms_p50": -(10.0 ** rng.uniform(90, 140))}
+        for _ in range(n)
+    ]
+    for n in (1, 3, 4, 30, 150):
+        name = {"workload": "trace" * 40, "settings": {f"{'s' * 90}{i}": "v" for i in range(3)}}
+        a, b = ([r | name | {"w" * 100: 1.5} for r in extreme(n)] for _ in "ab")
+        code, out, _ = run(a, b, f"--metrics=tokens_per_s,step_ms_p50,{'w' * 100}")
+        assert code == 0 and out.replace("\n", "").replace(" ", "").count("w" * 100) == 1
+        assert f"{n}+{n}" in line_of(out, "tokens_per_s")
+
+
+def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
+    odd = {"workload": "a\x1b[31m\nb", "settings": ROW["settings"] | {"soft_cap": float("nan"), "x": 1.0}}
+    text = lines(rows([1000] * 4, **odd)).replace('"x": 1.0', '"x": 1e999')
+    code, out, _ = run(text, text, "--output=out.jsonl")
+    assert code == 0 and "a\\u001b[31m\\nb" in out and "\x1b" not in out
+    work = json.loads((tmp_path / "out.jsonl").read_text())["groups"][0]["work"]
+    assert work["workload"] == odd["workload"] and not {"settings.soft_cap", "settings.x"} & set(work)
+
+
+# What counts as the same work
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": ROW["settings"] | {"head_dim": 256}}, ["settings.head_dim: 128 | 256"]),
+        ({"settings": ROW["settings"] | {"soft_cap": 30.0}}, ["settings.soft_cap: - | 30.0"]),
+        ({"mesh": {"data": 2, "context": 2, "model": 4}}, ["mesh.context: 1 | 2", "mesh.data: 4 | 2"]),
+        ({"devices": {"TPU v4": 16}}, ["devices.TPU v5e: 16 | -", "devices.TPU v4: - | 16"]),
+        ({"benchmark": "other"}, ["benchmark: decode | other"]),
+        ({"mode": "served"}, ["mode: - | served"]),
+        ({"processes": 1}, ["processes: 4 | 1"]),
+        ({"workload": "a.csv"}, ["workload: the built-in workload | a.csv"]),
+        ({"requests": 97}, ["requests: 96 | 97"]),
+        ({"pool_pages": 64}, ["pool_pages: 512 | 64"]),
+        ({"tokens": 8000}, ["tokens: 9000 | 8000"]),
+        ({"prefill_tokens": 6}, ["prefill_tokens: 70000 | 6"]),
+        ({"projected": True}, ["projected: false | true"]),
+    ],
+)
+def test_other_work_is_not_compared_and_what_differs_is_named(run, change, told):
+    """Of the nearest: b's first row differs in all of that and in one thing more."""
+    nearest = rows([1000] * 4, **change)
+    code, out, err = run(rows([1000] * 4), [nearest[0] | {"requests": 1, "mode": "far"}, *nearest])
+    assert (code, out) == (1, "")
+    first, *rest = err.splitlines()
+    assert first == "paged-dist-compare: error: no work is in both; the nearest two, a | b:"
+    assert [line.strip() for line in rest] == told
+
+
+def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
+    a = rows([1000] * 4, flags={"output": "x/a.jsonl", "profile_dir": None})
+    later = {"versions": {"python": "3.11", "jax": "0.11.0", "libtpu": "1"}, "git_commit": "bbbb", "time": "later"}
+    b = rows([1000] * 3, **later, flags={"output": "y/b.jsonl", "profile_dir": "traces"})
+    older = {k: v for k, v in ROW["settings"].items() if k != "soft_cap"}  # which is null in the others
+    b += rows([1000], **later | {"git_commit": "cccc"}, projected=False, mode=None, settings=older)
+    code, out, _ = run(a, b)
+    assert code == 0 and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+    told = out[out.index("differs, a | b") :].split("\n\n")[0].splitlines()[1:]
+    assert sorted(told) == [
+        "flags.profile_dir: - | -, traces",
+        "git_commit: aaaa | bbbb, cccc",
+        "versions.jax: 0.10.2 | 0.11.0",
+        "versions.jaxlib: 0.10.2 | -",
+        "versions.libtpu: - | 1",
+    ]
+
+
+def test_flags_as_a_list_are_told_one_by_one():
+    a, b = ([ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"])))
+    assert compare.differences(a, b) == {"flags.nocheck": [["-"], [""]]}
+    assert compare.differences(rows([1], flags="-x"), rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
+
+
+def test_groups_are_told_apart_and_those_of_one_file_listed(run):
+    seed = lambda n, **more: {"settings": ROW["settings"] | {"seed": n}, **more}
+    a = rows([1000] * 4) + rows([10, 11, 12, 13], **seed(1)) + rows([5], **seed(2))
+    b = rows([20, 21, 22, 23], **seed(1, git_commit="bbbb")) + rows([1000] * 4) + rows([5, 5], projected=True)
+    code, out, _ = run(a, b, "--metrics=tokens_per_s")
+    assert code == 0
+    whole, *parts = out.split("\nsettings.seed=")
+    assert "settings.layers=2" in whole and "seed" not in whole
+    same, other, only_a, only_b = parts
+    assert same.startswith("0; projected=false\ndiffers, a | b: nothing\n") and "noise 1.000" in same
+    assert other.startswith("1; projected=false\ndiffers, a | b\ngit_commit: aaaa | bbbb\n")
+    assert line_of(other, "tokens_per_s") == "tokens_per_s 4+4 11.5 21.5 1.870 1.538..2.300 faster 0.029"
+    assert other.rstrip().endswith("only in a")
+    assert only_a.startswith("2; projected=false: 1 run\n") and only_a.rstrip().endswith("only in b")
+    assert only_b.startswith("0; projected=true: 2 runs\n")
+
+
+def test_partial_runs_are_left_out_with_a_note(run):
+    a = rows([1000] * 4) + rows([1] * 2, partial=True, tokens=3)
+    b = rows([1000] * 4, partial=False, oracle_passed=False)
+    code, out, _ = run(a, b)
+    assert code == 0 and line_of(out, "tokens_per_s").startswith("tokens_per_s 4+4 1000 1000 ")
+    assert "a  a.jsonl: 4 runs, 2 partial left out\nb  b.jsonl: 4 runs, 4 with oracle_passed false\n" in out
+    assert "only in" not in out
+    code, out, err = run(rows([1] * 4, partial=True), b)
+    assert (code, out) == (1, "") and err == "paged-dist-compare: error: a.jsonl: every run is partial\n"
+
+
+def test_no_metric_in_common_is_nothing_comparable(run):
+    code, out, err = run(rows([1] * 4), rows([1] * 4), "--metrics=tokens_a_second,x")
+    assert (code, out) == (1, "") and "no row of both files has a value of tokens_a_second, x" in err
+
+
+# Checksums
+
+DIFFERS = "checksum differs: OUTPUTS ARE NOT THE SAME"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        ({}, 0, "checksum same: 00112233aabbccdd\n"),
+        ({"checksum": None}, 0, None),
+        ({"checksum": "ff"}, 1, f"{DIFFERS}\n    00112233aabbccdd | ff\n"),
+        ({"checksum": "ff", "git_commit": "bbbb"}, 1, DIFFERS),
+        ({"checksum": "ff", "versions": ROW["versions"] | {"python": "3.12"}}, 1, DIFFERS),
+        (
+            {"checksum": "ff", "versions": ROW["versions"] | {"jax": "0.11.0"}},
+            0,
+            "checksum differs, and so do versions",
+        ),
+        ({"checksum": "ff", "versions": ROW["versions"] | {"libtpu": "1"}}, 0, "checksum differs, and so do versions"),
+    ],
+)
+def test_other_checksums_of_the_same_work_fail_unless_the_compiler_is_another(run, change, code, told):
+    got, out, _ = run(rows([1000] * 4), rows([1000] * 4, **change))
+    assert got == code
+    assert ("OUTPUTS ARE NOT THE SAME" in out) == (code == 1)
+    assert told in out if told else "checksum" not in out
+
+
+def test_a_file_whose_own_runs_disagree_is_not_excused_by_another_compiler(run):
+    newer = {"versions": ROW["versions"] | {"jax": "0.11.0"}}
+    b = rows([1000], **newer, checksum="ff") + rows([1000], **newer, checksum="ee")
+    code, out, _ = run(rows([1000]), b)
+    assert code == 1 and f"{DIFFERS}\n    00112233aabbccdd | ee, ff\n" in out
+
+
+def test_checksums_of_other_work_are_not_compared(run):
+    other = rows([1000], settings=ROW["settings"] | {"seed": 5}, checksum="ff")
+    code, out, _ = run(rows([1000]), rows([1000]) + other)
+    assert code == 0 and "OUTPUTS" not in out
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"tokens_per_s": 1', '{"a": "\u00e9'.encode()[:-1], b"\0\0\0", '{"a": 1,}\n', "[" * 5000]
+)
+def test_a_broken_last_line_is_left_out_with_a_warning(run, tail):
+    tail = tail if isinstance(tail, bytes) else tail.encode()
+    a = rows([1000] * 4)
+    code, out, err = run(lines(a).encode() + b"\n" + tail, a)
+    assert code == 0 and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+    assert err.startswith("paged-dist-compare: warning: a.jsonl: line 6: the last, is not JSON")
+    assert err.count("\n") == 1
+
+
+def test_a_last_line_without_its_newline_counts_and_blank_lines_do_not(run):
+    a = rows([1000] * 4)
+    code, out, err = run("\n" + lines(a).replace("\n", "\r\n\r\n").rstrip(), a)
+    assert (code, err) == (0, "") and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+
+
+GOOD = lines(rows([1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (GOOD + '{"benchmark": \n' + GOOD, "b.jsonl: line 2: is not JSON"),
+        (GOOD + "[1, 2]\n" + GOOD, "b.jsonl: line 2: is JSON, but no object"),
+        (GOOD + "\n7", "b.jsonl: line 3: is JSON, but no object"),
+        ("", "b.jsonl: is empty"),
+        ("\n \n", "b.jsonl: is empty"),
+        ('{"benchmark"', "b.jsonl: holds no row"),
+    ],
+)
+def test_a_file_that_is_no_json_lines_is_refused(run, text, says):
+    assert run(GOOD, text) == (2, "", f"paged-dist-compare: error: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--metrics="], "--metrics: names no metric"),
+        (["--metrics=, ,"], "--metrics: names no metric"),
+        (["--metric=x"], "unrecognized arguments: --metric=x"),
+        (["c.jsonl"], "unrecognized arguments: c.jsonl"),
+        (["--output="], "--output='': is empty"),
+        (["--output=."], "--output='.': is a folder"),
+        (["--output=./b.jsonl"], "--output='./b.jsonl': is one of the files to compare"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(run, tmp_path, options, says):
+    code, out, err = run(GOOD, GOOD, *options)
+    assert (code, out) == (2, "") and err.startswith("paged-dist-compare: error: ") and says in err
+    assert err.count("\n") == 1 and (tmp_path / "b.jsonl").read_text() == GOOD
+
+
+# As a program
+
+
+def program(folder, *arguments):
+    done = subprocess.run([*MODULE, *arguments], cwd=folder, capture_output=True, text=True, timeout=LIMIT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_exit_codes_of_the_program(tmp_path):
+    contents = {"a": rows([1000] * 4), "b": rows([1200, 1201, 1202, 1203]), "other": rows([1], requests=1)}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.jsonl").write_text(lines(content))
+    code, out, err = program(tmp_path, "a.jsonl", "b.jsonl", "--output=out.jsonl")
+    assert (code, err) == (0, "") and "faster" in line_of(out, "tokens_per_s")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["groups"][0]["metrics"][0]["verdict"] == "faster"
+    code, out, err = program(tmp_path, "a.jsonl", "other.jsonl")
+    assert (code, out) == (1, "") and "requests: 96 | 1" in err
+    code, out, err = program(tmp_path, "a.jsonl", "none.jsonl")
+    assert (code, out) == (2, "") and err == (
+        "paged-dist-compare: error: none.jsonl: cannot be read: No such file or directory\n"
+    )
+
+
+def test_nothing_of_it_imports_jax_unless_it_writes(tmp_path):
+    """The file is loaded by itself: its package imports jax before it, whatever it does."""
+    (tmp_path / "a.jsonl").write_text(lines(rows([1000] * 4)))
+    source = pathlib.Path(compare.__file__).resolve()
+    script = f"""
+import runpy, sys
+main = runpy.run_path({os.fspath(source)!r}, run_name="alone")["main"]
+assert main(["a.jsonl", "a.jsonl"]) == 0
+print(sorted({{"jax", "jaxlib", "absl", "paged_dist"}} & set(sys.modules)))
+assert main(["a.jsonl", "a.jsonl", "--output=out.jsonl"]) == 0
+print(sorted({{"jax", "paged_dist"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line[0:1] == "["] == ["[]", "['jax', 'paged_dist']"]

@@ -17,32 +17,20 @@ import zlib
 
 from absl import flags
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import require
 from paged_dist.launch import flags as shared
-from paged_dist.launch.workload import Request, draw_requests, pages_needed, read_trace, shorten, whole_pool
+from paged_dist.launch import workload_flags
+from paged_dist.launch.chips import chip_of
+from paged_dist.launch.workload import Request, pages_needed, whole_pool
 
-TRACE = flags.DEFINE_string(
-    "trace",
-    None,
-    "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
-    "lengths are drawn like those of a production conversation service.",
-)
-NUM_REQUESTS = flags.DEFINE_integer(
-    "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones."
-)
-LENGTH_SCALE = flags.DEFINE_float("length_scale", 1.0, "Factor on every request's lengths.")
-MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
-MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
-HBM_GIB = flags.DEFINE_float(
-    "hbm_gib", 16.0, "HBM of a chip in GiB, for the report's line on how many sequences fit; nothing is allocated."
-)
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
 
 flags.adopt_module_key_flags(shared)
+flags.adopt_module_key_flags(workload_flags)
 
 NAME = "paged-dist-decode"
-_DRAWN_REQUESTS = 96
 _ROWS_A_SHARD = 16
+_HBM_GIB_ELSEWHERE = 16.0  # where devices are no TPUs
 _MOST_ROWS = _MOST_COLUMNS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
 
@@ -53,29 +41,6 @@ def _usage():
         yield
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e
-
-
-def requests_from_flags() -> tuple[list[Request], str]:
-    """The requests to serve, and what to call them in the report."""
-    shared.at_least(
-        1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value, max_generated=MAX_GENERATED.value
-    )
-    shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
-    shared.check_seed()
-    gib = HBM_GIB.value
-    require(0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
-    scale = LENGTH_SCALE.value
-    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
-    if TRACE.value is not None:
-        requests, name = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1]
-        if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
-            raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
-    else:
-        requests = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, shared.SEED.value)
-        name = "the built-in workload"
-    if scale != 1:
-        name += f", lengths x {scale:g}"
-    return shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value), name
 
 
 def model_from_flags():
@@ -202,43 +167,35 @@ def check_memory(spec, mesh) -> None:
     )
 
 
-def check_agreement(run: Run) -> None:
-    """Raises ValueError unless every process was given the same run: they would hang on each other later."""
-    import jax
-
-    if jax.process_count() == 1:
-        return
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    mine = (
-        run.model,
-        run.spec,
-        run.pool,
-        run.requests,
-        run.pages_per_sequence,
-        ORACLE_SAMPLES.value,
-        tuple(run.mesh.shape.items()),
-        shared.IMPLEMENTATION.value,
-    )
-    every = np.asarray(multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(mine).encode())))).ravel()
-    odd = np.flatnonzero(every != every[0])
-    if odd.size:
-        raise bad_value(
-            "flags",
-            f"process {', '.join(map(str, odd))}",
-            "differ from those of process 0",
-            "give every process the same flags and the same trace",
-        )
-
-
-def record_of(run: Run, measured, schedule) -> dict:
-    """The run's results as one flat record; a collective where there are several processes."""
-    import jax
-
+def agreement(run: Run) -> dict[str, object]:
+    """What every process of a run must have alike, by name: they would hang on each other otherwise."""
     from paged_dist.launch import report
 
-    gathered = report.gather(measured, schedule.fingerprint)
+    return {
+        **shared.given_flags(whole_run=True),
+        "the model": run.model,
+        "the mesh": dict(run.mesh.shape),
+        "the cache": run.spec,
+        "the pool": run.pool,
+        "the requests' digest": f"{zlib.crc32(repr(run.requests).encode()):08x}",
+        "pages_per_sequence": run.pages_per_sequence,
+        **{f"the version of {name}": version for name, version in report.versions().items()},
+    }
+
+
+def _hbm_gib(mesh) -> float:
+    """HBM of one chip of `mesh` in GiB, as the flag says, or as the chip has it."""
+    if shared.HBM_GIB.value is not None:
+        return shared.HBM_GIB.value
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    return _HBM_GIB_ELSEWHERE if chip is None else chip.hbm_gib * chip.devices
+
+
+def record_of(run: Run, measured, everyone: list[dict]) -> dict:
+    """The run's results as one flat record, from what every process told."""
+    from paged_dist.launch import report
+
+    gathered = report.gather(everyone)
     if len(set(gathered["digest"].tolist())) > 1:
         raise RuntimeError("processes gave out different pages: their allocators were called differently")
     m = run.model
@@ -251,7 +208,7 @@ def record_of(run: Run, measured, schedule) -> dict:
         devices=devices,
         dtype=m.dtype,
     )
-    record["capacity"] = report.capacity(run.spec, run.requests, HBM_GIB.value, record["chips"])
+    record["capacity"] = report.capacity(run.spec, run.requests, _hbm_gib(run.mesh), record["chips"])
     settings = {
         "layers": m.num_layers,
         "num_q_heads": m.num_q_heads,
@@ -275,56 +232,82 @@ def record_of(run: Run, measured, schedule) -> dict:
         "mesh": dict(run.mesh.shape),
         "cache_bytes": run.spec.bytes_total,
         "bytes_per_token": run.spec.bytes_per_token,
-        "processes": jax.process_count(),
-        "versions": report.versions(),
+        "processes": len(everyone),
+        "partial": measured.stopped,
+        "projected": False,
+        **report.origin(shared.given_flags()),
     }
 
 
 def main(argv) -> int:
-    """Runs the benchmark that the flags describe; 0, or 1 where an output was wrong."""
+    """Runs the benchmark that the flags describe; 0, 1 where an output was wrong or not written, 75 where it was asked
+    to stop (SIGTERM) and the record is a partial one."""
     del argv
     with _usage():
         model = model_from_flags()
-        requests, workload = requests_from_flags()
+        requests, workload = workload_flags.requests_from_flags()
+        shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
+        taken = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(shared) if flag.name != "context_tokens"]
+        shared.refuse_others(taken, {"context_tokens": "lengths are the requests', see --trace and --length_scale"})
+        gib = shared.HBM_GIB.value
+        require(gib is None or 0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
         shared.check_output(shared.OUTPUT.value)
         shared.check_output(shared.PROFILE_DIR.value, "profile_dir", folder=True)
         shared.start_jax(NAME)
 
-    import jax
+    from paged_dist import Watchdog
 
+    with Watchdog(shared.TIMEOUT_SECONDS.value, name=NAME) as watch:
+        watch.watch_for_preemption()
+        return serve(model, requests, workload, watch)
+
+
+def serve(model, requests: list[Request], workload: str, watch) -> int:
+    """The run, on every process; the exit code, the same on all."""
     from paged_dist import PageAllocator, describe_mesh
-    from paged_dist.launch import report
     from paged_dist.launch.engine import Engine
     from paged_dist.launch.schedule import Schedule, choose_checks
-
-    first = jax.process_index() == 0
+    from paged_dist.watchdog import FAILED, PREEMPTED
 
     def say(line):
-        if first:
+        if watch.process_id == 0:
             print(f"{NAME}: {line}", file=sys.stderr, flush=True)
 
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     with _usage():
         run = plan_run(model, requests, workload)
-        check_agreement(run)
+        watch.agree(agreement(run))
         engine = Engine(model, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
         allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
         checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, shared.SEED.value)
         schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
     say(describe_mesh(run.mesh).partition("\n")[0])
     say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
+    watch.phase("compile")
     engine.compile()
-    measured = engine.run(schedule, say, shared.PROFILE_DIR.value)
-    record = record_of(run, measured, schedule)
-    if first:
+    engine.warm_up()
+    watch.meet("compiled")
+    measured = engine.run(schedule, say, shared.PROFILE_DIR.value, watch)
+    watch.phase("report")
+
+    def report_all(everyone: list[dict]) -> int:
+        from paged_dist.launch import report
+
+        if measured.stopped and not measured.step_seconds:
+            say("asked to stop before the first step: there is nothing to report")
+            return PREEMPTED
+        record = record_of(run, measured, everyone)
         print(report.table(record), flush=True)
-        try:
-            if shared.OUTPUT.value is not None:
-                report.append_json_line(shared.OUTPUT.value, record)
-        except OSError as e:
-            say(f"error: --output={shared.OUTPUT.value!r}: could not be written: {e}")
-            return 1
-    return 0 if record["oracle_passed"] else 1
+        if not report.append_output(NAME, shared.OUTPUT.value, record) or not record["oracle_passed"]:
+            return FAILED
+        return PREEMPTED if record["partial"] else 0
+
+    from paged_dist.launch import report
+
+    code = watch.decide("the report", report.told(measured, schedule.fingerprint), report_all)
+    if code == FAILED and watch.process_id != 0:
+        print(f"{NAME}: error: process 0 says that the run failed", file=sys.stderr, flush=True)
+    return code
 
 
 def cli() -> None:

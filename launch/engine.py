@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from paged_dist import CacheSpec, PagedKVCache
+from paged_dist import CacheSpec, PagedKVCache, Watchdog
 from paged_dist._compat import lowering_for
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
 from paged_dist.launch.schedule import Check, Schedule, StepPlan
@@ -20,6 +20,7 @@ from paged_dist.launch.step import Model, decode_step, prefill_chunks, shardings
 from paged_dist.launch.synthetic import Kind, as_held, keys_or_values, values
 
 CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
+DIGEST_STEPS = 64  # after so many steps the processes' allocators are compared
 _CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
 
 # By the cache's dtype, relative to the largest output of the row. The oracle is exact, of an 8-bit cache too, for it
@@ -36,6 +37,7 @@ class Measured:
     live_rows: list[int] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    warmup_seconds: float = 0.0  # one call of each program that serves nobody
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     check_seconds: float = 0.0
@@ -44,6 +46,7 @@ class Measured:
     checked: int = 0
     worst_error: float = 0.0
     tally: tuple[int, int] = (0, 0)  # of this process's shards
+    stopped: bool = False  # before the schedule was done, because a process was asked to
 
     @property
     def host_seconds(self) -> float:
@@ -137,6 +140,7 @@ class Engine:
         implementation: str | None = None,
     ):
         self.model, self.spec, self.mesh = model, spec, mesh
+        self._batch, self._columns = batch, pages_per_sequence
         self._at = shardings(mesh)
         # Whole pages: two chunks of one prompt may come in one call, and must not write one page.
         self.chunk_tokens = max(1, _CHUNK_TOKENS // spec.page_size) * spec.page_size
@@ -167,16 +171,39 @@ class Engine:
         jax.block_until_ready((self._cache, self._tally))
         self.measured.compile_seconds += time.perf_counter() - start
 
+    def warm_up(self) -> None:
+        """Runs each program once with idle rows, which write and count nothing: the first step is then like others."""
+        start = time.perf_counter()
+        data = self.mesh.shape["data"]
+        rows = np.tile(np.array([0, -1, 0], np.int32), (self._batch, 1))
+        tables = self._put("rows", np.full((self._batch, self._columns), -1, np.int32))
+        chunks = np.tile(np.array([-1, -1, 0, 0], np.int32), (CHUNKS, 1))
+        self._cache = self._fill(self._cache, self._put("chunks", chunks), tables)
+        self._cache, self._tally, sample = self._step(
+            self._cache,
+            self._tally,
+            self._put("rows", rows),
+            tables,
+            self._put("rows", np.zeros((data, 2), np.int32)),
+        )
+        jax.block_until_ready((self._cache, self._tally, sample))
+        self.measured.warmup_seconds = time.perf_counter() - start
+
     def _put(self, name: str, array: np.ndarray) -> jax.Array:
         """A global array from each process's own copy: no process sends another anything."""
         return jax.make_array_from_callback(array.shape, self._at[name], lambda index: array[index])
 
     def run(
-        self, schedule: Schedule, progress: Callable[[str], None] | None = None, profile_dir: str | None = None
+        self,
+        schedule: Schedule,
+        progress: Callable[[str], None] | None = None,
+        profile_dir: str | None = None,
+        watch: Watchdog | None = None,
     ) -> Measured:
-        """Decodes until the schedule is done.
+        """Decodes until the schedule is done, or a process was asked to stop.
 
         Args:
+          watch: hears of each step, and every DIGEST_STEPS of them of the pages that were given out.
           progress: called with a line of text about every 10 seconds.
           profile_dir: where to write a profile of steps 1 to 10, counted from 0 (of a shorter run: of what there is).
         """
@@ -186,12 +213,20 @@ class Engine:
         plan = next(schedule, None)
         tables, profile = None, _Profile(profile_dir, m)
         while plan is not None:
+            number = len(m.step_seconds)
+            if watch is not None:
+                if watch.stops(number):
+                    m.stopped = True
+                    break
+                watch.step(number, None if number % DIGEST_STEPS else schedule.fingerprint)
             if plan.block_tables is not None:
                 tables = self._put("rows", plan.block_tables)
             self._prefill(plan, tables)
-            profile.before_step(len(m.step_seconds))
+            profile.before_step(number)
             start = time.perf_counter()
             sample = self._dispatch(plan, tables)
+            if watch is not None:
+                watch.dispatched()
             following = next(schedule, None)  # planned while the devices work
             jax.block_until_ready((self._tally, sample))
             m.step_seconds.append(time.perf_counter() - start)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
 
-from paged_dist._errors import require
+from paged_dist._errors import bad_value, require
 
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
@@ -42,9 +44,24 @@ PAGES_PER_SEQUENCE = flags.DEFINE_integer(
     "pages_per_sequence", None, "Columns of the block table. Default: what the longest request needs."
 )
 
+CONTEXT_TOKENS = flags.DEFINE_integer(
+    "context_tokens",
+    None,
+    "Live tokens of each sequence. Default: 4096, in a plan the requests' mean, half answered.",
+)
+HBM_GIB = flags.DEFINE_float(
+    "hbm_gib", None, "HBM of a chip in GiB. Default: what a program gets on a TPU of this kind, 16 elsewhere."
+)
+
 OUTPUT = flags.DEFINE_string("output", None, "File to which process 0 appends one JSON line with the results.")
 PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "Folder for a JAX profile of some steps.")
 
+TIMEOUT_SECONDS = flags.DEFINE_float(
+    "timeout_seconds",
+    60.0,
+    "Of several processes: how long they wait for each other at the start, and how long one may be silent or a step "
+    "may take before the run ends.",
+)
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
@@ -88,9 +105,19 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
         try:
             if len(argv) > 1:
                 raise UsageError(f"{argv[1]!r}: is not a flag; every setting is a flag, see --help")
-            return main(argv)
+            code = main(argv)
         except UsageError as e:
             _end(name, str(e))
+        except Exception as e:
+            if (code := getattr(e, "exit_code", None)) is not None:
+                _end(name, str(e), code)
+            if not _is_one_of_several():
+                raise
+            traceback.print_exc()
+            code = 1
+        if code:
+            _leave(code)
+        return 0
 
     app.run(run, flags_parser=parse)
     raise AssertionError("app.run does not return")
@@ -99,7 +126,23 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
 def _end(name: str, message: str, code: int = 2) -> NoReturn:
     sys.stdout.flush()
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    _leave(code)
+
+
+def _is_one_of_several() -> bool:
+    distributed = sys.modules.get("paged_dist.distributed")  # not loaded: nothing was started
+    return distributed is not None and distributed.peers()[1] > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process. One of several that ends with an error does not wait for the others, as JAX's shut-down does:
+    they may be what the error is about."""
+    if not _is_one_of_several():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.modules["paged_dist.distributed"].wait_for_others_to_end(2.0)
+    os._exit(code)
 
 
 def kv_dtype(flag: str) -> str:
@@ -122,6 +165,32 @@ def at_least(smallest: int, **by_flag: int | float | None) -> None:
     """Raises ValueError where a flag's value is given and below `smallest`."""
     for name, value in by_flag.items():
         require(value is None or value >= smallest, f"--{name}", value, f"must be at least {smallest}")
+
+
+def refuse_others(taken: Sequence[str], instead: Mapping[str, str] | None = None) -> None:
+    """Raises ValueError where a flag of this module is given that is not among those that a launcher has `taken`.
+
+    `instead` has what to say in place of "see --help" of some.
+    """
+    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+        if flag.name not in taken and flag.present:
+            hint = (instead or {}).get(flag.name, "see --help")
+            raise bad_value(f"--{flag.name}", flag.value, "is no flag of this launcher", hint)
+
+
+def given_flags(whole_run: bool = False) -> dict[str, object]:
+    """The launchers' flags that are set on the command line, by name as it is written there ('--batch').
+
+    `whole_run` leaves out those that may differ between the processes of one run.
+    """
+    own = ("process_id", "coordinator_bind_address", "output", "profile_dir", "verbosity") if whole_run else ()
+    return {
+        f"--{flag.name}": flag.value
+        for module, found in sorted(flags.FLAGS.flags_by_module_dict().items())
+        if module.startswith("paged_dist.") or module == sys.argv[0]
+        for flag in found
+        if flag.present and flag.name not in own
+    }
 
 
 def check_output(path: str | None, flag: str = "output", folder: bool = False) -> None:
@@ -162,40 +231,68 @@ def _environment_int(name: str) -> int | None:
     return int(text)
 
 
-def start_jax(name: str) -> None:
-    """Starts JAX as the flags and the environment say: simulated devices, then the other processes.
+def start_jax(name: str):
+    """Starts JAX as the flags and the environment say: the other processes, then simulated devices.
 
     Call it once, before anything that looks at devices. Where the other processes do not come, it says so and ends
     this one with exit code 1.
 
+    Returns:
+      The `paged_dist.distributed.DistributedInfo`.
+
     Raises:
-      ValueError: --cpu_devices below 1, pallas_interpret in several processes, or coordinator flags of which
-        some are missing or wrong.
+      ValueError: --cpu_devices below 1, pallas_interpret in several processes, a time-out that is no positive number,
+        or coordinator flags of which some are missing or wrong.
     """
     at_least(1, cpu_devices=CPU_DEVICES.value)
-    place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    timeout = TIMEOUT_SECONDS.value
+    require(0 < timeout < math.inf, "--timeout_seconds", timeout, "must be above 0 and finite")
+    place, told_by = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value), "flags"
     if place == (None, None, None) and "JAX_NUM_PROCESSES" in os.environ and "JAX_PROCESS_ID" in os.environ:
+        told_by = "environment"
         place = (
             os.environ.get("JAX_COORDINATOR_ADDRESS"),
             _environment_int("JAX_NUM_PROCESSES"),
             _environment_int("JAX_PROCESS_ID"),
         )
-    many = place != (None, None, None)
-    if many:
+    if place != (None, None, None):
         _keep_stdout_to_ourselves()
-    if IMPLEMENTATION.value == "pallas_interpret":
-        # The simulation waits for every device of the mesh at once: forever for those of another process, and
-        # without a thread for each.
-        require(not many, "--implementation", "pallas_interpret", "runs in one process only", "use xla")
-        os.environ.setdefault("PJRT_NPROC", str(max(8, 2 * (CPU_DEVICES.value or 8))))
-    simulate_devices(CPU_DEVICES.value, many)
+        _refuse_simulated_kernels(place[1])
+    _choose_platform()
 
     from paged_dist import initialize_distributed
 
     try:
-        initialize_distributed(*place, bind_address=BIND_ADDRESS.value)
+        info = initialize_distributed(*place, bind_address=BIND_ADDRESS.value, timeout_seconds=timeout)
     except RuntimeError as e:
         _end(name, str(e), 1)
+    if info.num_processes > 1:
+        if place == (None, None, None):
+            _keep_stdout_to_ourselves()
+            _refuse_simulated_kernels(info.num_processes)
+        how = f"told by {told_by}" if info.how == "explicit" else f"detected: {info.how.partition(':')[2]}"
+        print(
+            f"{name}: process {info.process_id} of {info.num_processes} (pid {os.getpid()}), coordinator "
+            f"{info.coordinator_address}, {how}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if IMPLEMENTATION.value == "pallas_interpret":  # each simulated device waits on a thread of its own
+        os.environ.setdefault("PJRT_NPROC", str(max(8, 2 * (CPU_DEVICES.value or 8))))
+    simulate_devices(CPU_DEVICES.value, place != (None, None, None) or info.num_processes > 1)
+    return info
+
+
+def _refuse_simulated_kernels(num_processes: int | None) -> None:
+    """The simulation waits for every device of the mesh at once: forever for those of another process."""
+    interpreted = IMPLEMENTATION.value == "pallas_interpret"
+    require(
+        not interpreted or num_processes in (None, 1),
+        "--implementation",
+        "pallas_interpret",
+        "runs in one process only",
+        "use xla",
+    )
 
 
 def _keep_stdout_to_ourselves() -> None:
@@ -209,14 +306,20 @@ def _keep_stdout_to_ourselves() -> None:
     sys.stdout = os.fdopen(ours, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
+def _choose_platform(count: int | None = None) -> None:
+    """CPU devices where they are asked for, or where the host has no accelerator: an installed libtpu then does not
+    look for a TPU that is not there."""
+    count = CPU_DEVICES.value if count is None else count
+    accelerator = any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
+    if count is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    elif not accelerator:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def simulate_devices(count: int | None, many_processes: bool) -> None:
     """Sets the environment for `count` simulated CPU devices (see --cpu_devices); JAX must not have started."""
-    accelerator = any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
-    if count is not None or not accelerator:
-        # Nor does an installed libtpu then look for a TPU that is not there.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        if count is not None:
-            os.environ["JAX_PLATFORMS"] = "cpu"
+    _choose_platform(count)
     if count is None and not many_processes:
         count = 8
         if _DEVICE_COUNT in os.environ.get("XLA_FLAGS", ""):

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 
 NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
+OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
+LOST = 3  # exit code of a launcher that ends because of another process (paged_dist.watchdog, without importing jax)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -142,15 +144,23 @@ def launcher_command(launcher: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def run_pod(command: Sequence[str], processes: int, devices: int, timeout_seconds: float | None = None) -> int:
+def run_pod(
+    command: Sequence[str],
+    processes: int,
+    devices: int,
+    timeout_seconds: float | None = None,
+    grace_seconds: float = 15.0,
+) -> int:
     """Runs `command` as `processes` processes of `devices` simulated CPU devices each, until all have ended.
 
     Their output lines come out prefixed `[p0] `, `[p1] `, ... The environment tells each where the coordinator is
     (JAX_COORDINATOR_ADDRESS and the like, which the launchers read).
 
     Returns:
-      0 where all end with 0, else the exit code of the first to fail (128 + n where signal n ended it); 124 after
-      `timeout_seconds`, 130 after Ctrl-C, 143 after SIGTERM. No process is left in any case.
+      0 where all end with 0, else the exit code of the first to fail (128 + n where signal n ended it; not 3, another
+      process was lost, where one failed by itself); 124 after `timeout_seconds`, 130 after Ctrl-C. SIGTERM is passed
+      on, for launchers to finish their step: the exit code is then theirs, or 143 where one is left after
+      `grace_seconds`. No process is left in any case.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     children: list[Child] = []
@@ -163,14 +173,15 @@ def run_pod(command: Sequence[str], processes: int, devices: int, timeout_second
                 children.append(Child(index, command, environment))
                 for pipe in children[-1].pipes:
                     selector.register(pipe, selectors.EVENT_READ, children[-1])
-            code = _watch(children, selector, deadline)
+            try:
+                code = _watch(children, selector, deadline)
+            except _Terminated:
+                code = _preempt(children, selector, grace_seconds)
             _end(children)
             _drain(selector)
             return code
     except KeyboardInterrupt:
         return 130
-    except _Terminated:
-        return 143
     finally:
         # Ctrl-C once more must not leave a process behind.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -190,20 +201,49 @@ def _on_terminate(number, frame):
 def _watch(children: list[Child], selector: selectors.BaseSelector, deadline: float | None) -> int:
     """Passes output on until every child has ended with 0, one has failed, or time is up."""
     while True:
-        for key, _ in selector.select(timeout=0.1):
-            if not key.data.read(key.fileobj):
-                selector.unregister(key.fileobj)
-        codes = [child.poll() for child in children]
-        for child in children:
-            if child.code:
-                _say(f"process {child.index} ended with exit code {child.code}")
-                return child.code
-        if all(code == 0 for code in codes):
+        _pass_on(selector, 0.1)
+        failed = [child for child in children if child.poll()]
+        if failed:
+            return _first_failure(children, failed[0], selector)
+        if all(child.code == 0 for child in children):
             return 0
         if deadline is not None and time.monotonic() > deadline:
             running = ", ".join(str(c.index) for c in children if c.code is None)
             _say(f"time is up; still running: {running}")
             return 124
+
+
+def _first_failure(children: list[Child], first: Child, selector: selectors.BaseSelector) -> int:
+    """The exit code of `first`, or of the one that it is about, which may end after it; says whose that is."""
+    until = time.monotonic() + OWN_END_SECONDS
+    while time.monotonic() < until and any(child.poll() is None for child in children):
+        _pass_on(selector, 0.05)
+    guilty = first
+    if first.code == LOST:
+        guilty = next((child for child in children if child.code not in (None, 0, LOST)), first)
+    _say(f"process {guilty.index} ended with exit code {guilty.code}")
+    return guilty.code
+
+
+def _preempt(children: list[Child], selector: selectors.BaseSelector, grace_seconds: float) -> int:
+    """Passes SIGTERM on and waits for the children's own end: their exit code, 143 where one has to be killed."""
+    for child in children:
+        if child.poll() is None:
+            child.signal_group(signal.SIGTERM)
+    until = time.monotonic() + grace_seconds
+    while any(child.poll() is None for child in children):
+        if time.monotonic() > until:
+            return 128 + signal.SIGTERM
+        _pass_on(selector, 0.05)
+    return max(child.code for child in children)
+
+
+def _pass_on(selector: selectors.BaseSelector, seconds: float) -> None:
+    if not selector.get_map():
+        time.sleep(seconds)
+    for key, _ in selector.select(timeout=seconds):
+        if not key.data.read(key.fileobj):
+            selector.unregister(key.fileobj)
 
 
 def _drain(selector: selectors.BaseSelector) -> None:
@@ -238,11 +278,17 @@ def main(argv: Sequence[str]) -> int:
         NAME,
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
-        usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] -- LAUNCHER [FLAGS]",
+        usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] [--grace_seconds=S] -- LAUNCHER [FLAGS]",
     )
     parser.add_argument("--processes", type=_count, default=2, help="processes to start (default 2)")
     parser.add_argument("--devices", type=_count, default=4, help="simulated CPU devices of each (default 4)")
     parser.add_argument("--timeout_seconds", type=float, default=None, help="end all after so long, with exit code 124")
+    parser.add_argument(
+        "--grace_seconds",
+        type=float,
+        default=15.0,
+        help="after SIGTERM, kill what is left (default 15)",
+    )
     parser.add_argument("launcher", help="a launcher of this package (decode), a module, or a script ending in .py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
     parser.error = lambda message: (_say(f"error: {message}"), sys.exit(2))
@@ -250,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
     command = launcher_command(args.launcher, args.arguments)
     if not _exists(args.launcher, command):
         parser.error(f"launcher {args.launcher!r}: there is no {command[-1 - len(args.arguments)]}")
-    return run_pod(command, args.processes, args.devices, args.timeout_seconds)
+    return run_pod(command, args.processes, args.devices, args.timeout_seconds, args.grace_seconds)
 
 
 def _exists(launcher: str, command: Sequence[str]) -> bool:

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
+from paged_dist.launch.chips import chip_of
 from paged_dist.launch.engine import ERROR_BOUNDS, Measured
 from paged_dist.launch.workload import Request, sequences_that_fit
-
-# Peak HBM bandwidth of a chip in bytes a second (Google's published figures), and devices that JAX shows a chip.
-_CHIPS = {
-    "v4": (1228e9, 1),
-    "v5e": (819e9, 1),
-    "v5 lite": (819e9, 1),
-    "v5p": (2765e9, 1),
-    "v5": (2765e9, 1),
-    "v6e": (1640e9, 1),
-    "v6 lite": (1640e9, 1),
-    "7x": (7380e9, 2),
-    "v7x": (7380e9, 2),
-    "v7": (7380e9, 2),
-}
-
-
-def chip_of(device_kind: str) -> tuple[float | None, int]:
-    """(peak HBM bytes a second of a chip or None where unknown, devices a chip) of a JAX device kind."""
-    name = device_kind.strip().removeprefix("TPU").strip().lower()
-    return _CHIPS.get(name, (None, 1)) if device_kind.startswith("TPU") else (None, 1)
 
 
 def slowest(per_process: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
@@ -55,24 +39,43 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gather(measured: Measured, digest: int) -> dict[str, np.ndarray]:
-    """Every process's numbers, once, at the end: each [processes, ...]. A collective: every process calls it."""
-    from jax.experimental import multihost_utils
-
-    mine = {
-        "step_seconds": np.asarray(measured.step_seconds, np.float32),
-        "seconds": np.asarray(
-            [measured.compile_seconds, measured.prefill_seconds, measured.host_seconds, measured.check_seconds],
-            np.float32,
-        ),
-        "worst_error": np.float32(measured.worst_error),
-        "checked": np.int32(measured.checked),
-        "tally": np.asarray(measured.tally, np.uint32),
-        "digest": np.uint32(digest),
+def told(measured: Measured, digest: int) -> dict:
+    """What a process tells of its run at its end, as JSON holds it."""
+    m = measured
+    return {
+        "step_seconds": m.step_seconds,
+        "seconds": [m.compile_seconds, m.prefill_seconds, m.host_seconds, m.check_seconds, m.warmup_seconds],
+        "worst_error": m.worst_error if math.isfinite(m.worst_error) else None,
+        "checked": int(m.checked),
+        "tally": list(m.tally),
+        "digest": digest,
     }
-    if jax.process_count() == 1:
-        return {name: np.asarray(value)[None] for name, value in mine.items()}
-    return {name: np.asarray(value) for name, value in multihost_utils.process_allgather(mine).items()}
+
+
+def gather(everyone: Sequence[dict]) -> dict[str, np.ndarray]:
+    """What the processes `told`, each an array [processes, ...]."""
+    dtypes = {"checked": np.int32, "tally": np.uint32, "digest": np.uint32}
+    of = lambda name: [math.inf if (value := one[name]) is None else value for one in everyone]
+    return {name: np.asarray(of(name), dtypes.get(name, np.float64)) for name in everyone[0]}
+
+
+def git_commit() -> str | None:
+    """The commit of the tree that this package is run from, with '+' where files differ from it; None elsewhere."""
+    tree = pathlib.Path(__file__).resolve().parent.parent
+    if not (tree / ".git").exists():
+        return None
+    ask = lambda *what: subprocess.run(["git", "-C", tree, *what], capture_output=True, text=True, timeout=10)
+    try:
+        head, changed = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else None
+
+
+def origin(flags: dict[str, object]) -> dict:
+    """What every record carries of where it is from: versions, commit, time of day, and the flags that were given."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"versions": versions(), "git_commit": git_commit(), "time": now, "flags": flags}
 
 
 def device_counts(mesh: Mesh) -> dict[str, int]:
@@ -103,11 +106,11 @@ def summarise(
       devices: device kind -> how many.
     """
     steps = slowest(gathered["step_seconds"])
-    compile_s, prefill_s, host_s, check_s = map(float, gathered["seconds"].max(axis=0))
+    compile_s, prefill_s, host_s, check_s, warmup_s = map(float, gathered["seconds"].max(axis=0))
     decode_s = float(steps.sum()) + host_s
-    peaks, per_chip = zip(*(chip_of(kind) for kind in devices), strict=True)
-    chips = sum(n / d for n, d in zip(devices.values(), per_chip, strict=True))
-    peak = None if None in peaks else min(peaks)
+    known = [chip_of(kind) for kind in devices]
+    chips = sum(n / (chip.devices if chip else 1) for n, chip in zip(devices.values(), known, strict=True))
+    peak = None if None in known else min(chip.hbm_bytes_per_s for chip in known)
     tokens, live = sum(measured.live_rows), sum(measured.live_tokens)
     bandwidth = live * bytes_per_token / steps.sum()
     low, high = (int(x) for x in gathered["tally"].astype(np.uint64).sum(axis=0) % 2**32)
@@ -117,7 +120,9 @@ def summarise(
         "steps": len(steps),
         "tokens_per_s": tokens / decode_s,
         "tokens_per_s_per_chip": tokens / decode_s / chips,
+        "step_ms_p25": 1e3 * float(np.percentile(steps, 25)),
         "step_ms_p50": 1e3 * float(np.percentile(steps, 50)),
+        "step_ms_p75": 1e3 * float(np.percentile(steps, 75)),
         "step_ms_p99": 1e3 * float(np.percentile(steps, 99)),
         "step_ms_mean": 1e3 * float(steps.mean()),
         "rows_mean": tokens / len(steps),
@@ -129,6 +134,7 @@ def summarise(
         "pool_use_peak": max(measured.pages) / num_pages,
         "pool_use_mean": sum(measured.pages) / len(steps) / num_pages,
         "compile_s": compile_s,
+        "warmup_s": warmup_s,
         "decode_s": decode_s,
         "steps_s": float(steps.sum()),
         "prefill_s": prefill_s,
@@ -223,7 +229,11 @@ def table(r: dict) -> str:
         ),
         *_capacity_lines(r["capacity"]),
         ("pool use", f"peak {r['pool_use_peak']:.1%}, mean {r['pool_use_mean']:.1%}"),
-        ("time", f"compile {r['compile_s']:.2f} s, decode {r['decode_s']:.2f} s (steps {r['steps_s']:.2f} s)"),
+        (
+            "time",
+            f"compile {r['compile_s']:.2f} s, warm-up {r['warmup_s']:.2f} s, decode {r['decode_s']:.2f} s (steps "
+            f"{r['steps_s']:.2f} s)",
+        ),
         ("", f"prefill {r['prefill_s']:.2f} s for {r['prefill_tokens']} tokens, oracle {r['oracle_s']:.2f} s"),
         (
             "oracle",
@@ -232,6 +242,8 @@ def table(r: dict) -> str:
         ),
         ("checksum", r["checksum"]),
     ]
+    if r["partial"]:
+        lines.append(("PARTIAL", f"asked to stop after {r['steps']} steps: not the whole workload was served"))
     return "\n".join(wrap(*line) if line else "" for line in lines)
 
 
@@ -239,6 +251,17 @@ def wrap(name: str, text: str, width: int = 80) -> str:
     import textwrap
 
     return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def append_output(name: str, path: str | None, record: dict) -> bool:
+    """`append_json_line` where a path is given; where that fails launcher `name` says so, and it is False."""
+    try:
+        if path is not None:
+            append_json_line(path, record)
+    except OSError as e:
+        print(f"{name}: error: --output={path!r}: could not be written: {e}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def append_json_line(path: str, record: dict) -> None:

@@ -2,7 +2,7 @@
 
 One decode step, in the order of the modules: `mesh` (which devices), `cache` (the page pools), `allocator` (which
 pages), `copies` (what forks leave due), `write` (new keys and values), `attend` (attention over the pages). `move` and
-`store` bring a cache elsewhere; `distributed` starts the hosts.
+`store` bring a cache elsewhere; `distributed` starts the hosts, `watchdog` sees that none is lost.
 """
 
 import pathlib
@@ -23,17 +23,20 @@ from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_
 from paged_dist.mesh import MeshAxes, make_pod_mesh  # noqa: E402
 from paged_dist.move import reshard, resize  # noqa: E402
 from paged_dist.store import restore, save  # noqa: E402
+from paged_dist.watchdog import Disagreement, Watchdog  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CacheSpec",
+    "Disagreement",
     "MeshAxes",
     "OutOfPages",
     "PageAllocator",
     "PagedKVCache",
     "PrefixMatch",
+    "Watchdog",
     "append_kv",
     "append_kv_local",
     "calibrate_key_smoothing",

@@ -59,6 +59,9 @@ class _Request:
 
 
 _done: tuple[_Request, DistributedInfo] | None = None
+_peers: dict[
+    int, socket.socket
+] = {}  # the connections of the meeting, for the watchdog: to all others, or to process 0
 
 
 def initialize_distributed(
@@ -92,7 +95,7 @@ def initialize_distributed(
       RuntimeError: JAX's back ends are running already; a second call with other arguments; the processes did
         not all come within `timeout_seconds`, or disagree about who they are.
     """
-    global _done
+    global _done, _peers
     request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
     timely = isinstance(timeout_seconds, numbers.Real) and 0 < timeout_seconds < math.inf
     require(timely, "timeout_seconds", timeout_seconds, "must be a positive number of seconds")
@@ -107,7 +110,7 @@ def initialize_distributed(
         raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
     info = _find_out(request, timeout_seconds)
     if info.how == "explicit" or info.num_processes > 1:
-        _start(info, request, timeout_seconds)
+        _peers = _start(info, request, timeout_seconds)
     logging.info(
         "distributed: process %d of %d, coordinator %s, %s",
         info.process_id,
@@ -117,6 +120,31 @@ def initialize_distributed(
     )
     _done = (request, info)
     return info
+
+
+def peers() -> tuple[int, int, dict[int, socket.socket]]:
+    """(process id, processes, connections) as `initialize_distributed` left them: process 0 is connected to all others,
+    each of these to process 0. One process and no connection before it was called."""
+    if _done is None:
+        return 0, 1, {}
+    return _done[1].process_id, _done[1].num_processes, _peers
+
+
+def wait_for_others_to_end(seconds: float) -> None:
+    """On process 0: waits until all other processes have ended, `seconds` at most; JAX's coordinator ends with it."""
+    until = time.monotonic() + seconds
+    if _done is not None and _done[1].process_id == 0:
+        for peer in _peers.values():
+            wait_for_end(peer, until)
+
+
+def wait_for_end(peer: socket.socket, until: float) -> None:
+    """Reads from a connection until it ends, `until` that time at most."""
+    with contextlib.suppress(OSError):
+        while (left := until - time.monotonic()) > 0:
+            peer.settimeout(left)
+            if not peer.recv(1 << 16):
+                return
 
 
 def _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _Request:
@@ -213,8 +241,8 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
     return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
 
 
-def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> None:
-    """Waits until all processes are there, then starts JAX's distributed runtime."""
+def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> dict[int, socket.socket]:
+    """Waits until all processes are there, then starts JAX's distributed runtime; the connections, which stay open."""
     if backends_are_initialized():
         raise RuntimeError(
             "initialize_distributed() must be called before any JAX computation: a back end is running "
@@ -229,9 +257,9 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
         bind = info.coordinator_address if _is_loopback(host) else f"[::]:{port}"
     deadline = time.monotonic() + timeout_seconds
     if info.process_id == 0:
-        _await_others(bind, info, deadline)
+        connections = _await_others(bind, info, deadline)
     else:
-        _join(host, port, info, deadline)
+        connections = {0: _join(host, port, info, deadline)}
     # Where the arguments are explicit, JAX's detection would still look for local_device_ids, over the network on a
     # cloud VM. Where a cluster was detected it is left on: under Slurm and Open MPI it gives each process its GPU.
     detection = {"cluster_detection_method": "deactivate"} if info.how == "explicit" else {}
@@ -243,6 +271,7 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
             info.process_id,
             local_device_ids=local,
             initialization_timeout=max(1, math.ceil(timeout_seconds)),
+            shutdown_timeout_seconds=max(1, math.ceil(timeout_seconds)),
             coordinator_bind_address=bind,
             **detection,
         )
@@ -251,10 +280,12 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
             f"jax.distributed did not start as process {info.process_id} of {info.num_processes} with "
             f"coordinator {info.coordinator_address} (process 0 listens on {bind}): {e}"
         ) from e
+    return connections
 
 
 # The meeting before JAX's start-up. Each process sends "paged-dist/1 PROCESS_ID NUM_PROCESSES\n" to process 0, which
-# answers "paged-dist/1 go\n" when all are there, or "paged-dist/1 no REASON\n".
+# answers "paged-dist/1 go\n" when all are there, or "paged-dist/1 no REASON\n". The connections
+# stay open, for the watchdog.
 
 
 def _listen(bind: str) -> socket.socket:
@@ -274,8 +305,8 @@ def _listen(bind: str) -> socket.socket:
         ) from e
 
 
-def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
-    """Process 0's part: answers when all other processes have said who they are."""
+def _await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int, socket.socket]:
+    """Process 0's part: answers when all other processes have said who they are; their connections."""
     here: dict[int, socket.socket] = {}
     refusal = None
     _allow_open_files(2 * info.num_processes + 256)
@@ -313,9 +344,13 @@ def _await_others(bind: str, info: DistributedInfo, deadline: float) -> None:
         for peer in lines:
             with contextlib.suppress(OSError):
                 peer.sendall(b"%s %s\n" % (_HELLO, answer.encode()))
-            peer.close()
+            if refusal is not None or peer not in here.values():
+                peer.close()
     if refusal is not None:
         raise RuntimeError(refusal)
+    for peer in here.values():
+        peer.setblocking(True)
+    return here
 
 
 def _allow_open_files(count: int) -> None:
@@ -356,21 +391,27 @@ def _who_is_missing(here: dict[int, socket.socket], info: DistributedInfo) -> st
     )
 
 
-def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> None:
-    """The other processes' part: says who this is, waits for the answer; tries again while nobody listens."""
+def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> socket.socket:
+    """The other processes' part: says who this is, waits for the answer; tries again while nobody listens.
+
+    Returns the connection to process 0."""
     last = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=left) as peer:
+            peer = socket.create_connection((host, port), timeout=left)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(peer)
                 peer.sendall(b"%s %d %d\n" % (_HELLO, info.process_id, info.num_processes))
                 last = "it accepts connections, but the other processes did not all come"
                 # Process 0 gives up when its own time is over, perhaps after this one's, and says who is missing.
                 answer = _read_line(peer, deadline + 2)
+                if answer == _HELLO + b" go":
+                    stack.pop_all()  # stays open
+                    peer.settimeout(None)
+                    return peer
         except OSError as e:
             last = last if isinstance(e, TimeoutError) and last != "no answer" else str(e)
         else:
-            if answer == _HELLO + b" go":
-                return
             if answer.startswith(_HELLO + b" no "):
                 raise RuntimeError(answer[len(_HELLO) + 4 :].decode(errors="replace"))
             last = "something answers there that is not the process 0 of this start-up"

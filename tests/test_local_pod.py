@@ -124,12 +124,28 @@ def test_death_by_a_signal_is_128_plus_its_number(pod):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_the_pod_ends_every_process(pod, tmp_path, number, code):
-    p = pod(STUBBORN, "--processes=2")
+    p = pod(STUBBORN, "--processes=2", "--grace_seconds=1.5")
     children = pids(tmp_path, 2)
     p.send_signal(number)
     out, err = p.communicate(timeout=LIMIT)
     assert p.returncode == code and "Traceback" not in out + err
     assert not any(map(runs, children))
+
+
+def test_sigterm_lets_the_processes_end_by_themselves(pod, tmp_path):
+    late = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), print('wrote', me, flush=True), sys.exit(75)))\n"
+    p = pod(late + SLEEP, "--processes=2")
+    children = pids(tmp_path, 2)
+    p.terminate()
+    out, _ = p.communicate(timeout=LIMIT)
+    assert p.returncode == 75 and {"[p0] wrote 0", "[p1] wrote 1"} <= set(out.splitlines())
+    assert not any(map(runs, children))
+
+
+def test_the_process_that_failed_counts_and_not_those_that_lost_it(pod):
+    p = pod("time.sleep(0.1 if me else 1); sys.exit(3 if me else 9)", "--processes=3")
+    _, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == 9 and "process 0 ended with exit code 9" in err
 
 
 def test_killing_the_pod_itself_leaves_no_orphan(pod, tmp_path):

@@ -81,11 +81,16 @@ def installed(built, tmp_path_factory):
 def test_wheel_holds_the_one_package_and_all_of_it(built):
     names = set(contents(built[1]))
     metadata = {n for n in names if n.startswith(f"paged_dist-{PROJECT['version']}.dist-info/")}
-    expected = {"paged_dist/py.typed"} | {
-        f"{package}/{file.relative_to(TREE / folder).as_posix()}"
-        for folder, package in SOURCES.items()
-        for file in (TREE / folder).rglob("*.py")
-    }
+    platforms = {f"paged_dist/launch/platforms/{file.name}" for file in (TREE / "launch" / "platforms").iterdir()}
+    expected = (
+        platforms
+        | {"paged_dist/py.typed"}
+        | {
+            f"{package}/{file.relative_to(TREE / folder).as_posix()}"
+            for folder, package in SOURCES.items()
+            for file in (TREE / folder).rglob("*.py")
+        }
+    )
     assert names - metadata == expected
     assert any(n.endswith("/licenses/LICENSE") for n in metadata)
 
@@ -128,7 +133,7 @@ import pathlib, sys
 import paged_dist, paged_dist.kernels, paged_dist.launch
 from paged_dist.kernels.paged_attention import kernel
 from paged_dist.kernels.kv_cache_update import tiles
-from paged_dist.launch import accuracy, decode, local_pod, engine, kernel_report, xla_report
+from paged_dist.launch import accuracy, compare, decode, local_pod, engine, kernel_report, plan, xla_report
 home = pathlib.Path(sys.prefix)
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "paged_dist":
@@ -163,6 +168,8 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
         ("paged-dist-xla-report", ["--help"], "--table_tokens"),
         ("paged-dist-accuracy", ["--help"], "--context_lengths"),
         ("paged-dist-kernel-report", ["--help"], "--lengths_trace"),
+        ("paged-dist-plan", ["--help"], "--topology"),
+        ("paged-dist-compare", ["--help"], "--metrics"),
         ("paged-dist-decode", ["--num_requests=2", "--max_context=9", "--max_generated=2", "--layers=1"], "checksum"),
     ],
 )
@@ -282,9 +289,11 @@ def test_run_names_its_commands_where_there_is_no_such_one():
     assert "deocde" in err and err.split(":")[-1].split() == [
         "test",
         "accuracy",
+        "compare",
         "decode",
         "kernel_report",
         "local_pod",
+        "plan",
         "xla_report",
     ]
     assert run_script()[0] == 2

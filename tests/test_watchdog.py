@@ -1,0 +1,478 @@
+"""The watch over a run's processes: what it judges, what the processes decide together, and real ones that fail."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from paged_dist import Disagreement, Watchdog, distributed
+from paged_dist._judge import DISAGREE, LOST, PATIENCE, Judge, Place
+from paged_dist.launch.local_pod import pod_environment, reserve_port
+
+# What process 0 judges, on a clock of the test's own
+
+
+def judge(count=3, limit=10.0, beat=1.0):
+    return Judge(count, limit, beat, 0.0)
+
+
+def at_step(j, now, *steps, waits=()):
+    for i, step in enumerate(steps):
+        j.heard(i, now)
+        j.at(i, Place.of_step(step, waits=i in waits), now)
+
+
+def test_processes_that_live_and_move_are_left_alone():
+    j = judge()
+    for now in range(100):
+        at_step(j, now, now, now + 1, now)
+        assert j.verdict(now) is None
+
+
+def test_a_phase_may_take_as_long_as_it_takes_and_a_step_may_not():
+    j = judge()
+    for now in range(50):
+        for i in range(3):
+            j.heard(i, now)
+            j.at(i, Place("start").next_phase("compile"), now)
+        assert j.verdict(now) is None
+    at_step(j, 50, 0, 0, 0)
+    assert j.verdict(60) is None
+    for i in range(3):
+        j.heard(i, 60.5)
+    verdict = j.verdict(60.5)
+    assert verdict.code == LOST and "step 0 has not ended for 10 s on any process and none is behind" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "waits", "who", "there"),
+    [
+        ((7, 6, 7), (), "process 1, at step 6, is stuck", "while others are at step 7"),
+        ((7, 7, 7), (0, 1), "process 2, at step 7, is stuck", "while others are at step 7, waiting for devices"),
+        ((7, 6, 6), (0,), "process 1, at step 6, and so 1 more, is stuck", "at step 7, waiting for devices"),
+    ],
+)
+def test_those_behind_are_to_blame_for_a_step_that_does_not_end(steps, waits, who, there):
+    j = judge()
+    at_step(j, 0, *steps, waits=waits)
+    for i in range(3):
+        j.heard(i, 11)
+    text = j.verdict(11).text
+    assert who in text and there in text
+
+
+def test_one_that_has_finished_is_not_behind():
+    j = judge(2)
+    at_step(j, 0, 5, 5)
+    j.at(1, Place.of_step(5).next_phase("report"), 1)
+    for now in (5, 11):
+        j.heard(0, now), j.heard(1, now)
+    assert j.verdict(11).text.startswith("process 0, at step 5, is stuck, while others are at no step (report)")
+
+
+def test_silence_is_a_loss_and_says_since_when():
+    j = judge()
+    at_step(j, 0, 3, 3, 3)
+    for now in range(1, 11):
+        at_step(j, now, 3 + now, 3, 3 + now)
+        j._heard[1] = 0
+    assert j.verdict(10) is None
+    j.heard(0, 10.5), j.heard(2, 10.5)
+    verdict = j.verdict(10.5)
+    assert (verdict.code, verdict.culprit) == (LOST, None)
+    assert (
+        verdict.text == "lost process 1, last heard of at step 3: it has been silent for 10 s; process 0 is at step 13"
+    )
+
+
+def test_an_end_is_a_loss_unless_it_was_announced():
+    j = judge()
+    at_step(j, 0, 3, 3, 3)
+    j.left(2), j.gone(2)
+    assert j.verdict(0) is None and j.present == [0, 1]
+    j.gone(1)
+    assert j.verdict(0).text == "lost process 1, last heard of at step 3: its connection ended, the process is gone"
+
+
+def test_the_first_loss_is_named_before_those_that_follow_from_it():
+    j = judge(4)
+    at_step(j, 0, 3, 3, 3, 3)
+    j.gone(2), j.gone(1)
+    assert j.verdict(0).text.startswith("lost process 2,") and "; then process 1" in j.verdict(0).text
+
+
+def test_a_failure_waits_for_the_loss_that_caused_it():
+    j = judge()
+    at_step(j, 0, 3, 3, 3)
+    j.failed(1, "JaxRuntimeError: connection reset", 0)
+    assert j.verdict(PATIENCE / 2) is None
+    j.gone(2)
+    assert j.verdict(PATIENCE / 2).text.startswith("lost process 2,")
+
+    j = judge(beat=0.1)
+    at_step(j, 0, 3, 3, 3)
+    j.heard(0, 8), j.heard(1, 8)
+    j.failed(1, "JaxRuntimeError: timed out", 8)
+    assert j.verdict(8).text.startswith(
+        "lost process 2, last heard of at step 3: it is silent, and process 1 then failed"
+    )
+
+
+def test_a_failure_of_its_own_names_its_process():
+    j = judge()
+    at_step(j, 0, 3, 3, 3)
+    j.failed(1, "ValueError: no", 0)
+    at_step(j, PATIENCE + 0.1, 3, 3, 3)
+    assert tuple(j.verdict(PATIENCE + 0.1)) == (LOST, "process 1 failed at step 3: ValueError: no", 1)
+    j.gone(1)  # as it ends
+    assert tuple(j.verdict(0.1)) == (LOST, "process 1 failed at step 3: ValueError: no", 1)
+
+
+def test_digests_are_compared_step_by_step_whatever_order_they_come_in():
+    j = judge()
+    j.digest(1, 64, "a"), j.digest(2, 0, "f"), j.digest(0, 0, "f")
+    assert j.verdict(0) is None
+    j.digest(1, 0, "f"), j.digest(0, 64, "a"), j.digest(2, 128, "c")
+    assert j.verdict(0) is None
+    j.digest(2, 64, "b")
+    verdict = j.verdict(0)
+    assert verdict.code == DISAGREE
+    assert verdict.text == "the processes disagree on the allocator's digest at step 64: a on process 0, b on process 2"
+
+
+# What processes do together, played by threads of this one
+
+
+@contextlib.contextmanager
+def connected(count, monkeypatch, timeout_seconds=10):
+    """The watchdogs of `count` processes, joined as `initialize_distributed` joins them; their ends are noted."""
+    pairs = {i: socket.socketpair() for i in range(1, count)}
+    of = [(0, count, {i: pair[0] for i, pair in pairs.items()})]
+    of += [(i, count, {0: pairs[i][1]}) for i in range(1, count)]
+    found = iter(of)
+    monkeypatch.setattr(distributed, "peers", lambda: next(found))
+    ended = {}
+
+    def end(self, code, text):
+        ended[self.process_id] = code, text
+        raise SystemExit  # of the watch's own thread
+
+    monkeypatch.setattr(Watchdog, "_end", end)
+    try:
+        yield [Watchdog(timeout_seconds) for _ in range(count)], ended
+    finally:
+        for pair in pairs.values():
+            for end_of_it in pair:
+                end_of_it.close()
+
+
+def run_all(watches, work, timeout=20):
+    """`work(watch, i)` in a thread each; what they returned, or raised."""
+    results = {}
+
+    def one(watch, i):
+        try:
+            with watch:
+                results[i] = work(watch, i)
+        except Exception as e:
+            results[i] = e
+
+    threads = [threading.Thread(target=one, args=(w, i), daemon=True) for i, w in enumerate(watches)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout)
+    assert not any(t.is_alive() for t in threads), "a process hangs"
+    return [results[i] for i in range(len(watches))]
+
+
+def test_all_get_what_process_0_decides_of_all_values(monkeypatch):
+    with connected(4, monkeypatch) as (watches, ended):
+
+        def work(watch, i):
+            first = watch.decide("a", [i, "x" * 300_000 * i], lambda values: sum(v[0] * len(v[1]) for v in values))
+            watch.meet("b")
+            return first, watch.decide("c", i, lambda values: values)
+
+        assert run_all(watches, work) == [(300_000 * (1 + 4 + 9), [0, 1, 2, 3])] * 4
+    assert not ended
+
+
+def test_a_watchdog_of_one_process_needs_nobody():
+    with Watchdog() as watch:
+        watch.agree({"a": 1})
+        watch.step(0, digest=7)
+        assert watch.decide("x", 3, lambda values: values) == [3] and not watch.stops(0)
+
+
+def test_a_watchdog_of_several_is_a_context(monkeypatch):
+    with connected(2, monkeypatch) as ((watch, _), _), pytest.raises(RuntimeError, match="used as a context"):
+        watch.meet("x")
+
+
+def test_processes_that_hold_the_same_agree_and_go_on(monkeypatch):
+    with connected(3, monkeypatch) as (watches, ended):
+        assert run_all(watches, lambda watch, i: watch.agree({"mesh": {"data": 2}, "--batch": 8})) == [None] * 3
+    assert not ended
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([{"--batch": 8}, {"--batch": 8}, {"--batch": 16}], r"--batch: 8 on process 0 \(.+\), 16 on process 2 \(.+\)"),
+        ([{"a": 1}, {"a": 1, "--seed": 3}, {"a": 1}], r"--seed: nothing on process 0 \(.+\), 3 on process 1 \(.+\)"),
+        ([{"a": 1}, {"a": 2}, {"a": 2}], r"a: 1 on process 0 .+ 2 on process 1 .+; 1 more differ from process 0"),
+    ],
+)
+def test_processes_that_differ_are_all_told_where_and_how(monkeypatch, values, text):
+    with connected(3, monkeypatch) as (watches, ended):
+        results = run_all(watches, lambda watch, i: watch.agree(values[i]))
+    assert all(isinstance(e, Disagreement) and re.search(text, str(e)) for e in results), results
+    assert not ended
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_all_stop_before_the_same_step_and_none_waits_for_one_that_stopped(monkeypatch, lockstep, seed):
+    rng = random.Random(seed)
+    count, asked_at = 3, rng.randrange(1, 30)
+    pace = [[rng.random() * 0.004 for _ in range(200)] for _ in range(count)]
+    barrier = threading.Barrier(count)
+    with connected(count, monkeypatch) as (watches, ended):
+
+        def work(watch, i):
+            for step in range(200):
+                if watch.stops(step):
+                    return step
+                watch.step(step)
+                time.sleep(pace[i][step] * (1 if lockstep else 1 + 3 * i))
+                if i == seed % count and step == asked_at:
+                    watch._stopping = True  # as its handler of SIGTERM does
+                    watch._stir()
+                if lockstep:
+                    barrier.wait(10)  # as a collective of the step would
+            return "the end"
+
+        results = run_all(watches, work)
+    assert len(set(results)) == 1 and results[0] != "the end" and results[0] > asked_at and not ended
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what stands for os._exit
+def test_one_that_raises_ends_the_others_and_goes_on_to_raise(monkeypatch):
+    with connected(3, monkeypatch) as (watches, ended):
+
+        def work(watch, i):
+            watch.step(4)
+            if i == 1:
+                raise KeyError("gone")
+            until = time.monotonic() + 8
+            while watch.process_id not in ended and time.monotonic() < until:
+                time.sleep(0.01)
+            raise SystemError("ended")  # the process would be gone
+
+        results = run_all(watches, work)
+    assert isinstance(results[1], KeyError) and set(ended) == {0, 2}
+    for code, text in ended.values():
+        assert code == LOST and re.fullmatch(r"process 1 \(.+\) failed at step 4: KeyError: 'gone'", text)
+
+
+@pytest.mark.parametrize("bad", [0, -1, float("inf"), float("nan"), "60"])
+def test_a_time_out_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match="timeout_seconds="):
+        Watchdog(bad)
+
+
+# Real processes, and what befalls them
+
+LIMIT = 90  # seconds, for all of them
+SMALL = ["--max_context=50", "--layers=1", "--num_kv_heads=2", "--num_q_heads=2", "--batch=4", "--oracle_samples=2"]
+FAULTY = [sys.executable, "-P", os.path.join(os.path.dirname(__file__), "faulty_decode.py")]
+
+
+class Pod:
+    """`count` processes of the decode launcher, each with one device and a context shard of every sequence."""
+
+    def __init__(self, tmp_path, count=2, fault="none:0:0", arguments=(), start=None, timeout=15, generated=400):
+        self.output = tmp_path / "out.jsonl"
+        self.processes, self._held = [], reserve_port()
+        port = self._held.getsockname()[1]
+        shape = ["--num_requests=4", f"--max_generated={generated}", "--length_scale=5", *SMALL]
+        shape += [f"--context={count}", "--model=1", f"--timeout_seconds={timeout}", f"--output={self.output}"]
+        self.logs = [tmp_path / f"log{i}" for i in range(count)]
+        for i in range(count) if start is None else start:
+            environment = pod_environment(i, count, 1, port, dict(os.environ)) | {"FAULT": fault}
+            with open(self.logs[i], "ab") as log:
+                command = [*FAULTY, *shape, *arguments]
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for p in self.processes:
+            p.kill()  # SIGKILL, also to what was stopped
+            p.wait()
+        self._held.close()
+
+    def log(self, i):
+        return self.logs[i].read_text()
+
+    def wait_for(self, holds, limit=LIMIT):
+        until = time.monotonic() + limit
+        while not holds():
+            assert time.monotonic() < until, [self.log(i) for i in range(len(self.processes))]
+            time.sleep(0.02)
+
+    def ends(self, *which, limit=LIMIT):
+        """The exit codes of these processes, and the seconds that the last took since the fault."""
+        self.wait_for(lambda: any("fault: " in path.read_text() for path in self.logs if path.exists()))
+        begin = time.monotonic()
+        self.wait_for(lambda: all(self.processes[i].poll() is not None for i in which), limit)
+        return [self.processes[i].returncode for i in which], time.monotonic() - begin
+
+    def last_line(self, i):
+        return self.log(i).strip().splitlines()[-1]
+
+    def records(self):
+        return [json.loads(line) for line in self.output.read_text().splitlines()] if self.output.exists() else []
+
+
+def test_a_process_that_is_killed_ends_the_others_who_name_it_and_its_step(tmp_path):
+    with Pod(tmp_path, 3, "SIGKILL:1:40") as pod:
+        codes, seconds = pod.ends(0, 2)
+        assert codes == [LOST, LOST] and seconds < 15
+        for i in (0, 2):
+            lost = rf"error: lost process 1 \(.+, pid {pod.processes[1].pid}\), last heard of at step \d+: "
+            assert re.search(lost + "its connection ended, the process is gone", pod.last_line(i)), pod.log(i)
+        assert "process 0 is at step 40" in pod.last_line(0) or "at step 40:" in pod.last_line(0)
+        assert pod.records() == []
+
+
+def test_a_coordinator_that_dies_ends_the_others(tmp_path):
+    with Pod(tmp_path, 2, "SIGKILL:0:40") as pod:
+        codes, seconds = pod.ends(1)
+        assert codes == [LOST] and seconds < 15
+        lost = "error: lost process 0, the coordinator, while this one was at step 40: its connection ended"
+        assert lost in pod.last_line(1), pod.log(1)
+
+
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_raises_in_a_step_ends_the_others_and_shows_its_traceback(tmp_path, who):
+    with Pod(tmp_path, 2, f"raise:{who}:40") as pod:
+        codes, seconds = pod.ends(0, 1)
+        assert codes[who] == 1 and codes[1 - who] == LOST and seconds < 15
+        assert pod.last_line(who) == "ZeroDivisionError: as the test wants it"
+        failed = rf"error: process {who} \(.+\) failed at step 40: ZeroDivisionError: as the test wants it"
+        assert re.search(failed, pod.last_line(1 - who)), pod.log(1 - who)
+
+
+@pytest.mark.parametrize("who", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_stopped_ends_the_others_within_the_time_out(tmp_path, who):
+    with Pod(tmp_path, 2, f"SIGSTOP:{who}:40") as pod:
+        codes, seconds = pod.ends(1 - who, limit=30)
+        assert codes == [LOST] and 8 < seconds < 16
+        silent = r"it has been silent for 1\d s"
+        lost = (
+            r"lost process 1 \(.+\), last heard of at step \d+: " if who else "lost process 0, the coordinator, while "
+        )
+        assert re.search(lost, pod.last_line(1 - who)) and re.search(silent, pod.last_line(1 - who)), pod.log(1 - who)
+        assert "at step 40" in pod.last_line(1 - who)
+        assert pod.records() == []
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_on_its_host_is_named_by_those_that_wait(tmp_path):
+    with Pod(tmp_path, 2, "hang:1:40") as pod:
+        codes, seconds = pod.ends(0, 1, limit=30)
+        assert codes == [LOST, LOST] and seconds < 16
+        stuck = r"process 1 \(.+\), at step 40, is stuck, while others are at step 40, waiting for devices"
+        assert all(re.search(stuck, pod.last_line(i)) for i in (0, 1)), pod.log(0)
+
+
+def test_allocators_that_go_apart_end_all_with_both_digests(tmp_path):
+    with Pod(tmp_path, 2, "pages:1:40") as pod:
+        codes, _ = pod.ends(0, 1)
+        assert codes == [DISAGREE, DISAGREE]
+        apart = r"disagree on the allocator's digest at step 64: \w+ on process 0 \(.+\), \w+ on process 1 \(.+\)"
+        assert all(re.search(apart, pod.last_line(i)) for i in (0, 1)), pod.log(0)
+
+
+@pytest.mark.parametrize("who", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_sigterm_stops_all_at_one_step_with_a_partial_result(tmp_path, who):
+    with Pod(tmp_path, 2, f"SIGTERM:{who}:40") as pod:
+        codes, _ = pod.ends(0, 1)
+        assert codes == [75, 75], pod.log(0)
+        (record,) = pod.records()
+        assert record["partial"] is True and 41 <= record["steps"] <= 41 + 6 and record["oracle_passed"]
+        assert "PARTIAL" in pod.log(0) and f"asked to stop after {record['steps']} steps" in pod.log(0)
+
+
+def test_a_process_that_never_comes_and_one_that_comes_twice_are_named(tmp_path):
+    with Pod(tmp_path, 2, start=[1], timeout=4) as pod:
+        pod.wait_for(lambda: pod.processes[0].poll() is not None)
+        assert pod.processes[0].returncode == 1
+        assert "timed out: process 1 of 2 waited for the coordinator at 127.0.0.1:" in pod.last_line(1)
+        assert "check that process 0 runs and listens there" in pod.last_line(1)
+    with Pod(tmp_path, 3, start=[0, 1, 1], timeout=15) as pod:
+        pod.wait_for(lambda: all(p.poll() is not None for p in pod.processes))
+        assert [p.returncode for p in pod.processes] == [1, 1, 1]
+        assert "two processes were started with process_id=1: give each its own" in pod.last_line(0)
+
+
+@pytest.mark.slow
+def test_a_second_start_of_a_process_and_of_a_coordinator_leaves_the_run_alone(tmp_path):
+    """Both come when the run is on its way: the port is taken, or nobody answers as the meeting does."""
+    with Pod(tmp_path, 2, generated=2000) as pod:
+        pod.wait_for(lambda: "compiling" in pod.log(0))
+        port = int(re.search(r"coordinator 127.0.0.1:(\d+)", pod.log(0))[1])
+        late = []
+        for i in (0, 1):
+            environment = pod_environment(i, 2, 1, port, dict(os.environ)) | {"FAULT": "none:0:0"}
+            command = [*FAULTY, "--num_requests=1", "--timeout_seconds=4"]
+            late.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT))
+        assert [done.returncode for done in late] == [1, 1]
+        assert "cannot listen on" in late[0].stderr and "timed out: process 1 of 2" in late[1].stderr
+        pod.wait_for(lambda: all(p.poll() is not None for p in pod.processes))
+        assert [p.returncode for p in pod.processes] == [0, 0] and len(pod.records()) == 1
+
+
+def test_a_full_disk_loses_no_line_ends_all_with_1_and_leaves_no_half_line(tmp_path):
+    """The files that process 0 writes may grow to this size and no further, as on a disk that is full."""
+    whole = json.dumps({"before": "x" * 3000}) + "\n"
+    (tmp_path / "out.jsonl").write_text(whole)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 1500, before[1]))
+        with Pod(tmp_path, 2, generated=20) as pod:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            pod.wait_for(lambda: all(p.poll() is not None for p in pod.processes))
+            assert [p.returncode for p in pod.processes] == [1, 1], pod.log(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert (tmp_path / "out.jsonl").read_text() == whole
+
+
+def test_the_coordinator_of_a_local_pod_listens_on_loopback_alone(tmp_path):
+    with Pod(tmp_path, 2, "SIGSTOP:0:40", timeout=60) as pod:
+        pod.wait_for(lambda: "fault: " in pod.log(0))
+        port = int(re.search(r"coordinator 127.0.0.1:(\d+)", pod.log(0))[1])
+        listening = set()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            with open(table) as file:
+                for fields in map(str.split, list(file)[1:]):
+                    address, at = fields[1].split(":")
+                    if fields[3] == "0A" and int(at, 16) == port:
+                        listening.add(address)
+        assert listening == {"0100007F"} or listening == {"0000000000000000FFFF00000100007F"}, listening

@@ -29,7 +29,7 @@ flags.adopt_module_key_flags(shared)
 flags.adopt_module_key_flags(workload_flags)
 
 NAME = "paged-dist-decode"
-_ROWS_A_SHARD = 16
+ROWS_A_SHARD = 16
 _HBM_GIB_ELSEWHERE = 16.0  # where devices are no TPUs
 _MOST_ROWS = _MOST_COLUMNS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
@@ -110,8 +110,10 @@ class Run:
     pages_per_sequence: int
 
 
-def plan_run(model, requests: list[Request], workload: str) -> Run:
+def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: int | None = None) -> Run:
     """Sizes the pool over the mesh and checks that everything divides and every request fits.
+
+    `mesh` and `batch` stand in place of those that the flags say.
 
     Raises:
       ValueError, NotImplementedError: what does not.
@@ -120,9 +122,9 @@ def plan_run(model, requests: list[Request], workload: str) -> Run:
     from paged_dist.launch.schedule import Pool
 
     page_size = shared.PAGE_SIZE.value
-    mesh = mesh_from_flags(model.num_kv_heads)
+    mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
     data, context = mesh.shape["data"], mesh.shape["context"]
-    batch = shared.BATCH.value or _ROWS_A_SHARD * data
+    batch = batch or shared.BATCH.value or ROWS_A_SHARD * data
     require(batch <= _MOST_ROWS, "--batch", batch, f"must be at most {_MOST_ROWS}")
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
@@ -153,6 +155,8 @@ def check_memory(spec, mesh) -> None:
     import jax
 
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    if not here:
+        return
     need, where = spec.bytes_per_chip(mesh), "a device has"
     if here[0].platform == "cpu":  # simulated devices share the host
         need, have, where = need * len(here), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host has"
@@ -195,7 +199,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
     """The run's results as one flat record, from what every process told."""
     from paged_dist.launch import report
 
-    gathered = report.gather(everyone)
+    gathered = report.gather([told for told in everyone if told is not None])
     if len(set(gathered["digest"].tolist())) > 1:
         raise RuntimeError("processes gave out different pages: their allocators were called differently")
     m = run.model
@@ -232,7 +236,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
         "mesh": dict(run.mesh.shape),
         "cache_bytes": run.spec.bytes_total,
         "bytes_per_token": run.spec.bytes_per_token,
-        "processes": len(everyone),
+        "processes": len({d.process_index for d in run.mesh.devices.flat}),
         "partial": measured.stopped,
         "projected": False,
         **report.origin(shared.given_flags()),
@@ -264,50 +268,112 @@ def main(argv) -> int:
 
 def serve(model, requests: list[Request], workload: str, watch) -> int:
     """The run, on every process; the exit code, the same on all."""
-    from paged_dist import PageAllocator, describe_mesh
-    from paged_dist.launch.engine import Engine
-    from paged_dist.launch.schedule import Schedule, choose_checks
+    from paged_dist.launch import report
     from paged_dist.watchdog import FAILED, PREEMPTED
 
-    def say(line):
-        if watch.process_id == 0:
-            print(f"{NAME}: {line}", file=sys.stderr, flush=True)
-
-    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    say = sayer(NAME, watch)
     with _usage():
         run = plan_run(model, requests, workload)
-        watch.agree(agreement(run))
-        engine = Engine(model, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
-        allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
-        checks = choose_checks(requests, ORACLE_SAMPLES.value, model.num_layers, shared.SEED.value)
-        schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
-    say(describe_mesh(run.mesh).partition("\n")[0])
-    say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
-    watch.phase("compile")
-    engine.compile()
-    engine.warm_up()
-    watch.meet("compiled")
-    measured = engine.run(schedule, say, shared.PROFILE_DIR.value, watch)
-    watch.phase("report")
+    watch.agree(agreement(run))
+    if shared.DRY_RUN.value:
+        if watch.process_id == 0:
+            print(dry_text(run))
+        return 0
 
-    def report_all(everyone: list[dict]) -> int:
-        from paged_dist.launch import report
-
-        if measured.stopped and not measured.step_seconds:
-            say("asked to stop before the first step: there is nothing to report")
-            return PREEMPTED
-        record = record_of(run, measured, everyone)
+    def finish(record: dict) -> int:
         print(report.table(record), flush=True)
         if not report.append_output(NAME, shared.OUTPUT.value, record) or not record["oracle_passed"]:
             return FAILED
         return PREEMPTED if record["partial"] else 0
 
-    from paged_dist.launch import report
-
-    code = watch.decide("the report", report.told(measured, schedule.fingerprint), report_all)
+    code = measure(run, watch, say, finish, profile_dir=shared.PROFILE_DIR.value)
     if code == FAILED and watch.process_id != 0:
         print(f"{NAME}: error: process 0 says that the run failed", file=sys.stderr, flush=True)
     return code
+
+
+def sayer(name: str, watch):
+    """What prints a line on stderr, of process 0 alone; warnings go through it too."""
+
+    def say(line):
+        if watch.process_id == 0:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    return say
+
+
+def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | None = None, sweep=None) -> int:
+    """Runs what was planned and reports it; every process calls it, also one that has no device of the mesh.
+
+    Args:
+      finish: takes the record, on process 0, and returns the exit code, which all return.
+      tag: tells this run from others under the same watch.
+      sweep: steps done before under the same watch, where it is one of several runs: SIGTERM then does not end it.
+    """
+    import jax
+
+    from paged_dist import PageAllocator, describe_mesh
+    from paged_dist.launch import report
+    from paged_dist.launch.engine import Engine
+    from paged_dist.launch.schedule import Schedule, choose_checks
+    from paged_dist.watchdog import PREEMPTED
+
+    measured = told = None
+    takes_part = any(d.process_index == jax.process_index() for d in run.mesh.devices.flat)
+    if takes_part:
+        m, requests = run.model, run.requests
+        with _usage():
+            engine = Engine(m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
+            allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
+            checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared.SEED.value)
+            schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
+        say(describe_mesh(run.mesh).partition("\n")[0])
+        say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
+        watch.phase("compile")
+        engine.compile()
+        engine.warm_up()
+    watch.meet(f"compiled{tag}")
+    if takes_part:
+        measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
+        told = report.told(measured, schedule.fingerprint)
+        watch.phase("report")
+    else:
+        watch.idle()
+
+    def conclude(everyone: list) -> int:
+        if measured.stopped and not measured.step_seconds:
+            say("asked to stop before the first step: there is nothing to report")
+            return PREEMPTED
+        return finish(record_of(run, measured, everyone))
+
+    return watch.decide(f"the report{tag}", told, conclude)
+
+
+def dry_text(run: Run) -> str:
+    """What would run, as lines of at most 80 columns."""
+    from paged_dist import describe_mesh
+    from paged_dist.launch.report import quantity, wrap
+
+    m, spec = run.model, run.spec
+    head, *axes = describe_mesh(run.mesh).splitlines()
+    lines = [
+        ("mesh", head.removeprefix("mesh: ")),
+        *(("", line.strip()) for line in axes),
+        ("model", f"{m.num_layers} layers, {m.num_q_heads} q heads, {m.num_kv_heads} kv heads, head_dim {m.head_dim}"),
+        (
+            "cache",
+            f"{spec.num_pages} pages of {spec.page_size} tokens in {spec.dtype}, "
+            f"{quantity(spec.bytes_per_chip(run.mesh), 'B')} a device",
+        ),
+        (
+            "workload",
+            f"{len(run.requests)} requests of {run.workload}, {sum(r.generated for r in run.requests)} tokens to "
+            f"generate, batch {run.pool.batch}, tables of {run.pages_per_sequence} pages",
+        ),
+        ("dry run", "nothing was compiled, allocated or written"),
+    ]
+    return "\n".join(wrap(*line) for line in lines)
 
 
 def cli() -> None:

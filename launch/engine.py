@@ -199,11 +199,16 @@ class Engine:
         progress: Callable[[str], None] | None = None,
         profile_dir: str | None = None,
         watch: Watchdog | None = None,
+        *,
+        first_step: int = 0,
+        stops: bool = True,
     ) -> Measured:
         """Decodes until the schedule is done, or a process was asked to stop.
 
         Args:
           watch: hears of each step, and every DIGEST_STEPS of them of the pages that were given out.
+          first_step: what the watch hears of as the first step's number.
+          stops: whether SIGTERM ends the run.
           progress: called with a line of text about every 10 seconds.
           profile_dir: where to write a profile of steps 1 to 10, counted from 0 (of a shorter run: of what there is).
         """
@@ -215,10 +220,10 @@ class Engine:
         while plan is not None:
             number = len(m.step_seconds)
             if watch is not None:
-                if watch.stops(number):
+                if stops and watch.stops(first_step + number):
                     m.stopped = True
                     break
-                watch.step(number, None if number % DIGEST_STEPS else schedule.fingerprint)
+                watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
             if plan.block_tables is not None:
                 tables = self._put("rows", plan.block_tables)
             self._prefill(plan, tables)

@@ -54,6 +54,7 @@ HBM_GIB = flags.DEFINE_float(
 )
 
 OUTPUT = flags.DEFINE_string("output", None, "File to which process 0 appends one JSON line with the results.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run; compile, allocate and write nothing.")
 PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "Folder for a JAX profile of some steps.")
 
 TIMEOUT_SECONDS = flags.DEFINE_float(

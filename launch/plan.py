@@ -57,6 +57,7 @@ _TAKEN = (
     "pages_per_sequence",
     "context_tokens",
     "hbm_gib",
+    "dry_run",
     "output",
 )
 for _name in _TAKEN:
@@ -232,209 +233,6 @@ def sizes_of(s: Settings, mesh, chip: Chip) -> Sizes:
     return Sizes(spec, batch, columns, tokens, hbm, weights)
 
 
-def decode_step(s: Settings, mesh):
-    """`step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: appends a token and attends, layer by layer.
-
-    Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
-    query; with it x [B, width] and the projections [L, width, Hq, D], 2 x [L, width, Hkv, D] and [L, Hq, D, width].
-    """
-    import jax.numpy as jnp
-    from jax import lax
-
-    from paged_dist import append_kv, sharded_paged_attention
-
-    def attend(cache, query, key, value, lengths, tables, layer):
-        cache = append_kv(cache, key, value, lengths - 1, tables, layer=layer, mesh=mesh)
-        output = sharded_paged_attention(
-            query,
-            cache,
-            lengths,
-            tables,
-            layer=layer,
-            sm_scale=s.head_dim**-0.5,
-            soft_cap=s.soft_cap,
-            sliding_window=s.sliding_window,
-            mesh=mesh,
-        )
-        return cache, output
-
-    def bare(cache, lengths, tables, query, key, value):
-        def one(carry, layer):
-            cache, query = carry
-            return attend(cache, query, key, value, lengths, tables, layer), None
-
-        return lax.scan(one, (cache, query), jnp.arange(s.num_layers, dtype=jnp.int32))[0]
-
-    def projected(cache, lengths, tables, x, *weights):
-        def one(carry, layer_and_weights):
-            cache, x = carry
-            layer, to_query, to_key, to_value, back = layer_and_weights
-            new = (jnp.einsum("bw,whd->bhd", x, w) for w in (to_query, to_key, to_value))
-            cache, output = attend(cache, *new, lengths, tables, layer)
-            return (cache, x + jnp.einsum("bhd,hdw->bw", output, back)), None
-
-        return lax.scan(one, (cache, x), (jnp.arange(s.num_layers, dtype=jnp.int32), *weights))[0]
-
-    return projected if s.width else bare
-
-
-def step_arguments(s: Settings, sizes: Sizes, mesh) -> tuple:
-    """The abstract arguments of `decode_step`, each in its sharding."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from paged_dist import PagedKVCache
-    from paged_dist.launch.synthetic import input_dtype
-
-    dtype = jnp.dtype(input_dtype(s.dtype))
-    of = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
-    batch, layers, width, d = sizes.batch, s.num_layers, s.width, s.head_dim
-    first = (
-        PagedKVCache.abstract(sizes.spec, mesh),
-        of((batch,), jnp.int32, "data"),
-        of((batch, sizes.pages_per_sequence), jnp.int32, "data", None),
-    )
-    heads = (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)
-    if not width:
-        return *first, *(of((batch, n, d), dtype, "data", "model", None) for n in heads)
-    into = (of((layers, width, n, d), dtype, None, None, "model", None) for n in heads)
-    back = of((layers, s.num_q_heads, d, width), dtype, None, "model", None, None)
-    return *first, of((batch, width), dtype, "data", None), *into, back
-
-
-def compile_step(s: Settings, sizes: Sizes, mesh):
-    """(compiled program, seconds to trace and lower, seconds to compile); nothing is taken from jax's cache on disk."""
-    import jax
-
-    from paged_dist._compat import lowering_for
-
-    on_disk = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        with lowering_for(mesh):
-            start = time.perf_counter()
-            lowered = jax.jit(decode_step(s, mesh), donate_argnums=0).lower(*step_arguments(s, sizes, mesh))
-            between = time.perf_counter()
-            compiled = lowered.compile()
-            return compiled, between - start, time.perf_counter() - between
-    finally:
-        jax.config.update("jax_enable_compilation_cache", on_disk)
-
-
-def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
-    """What a compiled step says of itself: memory, pool copies, collectives, sends, kernels. Bytes are a device's."""
-    from paged_dist.launch import compiled as read
-
-    text, memory, spec = compiled.as_text(), compiled.memory_analysis(), sizes.spec
-    alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
-    cache_bytes = spec.bytes_per_chip(mesh)
-    rows, lanes = spec.stored_page_shape
-    layer_pool = cache_bytes // (2 * s.num_layers)
-    if spec.is_quantized:  # the pages without their scales
-        layer_pool = layer_pool * s.head_dim // (s.head_dim + 4)
-    copies = [
-        value for value in read.values_as_large_as(text, layer_pool) if f",{rows},{lanes}]" in value.replace(" ", "")
-    ]
-    return {
-        "cache_bytes": cache_bytes,
-        "weights_bytes": sizes.weights_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "program_bytes": memory.generated_code_size_in_bytes,
-        "used_bytes": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-        + alone,
-        "aliased_bytes": memory.alias_size_in_bytes,
-        "pool_copies": copies,
-        "collectives": [_collective(c, s, mesh) for c in read.collectives(text)],
-        "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in read.crossings(text)],
-        "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in read.kernels(text)],
-    }
-
-
-def _collective(c, s: Settings, mesh) -> dict:
-    """One collective of the step: over which mesh axes, how often (the step's one loop is that over layers), and how
-    many bytes each device puts in and sends in a ring over the step, over ICI or DCN."""
-    axes, over_slices = axes_of(mesh, c.groups, s.num_slices)
-    times = s.num_layers**c.loops
-    group = max(map(len, c.groups))
-    passes = {"all-reduce": 2, "all-gather": group}.get(c.kind, 1)
-    return {
-        "kind": c.kind,
-        "arrays": list(c.arrays),
-        "axes": list(axes),
-        "links": "dcn" if over_slices else "ici",
-        "group": group,
-        "times": times,
-        "bytes": times * c.bytes,
-        "bytes_sent": times * passes * c.bytes * (group - 1) // group,
-    }
-
-
-def axes_of(mesh, groups, num_slices: int = 1) -> tuple[tuple[str, ...], bool]:
-    """(mesh axes along which the members of `groups` differ, whether any group has members on several slices).
-
-    The program of several slices is one slice's: its devices are numbered as the mesh's part on that slice.
-    """
-    import numpy as np
-
-    shape = list(mesh.devices.shape)
-    shape[0] //= num_slices
-    members = np.array([m for g in groups for m in g])
-    require(members.max() < mesh.devices.size, "groups", int(members.max()), "has more devices than the mesh")
-    within = members.max() < math.prod(shape)
-    shape = shape if within else list(mesh.devices.shape)
-    where = [np.stack(np.unravel_index(np.array(g), shape), axis=-1) for g in groups]
-    differ = np.any([(w != w[:1]).any(axis=0) for w in where], axis=0)
-    axes = tuple(name for name, d in zip(mesh.axis_names, differ, strict=True) if d)
-    if within:
-        return axes, False
-    slices = lambda g: {getattr(mesh.devices.flat[i], "slice_index", 0) for i in g}
-    return axes, any(len(slices(g)) > 1 for g in groups)
-
-
-def launch_of(s: Settings, sizes: Sizes, mesh) -> dict:
-    """Scalar and vector memory that the attention kernel plans, a launch's, and how many launches a layer takes."""
-    import jax
-    import jax.numpy as jnp
-
-    from paged_dist.kernels.paged_attention import decode_plan
-    from paged_dist.kernels.paged_attention.checks import check_pools
-    from paged_dist.kernels.paged_attention.megacore import Target
-    from paged_dist.launch.synthetic import input_dtype
-
-    data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
-    spec, rows = sizes.spec, sizes.batch // data
-    local = dataclasses.replace(
-        spec, num_kv_heads=spec.num_kv_heads // model, num_pages=spec.num_pages // (data * context)
-    )
-    pool = jax.ShapeDtypeStruct(local.pool_shape, local.dtype)
-    scales = jax.ShapeDtypeStruct(local.scales_shape, jnp.float32) if spec.is_quantized else None
-    columns = pages_needed(sizes.pages_per_sequence, context)
-    problem = check_pools(
-        jax.ShapeDtypeStruct((rows, s.num_q_heads // model, s.head_dim), input_dtype(s.dtype)),
-        pool,
-        pool,
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
-        jax.ShapeDtypeStruct((rows, columns), jnp.int32),
-        scales,
-        scales,
-    )
-    plan = decode_plan.make_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
-    decode_plan.check_block_sizes(plan)
-    most = decode_plan.rows_per_launch(plan)
-    part = dataclasses.replace(plan, problem=problem.replace(batch=min(rows, most)))
-    return {
-        "rows": min(rows, most),
-        "launches": -(-rows // most),
-        "smem_bytes": part.smem_bytes,
-        "vmem_bytes": part.vmem_bytes,
-    }
-
-
 def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict]) -> dict:
     """The least seconds of a step: HBM and ICI apart, one after the other, for a layer's merge waits for its attention.
 
@@ -466,21 +264,21 @@ def plan(s: Settings) -> dict:
     """
     from paged_dist import describe_mesh
     from paged_dist.describe import mesh_facts
-    from paged_dist.launch import report
+    from paged_dist.launch import pod_step, report
 
     chip = chip_of_topology(s.topology)
     start = time.perf_counter()
     mesh = mesh_of(s)
     mesh_s = time.perf_counter() - start
     sizes = sizes_of(s, mesh, chip)
-    launch = launch_of(s, sizes, mesh)
+    launch = pod_step.launch_of(s, sizes, mesh)
     try:
-        compiled, lower_s, compile_s = compile_step(s, sizes, mesh)
+        compiled, lower_s, compile_s = pod_step.compile_step(s, sizes, mesh)
     except (ValueError, NotImplementedError):
         raise
     except Exception as e:
         raise RuntimeError(f"the compiler refused the program: {' '.join(str(e).split())[:500]}") from e
-    found = read_program(s, sizes, mesh, compiled)
+    found = pod_step.read_program(s, sizes, mesh, compiled)
     spec, devices = sizes.spec, mesh.devices.size
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "requests"}
     return {
@@ -511,8 +309,26 @@ def plan(s: Settings) -> dict:
         "mesh_s": mesh_s,
         "lower_s": lower_s,
         "compile_s": compile_s,
-        "versions": report.versions(),
+        "partial": False,
+        **report.origin(shared.given_flags()),
     }
+
+
+def dry_text(s: Settings) -> str:
+    """What would be compiled, as lines of at most 80 columns."""
+    from paged_dist.launch.report import wrap
+
+    mesh = mesh_of(s)
+    sizes = sizes_of(s, mesh, chip_of_topology(s.topology))
+    spec = sizes.spec
+    lines = [
+        ("mesh", " x ".join(f"{name} {size}" for name, size in mesh.shape.items()) + f" of {s.topology}"),
+        ("cache", f"{spec.num_pages} pages of {spec.page_size} tokens in {spec.dtype}, {spec.num_layers} layers"),
+        ("", f"{_gib(spec.bytes_per_chip(mesh))} of the {_gib(sizes.hbm_bytes)} of a device's HBM"),
+        ("step", f"{sizes.batch} rows of {sizes.context_tokens} tokens, tables of {sizes.pages_per_sequence} pages"),
+        ("dry run", "nothing was compiled or written"),
+    ]
+    return "\n".join(wrap(*line) for line in lines)
 
 
 def problems(r: dict) -> list[str]:
@@ -531,17 +347,11 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _quantity(size: float) -> str:
-    for prefix, unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size >= unit:
-            return f"{size / unit:.2f} {prefix}B"
-    return f"{size:.0f} B"
-
-
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.report import wrap
+    from paged_dist.launch.report import quantity, wrap
 
+    size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
     unit = "device" if r["chip"] == "v7x" else "chip"
     slices = f"{s['num_slices']} x " if s["num_slices"] > 1 else ""
@@ -567,7 +377,7 @@ def table(r: dict) -> str:
         (
             "HBM",
             f"{_gib(r['used_bytes'])} of {_gib(r['hbm_bytes'])} a {unit}: cache {_gib(r['cache_bytes'])}, weights "
-            f"{_gib(r['weights_bytes'])}, temp {_quantity(r['temp_bytes'])}, program {_quantity(r['program_bytes'])}",
+            f"{_gib(r['weights_bytes'])}, temp {size(r['temp_bytes'])}, program {size(r['program_bytes'])}",
         ),
         (
             "fits",
@@ -589,27 +399,33 @@ def table(r: dict) -> str:
             f"{1e3 * floor['step_s']:.3f} ms a step, {floor['tokens_per_s']:.0f} tokens/s: projected, at peak rates, "
             "without latency",
         ),
-        ("", f"HBM {1e3 * floor['hbm_s']:.3f} ms: {_quantity(floor['live_kv_bytes'])} of live KV a {unit}, weights"),
-        ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {_quantity(floor['ici_bytes_sent'])} sent in a ring"),
+        (
+            "",
+            f"HBM {1e3 * floor['hbm_s']:.3f} ms: {size(floor['live_kv_bytes'])} of live KV a {unit}, weights",
+        ),
+        ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {size(floor['ici_bytes_sent'])} sent in a ring"),
         *(("PROBLEM", text) for text in problems(r)),
     ]
     return "\n".join(wrap(*line) if line else "" for line in lines)
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:
+    from paged_dist.launch.report import quantity
+
+    size = lambda count: quantity(count, "B")
     lines = []
     for c in r["collectives"]:
         lines.append(
             (
                 c["links"].upper(),
                 f"{c['kind']} of {' and '.join(c['arrays'])} over {' x '.join(c['axes']) or 'nothing'}, {c['group']} "
-                f"devices, {c['times']} x: {_quantity(c['bytes'])}, {_quantity(c['bytes_sent'])} sent",
+                f"devices, {c['times']} x: {size(c['bytes'])}, {size(c['bytes_sent'])} sent",
             )
         )
     if not any(c["links"] == "ici" for c in r["collectives"]):
         lines.append(("ICI", "no collective"))
     if sends := r["sends"]:
-        lines.append(("DCN", f"{len(sends)} sends, {_quantity(sum(c['bytes'] for c in sends))}"))
+        lines.append(("DCN", f"{len(sends)} sends, {size(sum(c['bytes'] for c in sends))}"))
     elif not any(c["links"] == "dcn" for c in r["collectives"]):
         lines.append(("DCN", "nothing"))
     return lines
@@ -629,6 +445,9 @@ def main(argv) -> int:
         if not has_libtpu():
             raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
         shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
+        if shared.DRY_RUN.value:
+            print(dry_text(s))
+            return 0
         record = plan(s)
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e

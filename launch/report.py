@@ -190,7 +190,8 @@ def _capacity_lines(found: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def _quantity(value: float, unit: str) -> str:
+def quantity(value: float, unit: str) -> str:
+    """`value` with a decimal prefix, such as '1.50 GB'."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.2f} {prefix}{unit}"
@@ -212,7 +213,7 @@ def table(r: dict) -> str:
         ),
         (
             "cache",
-            f"{r['pool_pages']} pages of {s['page_size']} tokens, {_quantity(r['cache_bytes'], 'B')}, {s['dtype']}, "
+            f"{r['pool_pages']} pages of {s['page_size']} tokens, {quantity(r['cache_bytes'], 'B')}, {s['dtype']}, "
             f"{r['bytes_per_token']} B a token",
         ),
         ("workload", f"{r['requests']} requests of {r['workload']}, batch {s['batch']}"),
@@ -221,11 +222,11 @@ def table(r: dict) -> str:
         ("tokens/s", f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_per_chip']:.2f} a chip)"),
         ("step time", f"p50 {r['step_ms_p50']:.2f} ms, p99 {r['step_ms_p99']:.2f} ms, slowest process"),
         ("steps", f"{r['steps']}, {r['tokens']} tokens, {r['rows_mean']:.1f} live rows on average"),
-        ("live KV", f"{_quantity(r['live_kv_bytes_per_step'], 'B')} read a step"),
+        ("live KV", f"{quantity(r['live_kv_bytes_per_step'], 'B')} read a step"),
         (
             "bandwidth",
-            f"{_quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
-            f"{_quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}",
+            f"{quantity(r['live_kv_bytes_per_s'], 'B/s')}, "
+            f"{quantity(r['live_kv_bytes_per_s_per_chip'], 'B/s')} a chip{share}",
         ),
         *_capacity_lines(r["capacity"]),
         ("pool use", f"peak {r['pool_use_peak']:.1%}, mean {r['pool_use_mean']:.1%}"),

@@ -117,6 +117,11 @@ def shorten(
     return [Request(r.id, fit(r.context, max_context), fit(r.generated, max_generated)) for r in requests]
 
 
+def repeated(requests: list[Request], times: int) -> list[Request]:
+    """The requests `times` times over, with ids that go on."""
+    return [r._replace(id=r.id + i * len(requests)) for i in range(times) for r in requests]
+
+
 def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) -> int:
     """How many of the sequences fit together into a pool of `num_pages` pages of `page_size` tokens.
 

@@ -8,7 +8,7 @@ from absl import flags
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
-from paged_dist.launch.workload import Request, draw_requests, read_trace, shorten
+from paged_dist.launch.workload import Request, draw_requests, read_trace, repeated, shorten
 
 TRACE = flags.DEFINE_string(
     "trace",
@@ -23,6 +23,8 @@ LENGTH_SCALE = flags.DEFINE_float("length_scale", 1.0, "Factor on every request'
 MAX_CONTEXT = flags.DEFINE_integer("max_context", None, "Cap on a request's prompt tokens.")
 MAX_GENERATED = flags.DEFINE_integer("max_generated", None, "Cap on a request's generated tokens.")
 
+REPEAT_REQUESTS = flags.DEFINE_integer("repeat_requests", 1, "Serve the requests so many times over.")
+
 _DRAWN_REQUESTS = 96
 
 
@@ -33,7 +35,11 @@ def requests_from_flags() -> tuple[list[Request], str]:
       ValueError: a flag outside its rule, or a trace that cannot be read.
     """
     shared.at_least(
-        1, num_requests=NUM_REQUESTS.value, max_context=MAX_CONTEXT.value, max_generated=MAX_GENERATED.value
+        1,
+        num_requests=NUM_REQUESTS.value,
+        max_context=MAX_CONTEXT.value,
+        max_generated=MAX_GENERATED.value,
+        repeat_requests=REPEAT_REQUESTS.value,
     )
     shared.check_seed()
     scale = LENGTH_SCALE.value
@@ -47,4 +53,7 @@ def requests_from_flags() -> tuple[list[Request], str]:
         name = "the built-in workload"
     if scale != 1:
         name += f", lengths x {scale:g}"
-    return shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value), name
+    requests = shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value)
+    if REPEAT_REQUESTS.value > 1:
+        name += f", {REPEAT_REQUESTS.value} times over"
+    return repeated(requests, REPEAT_REQUESTS.value), name

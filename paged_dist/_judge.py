@@ -39,6 +39,9 @@ class Place(NamedTuple):
         return f"at step {self.step}" if self.step is not None else f"at no step ({self.phase})"
 
 
+IDLE = Place("idle", None, 1 << 60)
+
+
 class Verdict(NamedTuple):
     """Why a run ends: the exit code, the reason, and the process that failed by itself, if that is it."""
 

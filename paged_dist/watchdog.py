@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from paged_dist import distributed
 from paged_dist._errors import require
-from paged_dist._judge import DISAGREE, FAILED, LOST, PATIENCE, PREEMPTED, Judge, Place, Verdict
+from paged_dist._judge import DISAGREE, FAILED, IDLE, LOST, PATIENCE, PREEMPTED, Judge, Place, Verdict
 
 __all__ = ["DISAGREE", "FAILED", "LOST", "PREEMPTED", "Disagreement", "Watchdog"]
 
@@ -114,6 +114,10 @@ class Watchdog:
     def phase(self, name: str) -> None:
         """Says that the run now does `name` ('compile', 'report'), which may take as long as it takes."""
         self._place = self._place.next_phase(name)
+
+    def idle(self) -> None:
+        """Says that this process has nothing to do for now, and is behind nobody."""
+        self._place = IDLE
 
     def step(self, number: int, digest: int | None = None) -> None:
         """Says that step `number` begins, which has to end in time.

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_dist import make_pod_mesh
 from paged_dist.collectives import attention_collectives
-from paged_dist.launch import compiled, plan
+from paged_dist.launch import compiled, plan, pod_step
 from paged_dist.launch.chips import V5P, V6E, V7X, chip_of_topology
 from paged_dist.mesh import AXIS_NAMES
 
@@ -179,10 +179,10 @@ def test_the_floor_is_live_bytes_and_weights_over_hbm_and_what_a_ring_sends_over
 
 def test_the_axes_of_a_collective_are_those_along_which_its_members_differ():
     mesh = make_pod_mesh(data=2, context=2, model=2)
-    assert plan.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
-    assert plan.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
-    assert plan.axes_of(mesh, ((0, 4),)) == (("data",), False)
-    assert plan.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
+    assert pod_step.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
+    assert pod_step.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
+    assert pod_step.axes_of(mesh, ((0, 4),)) == (("data",), False)
+    assert pod_step.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
 
 
 @needs_libtpu
@@ -234,7 +234,7 @@ def test_a_step_that_copies_its_cache_is_reported_as_a_problem(monkeypatch):
     found = plan.sizes_of(s, mesh, V6E)
     kept = jax.jit
     monkeypatch.setattr(jax, "jit", lambda f, donate_argnums=None: kept(f))
-    r = plan.read_program(s, found, mesh, plan.compile_step(s, found, mesh)[0])
+    r = pod_step.read_program(s, found, mesh, pod_step.compile_step(s, found, mesh)[0])
     r["hbm_bytes"] = found.hbm_bytes
     assert r["pool_copies"] and r["aliased_bytes"] == 0
     copied, not_in_place = plan.problems(r)
@@ -253,10 +253,10 @@ def test_the_hbm_of_a_chip_is_what_its_compiler_gives(topology):
         s = settings(*shape, f"--num_pages={pages}", topology=topology)
         found = plan.sizes_of(s, mesh, chip)
         if fits:
-            plan.compile_step(s, found, mesh)
+            pod_step.compile_step(s, found, mesh)
         else:
             with pytest.raises(Exception, match=r"(?i)exhausted|exceeds|ran out of memory"):
-                plan.compile_step(s, found, mesh)
+                pod_step.compile_step(s, found, mesh)
 
 
 # The launcher

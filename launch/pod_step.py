@@ -1,0 +1,206 @@
+"""The decode step of `plan`: built, compiled for the absent pod, and what is read from the compiled program.
+
+`s` is a `plan.Settings`, `sizes` the `plan.Sizes` that a pod makes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paged_dist import PagedKVCache, append_kv, sharded_paged_attention
+from paged_dist._compat import lowering_for
+from paged_dist._errors import require
+from paged_dist.kernels.paged_attention import decode_plan
+from paged_dist.kernels.paged_attention.checks import check_pools
+from paged_dist.kernels.paged_attention.megacore import Target
+from paged_dist.launch import compiled as read
+from paged_dist.launch.synthetic import input_dtype
+from paged_dist.launch.workload import pages_needed
+
+if TYPE_CHECKING:
+    from paged_dist.launch.plan import Settings, Sizes
+
+
+def decode_step(s: Settings, mesh):
+    """`step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: appends a token and attends, layer by layer.
+
+    Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
+    query; with it x [B, width] and the projections [L, width, Hq, D], 2 x [L, width, Hkv, D] and [L, Hq, D, width].
+    """
+
+    def attend(cache, query, key, value, lengths, tables, layer):
+        cache = append_kv(cache, key, value, lengths - 1, tables, layer=layer, mesh=mesh)
+        output = sharded_paged_attention(
+            query,
+            cache,
+            lengths,
+            tables,
+            layer=layer,
+            sm_scale=s.head_dim**-0.5,
+            soft_cap=s.soft_cap,
+            sliding_window=s.sliding_window,
+            mesh=mesh,
+        )
+        return cache, output
+
+    def bare(cache, lengths, tables, query, key, value):
+        def one(carry, layer):
+            cache, query = carry
+            return attend(cache, query, key, value, lengths, tables, layer), None
+
+        return lax.scan(one, (cache, query), jnp.arange(s.num_layers, dtype=jnp.int32))[0]
+
+    def projected(cache, lengths, tables, x, *weights):
+        def one(carry, layer_and_weights):
+            cache, x = carry
+            layer, to_query, to_key, to_value, back = layer_and_weights
+            new = (jnp.einsum("bw,whd->bhd", x, w) for w in (to_query, to_key, to_value))
+            cache, output = attend(cache, *new, lengths, tables, layer)
+            return (cache, x + jnp.einsum("bhd,hdw->bw", output, back)), None
+
+        return lax.scan(one, (cache, x), (jnp.arange(s.num_layers, dtype=jnp.int32), *weights))[0]
+
+    return projected if s.width else bare
+
+
+def step_arguments(s: Settings, sizes: Sizes, mesh) -> tuple:
+    """The abstract arguments of `decode_step`, each in its sharding."""
+    dtype = jnp.dtype(input_dtype(s.dtype))
+    of = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+    batch, layers, width, d = sizes.batch, s.num_layers, s.width, s.head_dim
+    first = (
+        PagedKVCache.abstract(sizes.spec, mesh),
+        of((batch,), jnp.int32, "data"),
+        of((batch, sizes.pages_per_sequence), jnp.int32, "data", None),
+    )
+    heads = (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)
+    if not width:
+        return *first, *(of((batch, n, d), dtype, "data", "model", None) for n in heads)
+    into = (of((layers, width, n, d), dtype, None, None, "model", None) for n in heads)
+    back = of((layers, s.num_q_heads, d, width), dtype, None, "model", None, None)
+    return *first, of((batch, width), dtype, "data", None), *into, back
+
+
+def compile_step(s: Settings, sizes: Sizes, mesh):
+    """(compiled program, seconds to trace and lower, seconds to compile); nothing is taken from jax's cache on disk."""
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with lowering_for(mesh):
+            start = time.perf_counter()
+            lowered = jax.jit(decode_step(s, mesh), donate_argnums=0).lower(*step_arguments(s, sizes, mesh))
+            between = time.perf_counter()
+            compiled = lowered.compile()
+            return compiled, between - start, time.perf_counter() - between
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
+
+
+def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
+    """What a compiled step says of itself: memory, pool copies, collectives, sends, kernels. Bytes are a device's."""
+    text, memory, spec = compiled.as_text(), compiled.memory_analysis(), sizes.spec
+    alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
+    cache_bytes = spec.bytes_per_chip(mesh)
+    rows, lanes = spec.stored_page_shape
+    layer_pool = cache_bytes // (2 * s.num_layers)
+    if spec.is_quantized:  # the pages without their scales
+        layer_pool = layer_pool * s.head_dim // (s.head_dim + 4)
+    copies = [
+        value for value in read.values_as_large_as(text, layer_pool) if f",{rows},{lanes}]" in value.replace(" ", "")
+    ]
+    return {
+        "cache_bytes": cache_bytes,
+        "weights_bytes": sizes.weights_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
+        "used_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        + alone,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "pool_copies": copies,
+        "collectives": [_collective(c, s, mesh) for c in read.collectives(text)],
+        "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in read.crossings(text)],
+        "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in read.kernels(text)],
+    }
+
+
+def _collective(c, s: Settings, mesh) -> dict:
+    """One collective of the step: over which mesh axes, how often (the step's one loop is that over layers), and how
+    many bytes each device puts in and sends in a ring over the step, over ICI or DCN."""
+    axes, over_slices = axes_of(mesh, c.groups, s.num_slices)
+    times = s.num_layers**c.loops
+    group = max(map(len, c.groups))
+    passes = {"all-reduce": 2, "all-gather": group}.get(c.kind, 1)
+    return {
+        "kind": c.kind,
+        "arrays": list(c.arrays),
+        "axes": list(axes),
+        "links": "dcn" if over_slices else "ici",
+        "group": group,
+        "times": times,
+        "bytes": times * c.bytes,
+        "bytes_sent": times * passes * c.bytes * (group - 1) // group,
+    }
+
+
+def axes_of(mesh, groups, num_slices: int = 1) -> tuple[tuple[str, ...], bool]:
+    """(mesh axes along which the members of `groups` differ, whether any group has members on several slices).
+
+    The program of several slices is one slice's: its devices are numbered as the mesh's part on that slice.
+    """
+    shape = list(mesh.devices.shape)
+    shape[0] //= num_slices
+    members = np.array([m for g in groups for m in g])
+    require(members.max() < mesh.devices.size, "groups", int(members.max()), "has more devices than the mesh")
+    within = members.max() < math.prod(shape)
+    shape = shape if within else list(mesh.devices.shape)
+    where = [np.stack(np.unravel_index(np.array(g), shape), axis=-1) for g in groups]
+    differ = np.any([(w != w[:1]).any(axis=0) for w in where], axis=0)
+    axes = tuple(name for name, d in zip(mesh.axis_names, differ, strict=True) if d)
+    if within:
+        return axes, False
+    slices = lambda g: {getattr(mesh.devices.flat[i], "slice_index", 0) for i in g}
+    return axes, any(len(slices(g)) > 1 for g in groups)
+
+
+def launch_of(s: Settings, sizes: Sizes, mesh) -> dict:
+    """Scalar and vector memory that the attention kernel plans, a launch's, and how many launches a layer takes."""
+    data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
+    spec, rows = sizes.spec, sizes.batch // data
+    local = dataclasses.replace(
+        spec, num_kv_heads=spec.num_kv_heads // model, num_pages=spec.num_pages // (data * context)
+    )
+    pool = jax.ShapeDtypeStruct(local.pool_shape, local.dtype)
+    scales = jax.ShapeDtypeStruct(local.scales_shape, jnp.float32) if spec.is_quantized else None
+    columns = pages_needed(sizes.pages_per_sequence, context)
+    problem = check_pools(
+        jax.ShapeDtypeStruct((rows, s.num_q_heads // model, s.head_dim), input_dtype(s.dtype)),
+        pool,
+        pool,
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows, columns), jnp.int32),
+        scales,
+        scales,
+    )
+    plan = decode_plan.make_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
+    decode_plan.check_block_sizes(plan)
+    most = decode_plan.rows_per_launch(plan)
+    part = dataclasses.replace(plan, problem=problem.replace(batch=min(rows, most)))
+    return {
+        "rows": min(rows, most),
+        "launches": -(-rows // most),
+        "smem_bytes": part.smem_bytes,
+        "vmem_bytes": part.vmem_bytes,
+    }

@@ -311,11 +311,25 @@ def _choose_platform(count: int | None = None) -> None:
     """CPU devices where they are asked for, or where the host has no accelerator: an installed libtpu then does not
     look for a TPU that is not there."""
     count = CPU_DEVICES.value if count is None else count
-    accelerator = any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
     if count is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    elif not accelerator:
+    elif not _has_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def is_lone_cpu_host() -> bool:
+    """Whether this is one process on a host without accelerators, as far as flags and environment say."""
+    given = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, CPU_DEVICES.value) != (None,) * 4
+    from paged_dist._compat import detect_cluster
+
+    if given or "JAX_NUM_PROCESSES" in os.environ or _has_accelerator():
+        return False
+    found = detect_cluster(1)
+    return found is None or found[2] == 1
+
+
+def _has_accelerator() -> bool:
+    return any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
 
 
 def simulate_devices(count: int | None, many_processes: bool) -> None:

@@ -40,7 +40,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )
         self.code: int | None = None  # as a shell shows it: 128 + n for signal n
         self._partial = {self.process.stdout: b"", self.process.stderr: b""}
@@ -85,7 +85,7 @@ class Child:
             os.killpg(self.process.pid, number)
 
 
-def _die_with_parent(parent: int):
+def die_with_parent(parent: int):
     """What a child runs before its program: the kernel then kills it when this process dies, however it does."""
     libc = ctypes.CDLL(None, use_errno=True)
 

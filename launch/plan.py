@@ -101,15 +101,17 @@ class Settings:
         return 2 * self.num_layers * self.width * heads * self.head_dim
 
 
-def settings_from_flags() -> Settings:
-    """The settings that the flags name.
+def settings_from_flags(topology: str | None = None) -> Settings:
+    """The settings that the flags name; of `topology` where that is given, and other launchers' flags then pass.
 
     Raises:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
-    shared.refuse_others(_TAKEN)
-    require(TOPOLOGY.value is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
-    chip_of_topology(TOPOLOGY.value)
+    if topology is None:
+        shared.refuse_others(_TAKEN)
+        topology = TOPOLOGY.value
+    require(topology is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
+    chip_of_topology(topology)
     f = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
     sizes += ("num_pages", "pages_per_sequence", "sliding_window", "model_parallelism", "num_slices", "context_tokens")
@@ -124,9 +126,10 @@ def settings_from_flags() -> Settings:
     requests, workload = workload_flags.requests_from_flags()
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
     same += ("batch", "page_size", "num_pages", "pages_per_sequence")
-    same += ("topology", "num_slices", "model_parallelism", "width", "context_tokens", "hbm_gib")
+    same += ("num_slices", "model_parallelism", "width", "context_tokens", "hbm_gib")
     return Settings(
         **{name: f[name].value for name in same},
+        topology=topology,
         num_layers=shared.NUM_LAYERS.value,
         dtype=shared.kv_dtype(shared.KV_DTYPE.value),
         requests=tuple(requests),
@@ -309,6 +312,7 @@ def plan(s: Settings) -> dict:
         "mesh_s": mesh_s,
         "lower_s": lower_s,
         "compile_s": compile_s,
+        "processes": len({d.process_index for d in mesh.devices.flat}),
         "partial": False,
         **report.origin(shared.given_flags()),
     }

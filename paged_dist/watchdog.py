@@ -191,6 +191,11 @@ class Watchdog:
 
         self._signal_before = signal.signal(signal.SIGTERM, asked)
 
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a process was asked to stop, as far as this one has heard."""
+        return self._stopping
+
     def stops(self, step: int) -> bool:
         """Whether the run ends before step `step`, because a process was asked to; call it before each step.
 

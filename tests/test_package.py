@@ -133,7 +133,7 @@ import pathlib, sys
 import paged_dist, paged_dist.kernels, paged_dist.launch
 from paged_dist.kernels.paged_attention import kernel
 from paged_dist.kernels.kv_cache_update import tiles
-from paged_dist.launch import accuracy, compare, decode, local_pod, engine, kernel_report, plan, xla_report
+from paged_dist.launch import accuracy, compare, decode, local_pod, engine, kernel_report, plan, scaling, xla_report
 home = pathlib.Path(sys.prefix)
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "paged_dist":
@@ -169,6 +169,7 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
         ("paged-dist-accuracy", ["--help"], "--context_lengths"),
         ("paged-dist-kernel-report", ["--help"], "--lengths_trace"),
         ("paged-dist-plan", ["--help"], "--topology"),
+        ("paged-dist-scaling", ["--help"], "--repeats"),
         ("paged-dist-compare", ["--help"], "--metrics"),
         ("paged-dist-decode", ["--num_requests=2", "--max_context=9", "--max_generated=2", "--layers=1"], "checksum"),
     ],
@@ -294,6 +295,7 @@ def test_run_names_its_commands_where_there_is_no_such_one():
         "kernel_report",
         "local_pod",
         "plan",
+        "scaling",
         "xla_report",
     ]
     assert run_script()[0] == 2

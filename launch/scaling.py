@@ -1,0 +1,458 @@
+"""How decoding scales over mesh shapes, strong and weak: `paged-dist-scaling`.
+
+Strong: the same work on every mesh. Weak: the same work a device. Each point is a run of the decode benchmark:
+
+- on a host without accelerators, local pods of --processes=1,2,4 processes of --devices simulated devices;
+- on accelerators, or with --sizes, sub-meshes of the devices that are there; several hosts all run this command;
+- with --plan=v5p:2x2x1,v5p:4x4x4 nothing runs: the floor of a step on each of these slices, projected.
+
+Each row goes to --output when it is measured, and a sweep that was ended goes on where it stopped: rows that are there,
+of the same point, flags and versions, are not measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+
+from paged_dist._errors import bad_value, require
+from paged_dist.launch import decode, plan, workload_flags
+from paged_dist.launch import flags as shared
+from paged_dist.launch.chips import chip_of_topology
+from paged_dist.launch.workload import repeated
+
+SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
+PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Local pods of so many processes each.")
+DEVICES = flags.DEFINE_integer("devices", 2, "Simulated devices of each process of a local pod.")
+SIZES = flags.DEFINE_list(
+    "sizes", None, "Sub-meshes of so many of the devices that are there. Default there: 1, 2, 4 and so on, and all."
+)
+PLAN = flags.DEFINE_list("plan", None, "Project, for slices of these names, instead of measuring.")
+REPEATS = flags.DEFINE_integer("repeats", 1, "Runs of each point; tables and plots show medians.")
+PLOT = flags.DEFINE_string("plot", None, "Draw the rows of --output into this file, .svg or .png (needs matplotlib).")
+
+flags.adopt_module_key_flags(decode)
+flags.adopt_module_key_flags(workload_flags)
+for _name in ("num_slices", "width", "context_tokens"):
+    flags.declare_key_flag(_name)
+
+NAME = "paged-dist-scaling"
+_NOT_TAKEN = ("data", "num_pages", "profile_dir")
+_SWEEP = ("output", "dry_run", "plot", "repeats", "scaling", "processes", "devices", "sizes", "plan")  # not the work
+_OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
+_STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    mode: str  # 'strong' or 'weak'
+    mesh: tuple[int, int, int]  # data, context, model
+    processes: int | None  # of a local pod; None: what is there, or a plan
+    topology: str | None  # of a plan
+    batch: int
+    times: int  # the requests are served
+    repeat: int
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return math.prod(self.mesh)
+
+    def key(self, versions: dict[str, str]) -> str:
+        """What tells it from others in a file of rows: the point, the work that flags describe, versions."""
+        work = {k: v for k, v in shared.given_flags(whole_run=True).items() if k[2:] not in (*_SWEEP, *_OF_A_PROCESS)}
+        text = json.dumps([dataclasses.astuple(self), work, versions], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        where = self.topology or (
+            f"{self.processes} process{'es' * (self.processes > 1)}" if self.processes else "what is there"
+        )
+        mesh = "x".join(map(str, self.mesh))
+        work = f"batch {self.batch}" + (f", requests {self.times} times over" if self.times > 1 else "")
+        return f"{self.mode} {mesh} ({self.size} devices, {where}): {work}" + f", run {self.repeat + 1}" * (
+            REPEATS.value > 1
+        )
+
+
+def check_flags() -> None:
+    """Raises ValueError for flags that are wrong, before anything is started."""
+    for name in _NOT_TAKEN:
+        if flags.FLAGS[name].present:
+            raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "the sweep sets it")
+    for mode in SCALING.value:
+        require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
+    require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
+    shared.at_least(1, repeats=REPEATS.value, devices=DEVICES.value)
+    require(
+        PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
+    )
+    for topology in PLAN.value or ():
+        chip_of_topology(topology)
+    shared.check_output(shared.OUTPUT.value)
+    if PLOT.value is not None:
+        require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
+        shared.check_output(PLOT.value, "plot")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as e:
+            raise bad_value("--plot", PLOT.value, "needs matplotlib", "pip install 'paged-dist[plot]'") from e
+
+
+def whole_numbers(flag: str, texts: list[str]) -> list[int]:
+    """The numbers of a list flag, each once, ascending; raises ValueError for what is none, or below 1."""
+    for text in texts:
+        require(text.strip().isdecimal() and int(text) >= 1, f"--{flag}", text, "must be whole numbers, at least 1")
+    require(len(texts) > 0, f"--{flag}", "", "must have at least one number")
+    return sorted({int(text) for text in texts})
+
+
+def points_of(sizes: dict[int, dict]) -> list[Point]:
+    """The sweep over numbers of devices, each with what else tells its points (processes, topology).
+
+    Raises:
+      ValueError: a size over which context and model do not divide, or a batch that does not divide over a mesh.
+    """
+    context, kv_heads, smallest = shared.CONTEXT.value or 1, shared.NUM_KV_HEADS.value, min(sizes)
+    model = shared.MODEL.value or math.gcd(kv_heads, max(1, smallest // context))
+    for size in sizes:
+        require(
+            size % (context * model) == 0,
+            "--model" if shared.MODEL.value else "--context",
+            model if shared.MODEL.value else context,
+            f"context x model = {context} x {model} must divide each size, and {size} devices are one",
+        )
+    data = {size: size // (context * model) for size in sizes}
+    points = []
+    for mode in SCALING.value:
+        for size, more in sorted(sizes.items()):
+            times = 1
+            if mode == "weak":
+                times = size // smallest
+                require(size % smallest == 0, "--scaling", "weak", f"{size} devices are no multiple of {smallest}")
+            base = shared.BATCH.value or decode.ROWS_A_SHARD * (
+                max(data.values()) if mode == "strong" else data[smallest]
+            )
+            batch = base * times
+            require(
+                batch % data[size] == 0,
+                "--batch",
+                base,
+                f"must be a multiple of every mesh's data size, also {data[size]}",
+            )
+            point = Point(
+                mode, (data[size], context, model), more.get("processes"), more.get("topology"), batch, times, 0
+            )
+            points += [dataclasses.replace(point, repeat=i) for i in range(REPEATS.value)]
+    return points
+
+
+def rows_of(path: str | None) -> list[dict]:
+    """The rows of sweeps in a file of JSON lines; what is half-written or of others is passed over."""
+    if path is None or not os.path.exists(path):
+        return []
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and row.get("benchmark") == "scaling":
+                rows.append(row)
+    return rows
+
+
+class Sweep:
+    """The rows there are, and those that come: each is in the file before the next run begins."""
+
+    def __init__(self, points: list[Point], say):
+        from paged_dist.launch.report import versions
+
+        self.points, self._say, self._versions = points, say, versions()
+        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value) if not r["partial"]}
+        keys = {p: p.key(self._versions) for p in points}
+        self.done = {p: known[key] for p, key in keys.items() if key in known}
+
+    def due(self) -> list[Point]:
+        """The points that are not in the file."""
+        if self.done:
+            self._say(f"{len(self.done)} of {len(self.points)} rows are in {shared.OUTPUT.value} already")
+        return [p for p in self.points if p not in self.done]
+
+    def add(self, point: Point, record: dict) -> bool:
+        """Writes a point's row; False where that fails."""
+        from paged_dist.launch.report import append_output
+
+        row = record | {"benchmark": "scaling", "mode": point.mode, "key": point.key(self._versions)}
+        row["repeat"] = point.repeat
+        if not row["partial"]:
+            self.done[point] = row
+        return append_output(NAME, shared.OUTPUT.value, row)
+
+    def conclude(self) -> int:
+        """Prints the table and draws the plot; the exit code."""
+        from paged_dist.launch import scaling_report
+
+        rows = [self.done[p] for p in self.points if p in self.done]
+        if rows:
+            print(scaling_report.table(rows), flush=True)
+        if PLOT.value is not None and rows:
+            folder = os.path.dirname(os.path.abspath(PLOT.value))
+            beside = os.path.join(folder, f".{os.getpid()}-{os.path.basename(PLOT.value)}")
+            try:
+                os.makedirs(folder, exist_ok=True)
+                scaling_report.figure(rows).savefig(beside, format=PLOT.value.rsplit(".", 1)[1])
+                os.replace(beside, PLOT.value)
+            except OSError as e:
+                self._say(f"error: --plot={PLOT.value!r}: could not be written: {e}")
+                return 1
+        return 0
+
+
+# Local pods
+
+
+class _Stopped(Exception):
+    pass
+
+
+def pod_command(point: Point, output: str) -> list[str]:
+    """The command of a point's local pod: its row goes to `output`."""
+    data, context, model = point.mesh
+    own = {"data": data, "context": context, "model": model, "batch": point.batch, "repeat_requests": point.times}
+    taken = {f.name for module in (shared, workload_flags, decode) for f in flags.FLAGS.get_flags_for_module(module)}
+    given = [
+        f"{name}={value}"
+        for name, value in shared.given_flags(whole_run=True).items()
+        if name[2:] in taken and name[2:] not in (*own, *_SWEEP, *_OF_A_PROCESS)
+    ]
+    safe = ["-P"] if sys.flags.safe_path else []
+    pod = [sys.executable, *safe, "-m", "paged_dist.launch.local_pod"]
+    pod += [f"--processes={point.processes}", f"--devices={point.size // point.processes}", "--", "decode"]
+    return [*pod, *given, *(f"--{name}={value}" for name, value in own.items()), f"--output={output}"]
+
+
+def run_in_pods(sweep: Sweep, say) -> int:
+    """Measures what is due, each point in a local pod of its own."""
+    from paged_dist.launch.local_pod import die_with_parent
+    from paged_dist.watchdog import PREEMPTED
+
+    def stop(number, frame):
+        raise _Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    pod = None
+    try:
+        for point in sweep.due():
+            say(str(point))
+            with tempfile.TemporaryDirectory() as folder:
+                output, log = os.path.join(folder, "row.jsonl"), os.path.join(folder, "log")
+                with open(log, "wb") as file:
+                    pod = subprocess.Popen(
+                        pod_command(point, output),
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                        start_new_session=True,
+                        preexec_fn=die_with_parent(os.getpid()),
+                    )
+                    code = pod.wait()
+                if code != 0:
+                    with open(log, encoding="utf-8", errors="replace") as file:
+                        say("\n".join(["the last lines of the run:", *file.read().splitlines()[-8:]]))
+                    say(f"error: {point}: exit code {code}")
+                    return PREEMPTED if code == PREEMPTED else 1
+                with open(output, encoding="utf-8") as file:
+                    record = json.loads(file.readline())
+            if not sweep.add(point, record):
+                return 1
+    except (_Stopped, KeyboardInterrupt) as e:
+        say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+        return PREEMPTED if isinstance(e, _Stopped) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if pod is not None and pod.poll() is None:
+            pod.send_signal(signal.SIGINT)  # it ends its processes
+            pod.wait()
+    return sweep.conclude()
+
+
+# What is there
+
+
+def sub_devices(devices: list, size: int) -> list:
+    """`size` of the devices, process 0's first among them: of TPUs a box of the torus, as near a cube as there is.
+
+    Raises:
+      ValueError: there are no so many devices, or no box of so many chips.
+    """
+    require(size <= len(devices), "--sizes", size, f"there are {len(devices)} devices")
+    if size == len(devices) or any(getattr(d, "coords", None) is None for d in devices):
+        return devices[:size]
+    cores = len({d.core_on_chip for d in devices})
+    at = {}
+    for d in devices:
+        at.setdefault((getattr(d, "slice_index", 0) or 0, *d.coords), []).append(d)
+    first = (getattr(devices[0], "slice_index", 0) or 0, *devices[0].coords)
+    dims = [max(where[i] for where in at) + 1 for i in (1, 2, 3)]
+    chips = size // cores
+    boxes = [
+        (a, b, chips // (a * b))
+        for a in range(1, dims[0] + 1)
+        for b in range(1, dims[1] + 1)
+        if size % cores == 0 and chips % (a * b) == 0 and chips // (a * b) <= dims[2]
+    ]
+    boxes = [box for box in boxes if all(n % m == 0 for n, m in zip(dims, box, strict=True))]
+    require(bool(boxes), "--sizes", size, f"no box of so many devices divides the slice of {'x'.join(map(str, dims))}")
+    box = min(boxes, key=lambda box: (sum(box), box))
+    low = [where // n * n for where, n in zip(first[1:], box, strict=True)]
+    chosen = [
+        d
+        for where in sorted(at)
+        if where[0] == first[0] and all(lo <= x < lo + n for lo, x, n in zip(low, where[1:], box, strict=True))
+        for d in at[where]
+    ]
+    require(len(chosen) == size, "--sizes", size, "its box has holes on this slice")
+    return chosen
+
+
+def run_here(model, requests, workload: str) -> int:
+    """Measures what is due on sub-meshes of the devices of this run; on every process alike."""
+    import jax
+
+    from paged_dist import Watchdog, make_pod_mesh
+    from paged_dist.watchdog import PREEMPTED
+
+    with Watchdog(shared.TIMEOUT_SECONDS.value, name=NAME) as watch:
+        watch.watch_for_preemption()
+        say = decode.sayer(NAME, watch)
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+        try:
+            sizes = _sizes_here(len(devices))
+            points = points_of({size: {} for size in sizes})
+            parts = {size: sub_devices(devices, size) for size in sizes}
+            runs = {}
+            for p in points:
+                data, context, kept = p.mesh
+                mesh = make_pod_mesh(data=data, context=context, model=kept, devices=parts[p.size])
+                served = repeated(requests, p.times)
+                runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
+        except (ValueError, NotImplementedError) as e:
+            raise shared.UsageError(str(e)) from e
+        watch.agree(decode.agreement(runs[points[-1]]) | {"the sweep": points})
+        if shared.DRY_RUN.value:
+            return _dry_run(points) if watch.process_id == 0 else 0
+        sweep = Sweep(points, say)
+        due = watch.decide("what is due", None, lambda _: [points.index(p) for p in sweep.due()])
+        for i in due:
+            point = points[i]
+            if watch.decide(f"stop before {i}", watch.is_asked_to_stop, any):
+                say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+                return PREEMPTED
+            say(str(point))
+            finish = lambda record, point=point: int(not (sweep.add(point, record) and record["oracle_passed"]))
+            code = decode.measure(runs[point], watch, say, finish, tag=f" of {i}", sweep=i * _STEPS_A_POINT)
+            if code != 0:
+                return code
+        return watch.decide("the table", None, lambda _: sweep.conclude())
+
+
+def _sizes_here(count: int) -> list[int]:
+    if SIZES.value is not None:
+        return whole_numbers("sizes", SIZES.value)
+    return sorted({min(2**i, count) for i in range(count.bit_length() + 1)})
+
+
+# Plans
+
+
+def run_plans(points: list[Point], say) -> int:
+    """Projects what is due."""
+    sweep = Sweep(points, say)
+    for point in sweep.due():
+        say(str(point))
+        s = dataclasses.replace(
+            plan.settings_from_flags(point.topology),
+            **dict(zip(("data", "context", "model"), point.mesh, strict=True)),
+            batch=point.batch,
+        )
+        try:
+            r = plan.plan(s)
+        except (ValueError, NotImplementedError, RuntimeError) as e:
+            say(f"error: {point}: {e}")
+            return 1
+        for problem in plan.problems(r):
+            say(f"error: {point}: {problem}")
+            return 1
+        floor = r["floor"]
+        speed = {
+            "tokens_per_s": floor["tokens_per_s"],
+            "tokens_per_s_per_chip": floor["tokens_per_s"] / r["chips"],
+            "step_ms_p50": 1e3 * floor["step_s"],
+            "step_ms_p99": None,
+            "processes": r["processes"],
+        }
+        if not sweep.add(point, r | speed):
+            return 1
+    return sweep.conclude()
+
+
+def _dry_run(points: list[Point]) -> int:
+    for point in points:
+        print(point)
+    print(f"dry run: {len(points)} runs; nothing was started or written")
+    return 0
+
+
+def main(argv) -> int:
+    """Runs the sweep; 0, 1 where a run or a file failed, 75 where it was asked to stop, to be gone on with."""
+    del argv
+    say = lambda line: print(f"{NAME}: {line}", file=sys.stderr, flush=True)
+    try:
+        check_flags()
+        if PLAN.value is not None:
+            return _main_of_plans(say)
+        model = decode.model_from_flags()
+        requests, workload = workload_flags.requests_from_flags()
+        if SIZES.value is None and shared.is_lone_cpu_host():
+            counts = whole_numbers("processes", PROCESSES.value)
+            points = points_of({n * DEVICES.value: {"processes": n} for n in counts})
+            return _dry_run(points) if shared.DRY_RUN.value else run_in_pods(Sweep(points, say), say)
+        shared.start_jax(NAME)
+    except (ValueError, NotImplementedError) as e:
+        raise shared.UsageError(str(e)) from e
+    return run_here(model, requests, workload)
+
+
+def _main_of_plans(say) -> int:
+    from paged_dist.topology import has_libtpu, topology_devices
+
+    if not has_libtpu():
+        raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
+    shared.simulate_devices(1, many_processes=False)
+    sizes = {len(topology_devices(t, plan.NUM_SLICES.value)): {"topology": t} for t in PLAN.value}
+    points = points_of(sizes)
+    for p in points:  # refused before anything is compiled
+        plan.settings_from_flags(p.topology)
+    return _dry_run(points) if shared.DRY_RUN.value else run_plans(points, say)
+
+
+def cli() -> None:
+    """The console script."""
+    shared.cli(main, NAME)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,119 @@
+"""What a sweep says: efficiency against ideal, a table, and a plot in which projected never looks like measured."""
+
+from __future__ import annotations
+
+import statistics
+from typing import NamedTuple
+
+
+class Mean(NamedTuple):
+    """One point of a series: medians over its repeats."""
+
+    mesh: str
+    processes: int
+    chips: float
+    tokens_per_s: float
+    tokens_per_s_per_chip: float
+    step_ms_p50: float
+    step_ms_p99: float | None
+    efficiency: float  # tokens/s/chip over that of the series' smallest point
+    repeats: int
+
+
+class Series(NamedTuple):
+    """Points that differ in size alone, by chips: one line of a plot."""
+
+    mode: str  # 'strong' or 'weak'
+    projected: bool
+    device: str  # 'cpu', 'TPU v5p', ...
+    points: tuple[Mean, ...]
+
+    @property
+    def title(self) -> str:
+        """What it is called in table and plot."""
+        how = "projected" if self.projected else "measured"
+        work = "the same work on all" if self.mode == "strong" else "the same work a chip"
+        return f"{self.mode} scaling, {how}, {self.device}: {work}"
+
+
+def series(rows: list[dict]) -> list[Series]:
+    """The rows of a sweep's file as series, strong before weak, measured before projected.
+
+    Ideal is the tokens/s/chip of the smallest point: for strong scaling that is linear speed-up, for weak scaling the
+    same time a step. Rows of a run that was asked to stop do not count.
+    """
+    found: dict[tuple, dict[tuple, list[dict]]] = {}
+    for r in rows:
+        if r["partial"]:
+            continue
+        device = r["chip"] if r["projected"] else next(iter(r["devices"]))
+        mesh = "x".join(str(r["mesh"][name]) for name in ("data", "context", "model"))
+        points = found.setdefault((r["mode"], r["projected"], device), {})
+        points.setdefault((r["chips"], mesh, r["processes"]), []).append(r)
+    return [
+        Series(mode, projected, device, _means(points))
+        for (mode, projected, device), points in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def _means(points: dict[tuple, list[dict]]) -> tuple[Mean, ...]:
+    median = lambda runs, name: statistics.median(r[name] for r in runs)
+    ordered = sorted(points.items(), key=lambda item: item[0])
+    base = median(ordered[0][1], "tokens_per_s_per_chip")
+    means = []
+    for (chips, mesh, processes), runs in ordered:
+        a_chip = median(runs, "tokens_per_s_per_chip")
+        p99 = None if runs[0]["step_ms_p99"] is None else median(runs, "step_ms_p99")
+        times = median(runs, "tokens_per_s"), a_chip, median(runs, "step_ms_p50"), p99
+        means.append(Mean(mesh, processes, chips, *times, a_chip / base, len(runs)))
+    return tuple(means)
+
+
+def table(rows: list[dict]) -> str:
+    """The sweep as lines of at most 80 columns."""
+    lines = []
+    for one in series(rows):
+        lines += ["", one.title, "         mesh procs  chips    tokens/s    a chip   p50 ms   p99 ms ideal runs"]
+        for p in one.points:
+            p99 = "-" if p.step_ms_p99 is None else _number(p.step_ms_p99)
+            lines.append(
+                f"{p.mesh:>13}{p.processes:>6}{p.chips:>7g}{_number(p.tokens_per_s):>12}"
+                f"{_number(p.tokens_per_s_per_chip):>10}{_number(p.step_ms_p50):>9}{p99:>9}{p.efficiency:>6.0%}"
+                f"{p.repeats:>5}"
+            )
+    return "\n".join(lines[1:])
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+STYLES = {  # matplotlib's: a glance must tell one from the other
+    False: {"linestyle": "-", "marker": "o", "fillstyle": "full"},
+    True: {"linestyle": "--", "marker": "s", "fillstyle": "none"},
+}
+
+
+def figure(rows: list[dict]):
+    """A matplotlib Figure: tokens/s and efficiency over chips, measured solid, projected dashed, ideal dotted grey."""
+    from matplotlib.figure import Figure
+
+    found = Figure(figsize=(10, 4.5), layout="constrained")
+    speed, share = found.subplots(1, 2)
+    for one in series(rows):
+        chips = [p.chips for p in one.points]
+        style = STYLES[one.projected] | {"label": one.title.partition(":")[0]}
+        (line,) = speed.plot(chips, [p.tokens_per_s for p in one.points], **style)
+        share.plot(chips, [100 * p.efficiency for p in one.points], color=line.get_color(), **style)
+        first = one.points[0].tokens_per_s_per_chip
+        speed.plot(chips, [first * n for n in chips], ":", color="0.7", zorder=0)
+    share.axhline(100, linestyle=":", color="0.7", zorder=0)
+    for axes, what in ((speed, "tokens/s"), (share, "% of ideal")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("chips")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+    speed.set_yscale("log")
+    share.set_ylim(bottom=0)
+    speed.legend(fontsize=8)
+    return found

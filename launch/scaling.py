@@ -37,17 +37,18 @@ SIZES = flags.DEFINE_list(
     "sizes", None, "Sub-meshes of so many of the devices that are there. Default there: 1, 2, 4 and so on, and all."
 )
 PLAN = flags.DEFINE_list("plan", None, "Project, for slices of these names, instead of measuring.")
-REPEATS = flags.DEFINE_integer("repeats", 1, "Runs of each point; tables and plots show medians.")
+RUNS = flags.DEFINE_integer("runs", 1, "Runs of each point; tables and plots show medians.")
 PLOT = flags.DEFINE_string("plot", None, "Draw the rows of --output into this file, .svg or .png (needs matplotlib).")
-
-flags.adopt_module_key_flags(decode)
-flags.adopt_module_key_flags(workload_flags)
-for _name in ("num_slices", "width", "context_tokens"):
-    flags.declare_key_flag(_name)
 
 NAME = "paged-dist-scaling"
 _NOT_TAKEN = ("data", "num_pages", "profile_dir")
-_SWEEP = ("output", "dry_run", "plot", "repeats", "scaling", "processes", "devices", "sizes", "plan")  # not the work
+for _flag in flags.FLAGS.get_key_flags_for_module(decode):
+    if _flag.name not in _NOT_TAKEN:
+        flags.declare_key_flag(_flag.name)
+for _name in ("num_slices", "width", "context_tokens"):
+    flags.declare_key_flag(_name)
+
+_SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not the work
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
@@ -76,14 +77,11 @@ class Point:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        where = self.topology or (
-            f"{self.processes} process{'es' * (self.processes > 1)}" if self.processes else "what is there"
-        )
+        processes = f"{self.processes} process{'es' * (self.processes > 1)}" if self.processes else "what is there"
         mesh = "x".join(map(str, self.mesh))
         work = f"batch {self.batch}" + (f", requests {self.times} times over" if self.times > 1 else "")
-        return f"{self.mode} {mesh} ({self.size} devices, {where}): {work}" + f", run {self.repeat + 1}" * (
-            REPEATS.value > 1
-        )
+        run = f", run {self.repeat + 1}" if RUNS.value > 1 else ""
+        return f"{self.mode} {mesh} ({self.size} devices, {self.topology or processes}): {work}{run}"
 
 
 def check_flags() -> None:
@@ -94,7 +92,7 @@ def check_flags() -> None:
     for mode in SCALING.value:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
-    shared.at_least(1, repeats=REPEATS.value, devices=DEVICES.value)
+    shared.at_least(1, runs=RUNS.value, devices=DEVICES.value)
     require(
         PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
     )
@@ -154,7 +152,7 @@ def points_of(sizes: dict[int, dict]) -> list[Point]:
             point = Point(
                 mode, (data[size], context, model), more.get("processes"), more.get("topology"), batch, times, 0
             )
-            points += [dataclasses.replace(point, repeat=i) for i in range(REPEATS.value)]
+            points += [dataclasses.replace(point, repeat=i) for i in range(RUNS.value)]
     return points
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -422,13 +423,15 @@ def test_a_trace_runs_and_small_pages_are_a_warning_only(tmp_path):
             f"--trace={write_trace(tmp_path)}",
             "--page_size=32",
             "--batch=4",
+            "--context=2",
             "--cpu_devices=2",
             f"--profile_dir={tmp_path}/profile",
         ]
     )
     assert code == 0, err
     assert "page_size=32" in err and "2 requests of good.csv" in out and "2 x cpu" in out
-    assert list((tmp_path / "profile").rglob("*.xplane.pb")), "a short run is profiled too"
+    (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")  # a short run is profiled too
+    assert all(scope in profile.read_bytes() for scope in (b"/append/", b"/attend/", b"/merge/"))
 
 
 @pytest.mark.slow
@@ -448,6 +451,31 @@ def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
     assert "2 outputs checked" in out
     code, _, err = run([*POD, "--processes=2", "--", "decode", *flags])
     assert code == 2 and "runs in one process only" in err
+
+
+@pytest.mark.parametrize("name", ["decode", "plan", "scaling", "kernel_report", "accuracy", "xla_report"])
+def test_help_groups_the_flags_in_80_columns_and_says_what_exit_codes_mean(name):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", f"paged_dist.launch.{name}", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
+    known = {"This launcher:", "Mesh:", "Model and cache:", "Work:", "Output:", "Several processes:"}
+    heads = [line for line in done.stdout.splitlines() if line in known]
+    assert {"Model and cache:", "Output:"} <= set(heads) and len(heads) == len(set(heads))
+    assert re.findall(r"^  --(\w+):", done.stdout, re.M).count("output") == 1
+    assert "75 asked to" in done.stdout
+
+
+def test_a_dry_run_prints_what_would_run_and_writes_nothing(tmp_path):
+    out = tmp_path / "out.jsonl"
+    code, text, err = run([*DECODE, "--dry_run", f"--output={out}", *SMALL])
+    assert code == 0 and "compiling" not in err and not out.exists()
+    assert "data 4 x context 1 x model 2 = 8 devices" in text and text.endswith("allocated or written\n")
+
+
+def test_a_flag_that_there_is_not_suggests_the_nearest():
+    code, _, err = run([*DECODE, "--batsh=3"])
+    assert code == 2 and "'batsh'. Did you mean: batch ?" in err
 
 
 def test_processes_given_different_flags_are_told_so_before_they_hang(tmp_path):

@@ -169,7 +169,7 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
         ("paged-dist-accuracy", ["--help"], "--context_lengths"),
         ("paged-dist-kernel-report", ["--help"], "--lengths_trace"),
         ("paged-dist-plan", ["--help"], "--topology"),
-        ("paged-dist-scaling", ["--help"], "--repeats"),
+        ("paged-dist-scaling", ["--help"], "--runs"),
         ("paged-dist-compare", ["--help"], "--metrics"),
         ("paged-dist-decode", ["--num_requests=2", "--max_context=9", "--max_generated=2", "--layers=1"], "checksum"),
     ],

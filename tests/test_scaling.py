@@ -32,7 +32,7 @@ def test_strong_points_do_the_same_work_and_weak_ones_the_same_a_device():
     assert [p.mesh for p in strong] == [(1, 1, 2), (2, 1, 2), (8, 1, 2)] == [p.mesh for p in weak]
     assert [(p.batch, p.times) for p in strong] == [(128, 1)] * 3
     assert [(p.batch, p.times) for p in weak] == [(16, 1), (32, 2), (128, 8)]
-    found = points([2, 8], "--context=2", "--model=1", "--batch=12", "--repeats=2", "--scaling=weak")
+    found = points([2, 8], "--context=2", "--model=1", "--batch=12", "--runs=2", "--scaling=weak")
     assert [(p.mesh, p.batch, p.repeat) for p in found] == [
         ((1, 2, 1), 12, 0),
         ((1, 2, 1), 12, 1),

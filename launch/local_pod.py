@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -289,6 +290,7 @@ def main(argv: Sequence[str]) -> int:
         default=15.0,
         help="after SIGTERM, kill what is left (default 15)",
     )
+    parser.add_argument("--dry_run", action="store_true", help="print the command and what each process is told")
     parser.add_argument("launcher", help="a launcher of this package (decode), a module, or a script ending in .py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
     parser.error = lambda message: (_say(f"error: {message}"), sys.exit(2))
@@ -296,7 +298,21 @@ def main(argv: Sequence[str]) -> int:
     command = launcher_command(args.launcher, args.arguments)
     if not _exists(args.launcher, command):
         parser.error(f"launcher {args.launcher!r}: there is no {command[-1 - len(args.arguments)]}")
+    if args.dry_run:
+        print(_dry_text(command, args.processes, args.devices))
+        return 0
     return run_pod(command, args.processes, args.devices, args.timeout_seconds, args.grace_seconds)
+
+
+def _dry_text(command: Sequence[str], processes: int, devices: int) -> str:
+    """The command, as a shell takes it, and what the environment of each process adds; port 0 stands for a free one."""
+    lines = [shlex.join(command)]
+    for i in range(processes):
+        told = {
+            k: v for k, v in pod_environment(i, processes, devices, 0, {}).items() if k.startswith(("JAX_", "XLA_"))
+        }
+        lines.append(f"[p{i}] " + " ".join(f"{name}={shlex.quote(value)}" for name, value in told.items()))
+    return "\n".join([*lines, f"dry run: {processes} processes; nothing was started"])
 
 
 def _exists(launcher: str, command: Sequence[str]) -> bool:

@@ -405,7 +405,8 @@ def table(r: dict) -> str:
         ),
         (
             "",
-            f"HBM {1e3 * floor['hbm_s']:.3f} ms: {size(floor['live_kv_bytes'])} of live KV a {unit}, weights",
+            f"HBM {1e3 * floor['hbm_s']:.3f} ms: {size(floor['live_kv_bytes'])} of live KV a {unit}, "
+            f"{size(r['weights_bytes'])} of weights",
         ),
         ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {size(floor['ici_bytes_sent'])} sent in a ring"),
         *(("PROBLEM", text) for text in problems(r)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -195,6 +196,15 @@ def test_an_unknown_launcher_starts_nothing(launcher):
     p = subprocess.run([*MODULE, "--processes=1", "--", launcher, "--x"], capture_output=True, text=True, timeout=LIMIT)
     assert p.returncode == 2 and p.stdout == ""
     assert len(p.stderr.splitlines()) == 1 and launcher in p.stderr
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(tmp_path):
+    arguments = ["--dry_run", "--processes=2", "--", "decode", f"--output={tmp_path}/a b; c"]
+    p = subprocess.run([*MODULE, *arguments], capture_output=True, text=True, timeout=LIMIT)
+    command, *told, last = p.stdout.splitlines()
+    assert p.returncode == 0 and last == "dry run: 2 processes; nothing was started"
+    assert shlex.split(command)[1:] == ["-m", "paged_dist.launch.decode", f"--output={tmp_path}/a b; c"]
+    assert [f"JAX_PROCESS_ID={i}" in line for i, line in enumerate(told)] == [True, True]
 
 
 def test_each_process_is_told_its_place_and_its_devices():

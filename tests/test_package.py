@@ -1,5 +1,6 @@
 """The package as a user gets it: what wheel and sdist hold, what an installed one does, what its names say."""
 
+import ast
 import email
 import importlib.util
 import inspect
@@ -93,6 +94,26 @@ def test_wheel_holds_the_one_package_and_all_of_it(built):
     )
     assert names - metadata == expected
     assert any(n.endswith("/licenses/LICENSE") for n in metadata)
+
+
+def test_nothing_is_unpickled_or_evaluated_or_passed_to_a_shell():
+    """What comes over a network, from a restored folder or in a flag is data."""
+    forbidden = {"eval", "exec", "pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "system"}
+    seen = []
+    for folder in SOURCES:
+        for file in (TREE / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = {
+                    alias.name.split(".")[0] for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)
+                }
+                if isinstance(node, ast.Call):
+                    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                    names.add(called)
+                    options = {k.arg for k in node.keywords if getattr(k.value, "value", None) is not False}
+                    names |= {"pickle"} if "allow_pickle" in options else set()
+                    names |= {"system"} if "shell" in options else set()
+                seen += [(file.name, name) for name in names & forbidden]
+    assert seen == []
 
 
 def test_nothing_at_the_wheels_top_level_can_collide(built):

@@ -23,10 +23,10 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from paged_dist._compat import detect_cluster
 from paged_dist.launch import decode
+from paged_dist.watchdog import PREEMPTED
 
 TREE = pathlib.Path(__file__).resolve().parent.parent
 PLATFORMS = TREE / "launch" / "platforms"
-PREEMPTED = os.EX_TEMPFAIL  # 75, a launcher's exit code after SIGTERM
 SCRIPTS = ["slurm.sbatch", "tpu_vm.sh"]
 LIMIT = 30  # seconds, for one script
 # GKE's names: libtpu's, and the axes of a topology.

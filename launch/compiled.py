@@ -99,7 +99,7 @@ def values_as_large_as(hlo: str, size: int) -> list[str]:
         outputs = {int(i) for i in re.findall(r"\{(\d+)\}: \(", rest)} if aliased else set()
         if aliased and (set(large) <= outputs or (not types.startswith("(") and "{}: (" in rest)):
             continue
-        made.append(f"{op} {name} {types[:80]}")
+        made.append(f"{op} {name} {types}")
     return made
 
 

@@ -171,19 +171,25 @@ def check_memory(spec, mesh) -> None:
     )
 
 
-def agreement(run: Run) -> dict[str, object]:
-    """What every process of a run must have alike, by name: they would hang on each other otherwise."""
+def given_alike(requests: list[Request]) -> dict[str, object]:
+    """What every process must have been started with alike, known before anything is made of it."""
     from paged_dist.launch import report
 
     return {
         **shared.given_flags(whole_run=True),
+        "the requests' digest": f"{zlib.crc32(repr(requests).encode()):08x}",
+        **{f"the version of {name}": version for name, version in report.versions().items()},
+    }
+
+
+def made_alike(run: Run) -> dict[str, object]:
+    """What every process must have made of it alike: they would hang on each other otherwise."""
+    return {
         "the model": run.model,
         "the mesh": dict(run.mesh.shape),
         "the cache": run.spec,
         "the pool": run.pool,
-        "the requests' digest": f"{zlib.crc32(repr(run.requests).encode()):08x}",
         "pages_per_sequence": run.pages_per_sequence,
-        **{f"the version of {name}": version for name, version in report.versions().items()},
     }
 
 
@@ -272,9 +278,10 @@ def serve(model, requests: list[Request], workload: str, watch) -> int:
     from paged_dist.watchdog import FAILED, PREEMPTED
 
     say = sayer(NAME, watch)
+    watch.agree(given_alike(requests))
     with _usage():
         run = plan_run(model, requests, workload)
-    watch.agree(agreement(run))
+    watch.agree(made_alike(run))
     if shared.DRY_RUN.value:
         if watch.process_id == 0:
             print(dry_text(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
@@ -110,13 +111,14 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
             code = main(argv)
         except UsageError as e:
             _end(name, str(e))
-        except Exception as e:
+        except BaseException as e:
             if (code := getattr(e, "exit_code", None)) is not None:
                 _end(name, str(e), code)
-            if not _is_one_of_several():
+            if not _is_one_of_several() or isinstance(e, SystemExit):
                 raise
-            traceback.print_exc()
-            code = 1
+            code = 130 if isinstance(e, KeyboardInterrupt) else 1
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
         if code:
             _leave(code)
         return 0
@@ -189,8 +191,9 @@ def _flag_line(flag: flags.Flag) -> str:
 
 
 def _end(name: str, message: str, code: int = 2) -> NoReturn:
-    sys.stdout.flush()
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     _leave(code)
 
 
@@ -204,10 +207,12 @@ def _leave(code: int) -> NoReturn:
     they may be what the error is about."""
     if not _is_one_of_several():
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.modules["paged_dist.distributed"].wait_for_others_to_end(2.0)
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.modules["paged_dist.distributed"].wait_for_others_to_end(2.0)
+    finally:
+        os._exit(code)
 
 
 def kv_dtype(flag: str) -> str:

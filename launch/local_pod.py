@@ -25,7 +25,7 @@ from collections.abc import Sequence
 NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
-LOST = 3  # exit code of a launcher that ends because of another process (paged_dist.watchdog, without importing jax)
+LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.watchdog, which would import jax
 _PR_SET_PDEATHSIG = 1
 
 
@@ -169,12 +169,12 @@ def run_pod(
     try:
         with reserve_port() as held, selectors.DefaultSelector() as selector:
             port = held.getsockname()[1]
-            for index in range(processes):
-                environment = pod_environment(index, processes, devices, port, dict(os.environ))
-                children.append(Child(index, command, environment))
-                for pipe in children[-1].pipes:
-                    selector.register(pipe, selectors.EVENT_READ, children[-1])
             try:
+                for index in range(processes):
+                    environment = pod_environment(index, processes, devices, port, dict(os.environ))
+                    children.append(Child(index, command, environment))
+                    for pipe in children[-1].pipes:
+                        selector.register(pipe, selectors.EVENT_READ, children[-1])
                 code = _watch(children, selector, deadline)
             except _Terminated:
                 code = _preempt(children, selector, grace_seconds)
@@ -196,6 +196,7 @@ class _Terminated(Exception):
 
 
 def _on_terminate(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise _Terminated
 
 
@@ -236,7 +237,8 @@ def _preempt(children: list[Child], selector: selectors.BaseSelector, grace_seco
         if time.monotonic() > until:
             return 128 + signal.SIGTERM
         _pass_on(selector, 0.05)
-    return max(child.code for child in children)
+    codes = {child.code for child in children} - {0}
+    return max(codes - {PREEMPTED, LOST}, default=max(codes, default=0))
 
 
 def _pass_on(selector: selectors.BaseSelector, seconds: float) -> None:

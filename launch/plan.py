@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import time
 
@@ -21,7 +22,7 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import workload_flags
 from paged_dist.launch.chips import Chip, chip_of_topology
-from paged_dist.launch.workload import Request, pages_needed, sequences_that_fit, whole_pool
+from paged_dist.launch.workload import Request, pages_needed, sequences_on_shards, whole_pool
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The slice: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, chips along each axis."
@@ -144,7 +145,7 @@ def mesh_of(s: Settings):
 
     model = s.model
     if model is None and s.model_parallelism is None:
-        devices = len(topology_devices(s.topology, s.num_slices))
+        devices = len(topology_devices(s.topology, s.num_slices)) // s.num_slices  # model stays inside a slice
         model = math.gcd(s.num_kv_heads, devices // ((s.data or 1) * (s.context or 1)) or 1)
     return make_pod_mesh(
         data=s.data,
@@ -169,8 +170,10 @@ class Sizes:
     weights_bytes: int  # on a device
 
 
-def sizes_of(s: Settings, mesh, chip: Chip) -> Sizes:
+def sizes_of(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes:
     """Sizes the cache to the pod's HBM, or checks the one that was asked for against it.
+
+    `kept`: bytes of a device's HBM that cache and weights leave to the program; default 2%.
 
     Raises:
       ValueError: what does not fit, by which limit, and the nearest that does.
@@ -191,19 +194,19 @@ def sizes_of(s: Settings, mesh, chip: Chip) -> Sizes:
     page_bytes = page.bytes_per_token * s.page_size // model  # on each device that holds it
     unit = whole_pool(1, s.page_size, s.dtype)
     fit = lambda room: max(room, 0) // page_bytes // unit * unit * shards
-    room, most = int(hbm * (1 - _KEPT)) - weights, fit(hbm - weights)
+    most = fit(hbm - weights - (int(hbm * _KEPT) if kept is None else kept))
     if most == 0:
         raise bad_value(
             "--width" if weights else "--page_size",
             s.width if weights else s.page_size,
-            f"{_gib(weights)} of weights leave no room for a page in the {_gib(hbm)} of a device's HBM",
+            f"{_gib(weights)} of weights and the program leave no room for a page in the {_gib(hbm)} of a device's HBM",
             "give a larger --model, or fewer --layers",
         )
-    pages = s.num_pages or fit(room)
+    pages = s.num_pages or most
     if s.num_pages is not None:
         CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, s.dtype, s.num_layers).check_mesh(mesh)
         require(
-            pages <= most,
+            pages <= fit(hbm - weights),
             "--num_pages",
             pages,
             f"a cache of {_gib(pages // shards * page_bytes)} a device"
@@ -240,14 +243,16 @@ def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict
     """The least seconds of a step: HBM and ICI apart, one after the other, for a layer's merge waits for its attention.
 
     HBM: live K and V (those inside the window) and weights, each read once, over the peak bandwidth. ICI: what a ring
-    sends, over a link's both directions at once; latency is not in it, nor is anything sent over DCN.
+    sends, over both directions of each physical axis that the mesh axis runs over, all at once; what stays between the
+    cores of a chip costs nothing. Latency is not in it, nor is anything sent over DCN.
     """
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     live = min(sizes.context_tokens, s.sliding_window or sizes.context_tokens)
     kv_bytes = sizes.batch // data * live * sizes.spec.bytes_per_token // (model * context)
     hbm_s = (kv_bytes + sizes.weights_bytes) / chip.device_hbm_bytes_per_s
-    sent = sum(c["bytes_sent"] for c in collectives if c["links"] == "ici")
-    ici_s = sent / (2 * chip.link_bytes_per_s)
+    over_ici = [c for c in collectives if c["links"] == "ici" and c["torus_axes"]]
+    sent = sum(c["bytes_sent"] for c in over_ici)
+    ici_s = sum(c["bytes_sent"] / (2 * c["torus_axes"] * chip.link_bytes_per_s) for c in over_ici)
     return {
         "live_kv_bytes": kv_bytes,
         "hbm_s": hbm_s,
@@ -256,6 +261,43 @@ def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict
         "step_s": hbm_s + ici_s,
         "tokens_per_s": sizes.batch / (hbm_s + ici_s),
     }
+
+
+def compile_what_fits(s: Settings, mesh, chip: Chip) -> tuple[Sizes, tuple]:
+    """The sizes and `pod_step.compile_step` of them; the cache is made smaller where the program needs its room.
+
+    Raises:
+      ValueError: --num_pages leaves the program too little room: names the most pages that compile.
+      RuntimeError: the compiler refused the program for another reason.
+    """
+    from paged_dist.launch import pod_step
+
+    sizes = sizes_of(s, mesh, chip)
+    for _ in range(4):
+        pod_step.launch_of(s, sizes, mesh)  # refuses what no launch can hold
+        try:
+            compiled = pod_step.compile_step(s, sizes, mesh)
+        except (ValueError, NotImplementedError):
+            raise
+        except Exception as e:
+            text = " ".join(str(e).split())
+            over = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", text)
+            if over is None:
+                raise RuntimeError(f"the compiler refused the program: {text[:500]}") from e
+            needs, has = (float(x) * 2**30 for x in over.groups())
+            less = needs - has + _KEPT * sizes.hbm_bytes
+            kept = sizes.hbm_bytes - sizes.weights_bytes - sizes.spec.bytes_per_chip(mesh) + int(less)
+            sizes = sizes_of(dataclasses.replace(s, num_pages=None), mesh, chip, kept)
+            continue
+        require(
+            s.num_pages in (None, sizes.spec.num_pages),
+            "--num_pages",
+            s.num_pages,
+            f"cache and step take more than the {_gib(sizes.hbm_bytes)} that a device's HBM gives a program",
+            f"{sizes.spec.num_pages} pages fit",
+        )
+        return sizes, compiled
+    raise RuntimeError("the compiler refused the program for want of HBM, with four sizes of the cache")
 
 
 def plan(s: Settings) -> dict:
@@ -273,14 +315,8 @@ def plan(s: Settings) -> dict:
     start = time.perf_counter()
     mesh = mesh_of(s)
     mesh_s = time.perf_counter() - start
-    sizes = sizes_of(s, mesh, chip)
+    sizes, (compiled, lower_s, compile_s) = compile_what_fits(s, mesh, chip)
     launch = pod_step.launch_of(s, sizes, mesh)
-    try:
-        compiled, lower_s, compile_s = pod_step.compile_step(s, sizes, mesh)
-    except (ValueError, NotImplementedError):
-        raise
-    except Exception as e:
-        raise RuntimeError(f"the compiler refused the program: {' '.join(str(e).split())[:500]}") from e
     found = pod_step.read_program(s, sizes, mesh, compiled)
     spec, devices = sizes.spec, mesh.devices.size
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "requests"}
@@ -305,7 +341,7 @@ def plan(s: Settings) -> dict:
         "hbm_bytes": sizes.hbm_bytes,
         "bytes_per_token": spec.bytes_per_token,
         "tokens": spec.num_pages * spec.page_size,
-        "sequences": sequences_that_fit(list(s.requests), spec.num_pages, spec.page_size),
+        "sequences": sequences_on_shards(s.requests, spec.num_pages, spec.page_size, mesh.shape["data"]),
         **found,
         "launch": launch,
         "floor": floor_of(s, sizes, mesh, chip, found["collectives"]),

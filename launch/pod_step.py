@@ -20,12 +20,16 @@ from jax.sharding import PartitionSpec as P
 from paged_dist import PagedKVCache, append_kv, sharded_paged_attention
 from paged_dist._compat import lowering_for
 from paged_dist._errors import require
+from paged_dist.describe import mesh_facts
+from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention import decode_plan
 from paged_dist.kernels.paged_attention.checks import check_pools
 from paged_dist.kernels.paged_attention.megacore import Target
 from paged_dist.launch import compiled as read
 from paged_dist.launch.synthetic import input_dtype
 from paged_dist.launch.workload import pages_needed
+
+_TORUS = {"x", "y", "z"}
 
 if TYPE_CHECKING:
     from paged_dist.launch.plan import Settings, Sizes
@@ -111,13 +115,7 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
     text, memory, spec = compiled.as_text(), compiled.memory_analysis(), sizes.spec
     alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
     cache_bytes = spec.bytes_per_chip(mesh)
-    rows, lanes = spec.stored_page_shape
-    layer_pool = cache_bytes // (2 * s.num_layers)
-    if spec.is_quantized:  # the pages without their scales
-        layer_pool = layer_pool * s.head_dim // (s.head_dim + 4)
-    copies = [
-        value for value in read.values_as_large_as(text, layer_pool) if f",{rows},{lanes}]" in value.replace(" ", "")
-    ]
+    copies = pool_copies(spec, mesh, text)
     return {
         "cache_bytes": cache_bytes,
         "weights_bytes": sizes.weights_bytes,
@@ -136,22 +134,43 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
     }
 
 
+def pool_copies(spec, mesh, text: str) -> list[str]:
+    """Instructions of a compiled program that make a value like a layer's pool of a device, or like its scales."""
+    data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
+    heads, pages = spec.num_kv_heads // model, spec.num_pages // (data * context)
+    rows, lanes = spec.stored_page_shape
+    pools = [((rows, lanes), heads * pages * rows * lanes * jnp.dtype(spec.dtype).itemsize)]
+    if spec.is_quantized:
+        scale_rows = spec.scales_shape[-2] // (data * context)
+        pools.append(((scale_rows, LANES), 4 * heads * scale_rows * LANES))
+    return [
+        value[:120]
+        for (rows, lanes), size in pools
+        for value in read.values_as_large_as(text, size)
+        if f",{rows},{lanes}]" in value
+    ]
+
+
 def _collective(c, s: Settings, mesh) -> dict:
     """One collective of the step: over which mesh axes, how often (the step's one loop is that over layers), and how
     many bytes each device puts in and sends in a ring over the step, over ICI or DCN."""
     axes, over_slices = axes_of(mesh, c.groups, s.num_slices)
     times = s.num_layers**c.loops
     group = max(map(len, c.groups))
-    passes = {"all-reduce": 2, "all-gather": group}.get(c.kind, 1)
+    share = {"all-reduce": 2 * (group - 1) / group, "all-gather": group - 1, "collective-permute": 1}
+    sent = share.get(c.kind, (group - 1) / group)
     return {
         "kind": c.kind,
         "arrays": list(c.arrays),
         "axes": list(axes),
         "links": "dcn" if over_slices else "ici",
+        "torus_axes": len(
+            {run.physical for axis in mesh_facts(mesh).axes if axis.name in axes for run in axis.runs} & _TORUS
+        ),
         "group": group,
         "times": times,
         "bytes": times * c.bytes,
-        "bytes_sent": times * passes * c.bytes * (group - 1) // group,
+        "bytes_sent": int(times * c.bytes * sent),
     }
 
 

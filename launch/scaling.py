@@ -7,11 +7,13 @@ Strong: the same work on every mesh. Weak: the same work a device. Each point is
 - with --plan=v5p:2x2x1,v5p:4x4x4 nothing runs: the floor of a step on each of these slices, projected.
 
 Each row goes to --output when it is measured, and a sweep that was ended goes on where it stopped: rows that are there,
-of the same point, flags and versions, are not measured again.
+of the same point, work, devices, versions and commit, are not measured again.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 
 from absl import flags
 
@@ -28,7 +31,7 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan, workload_flags
 from paged_dist.launch import flags as shared
 from paged_dist.launch.chips import chip_of_topology
-from paged_dist.launch.workload import repeated
+from paged_dist.launch.workload import Request, repeated
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
 PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Local pods of so many processes each.")
@@ -38,7 +41,9 @@ SIZES = flags.DEFINE_list(
 )
 PLAN = flags.DEFINE_list("plan", None, "Project, for slices of these names, instead of measuring.")
 RUNS = flags.DEFINE_integer("runs", 1, "Runs of each point; tables and plots show medians.")
-PLOT = flags.DEFINE_string("plot", None, "Draw the rows of --output into this file, .svg or .png (needs matplotlib).")
+PLOT = flags.DEFINE_string(
+    "plot", None, "Draw the sweep, and all others in --output, into this file, .svg or .png (needs matplotlib)."
+)
 
 NAME = "paged-dist-scaling"
 _NOT_TAKEN = ("data", "num_pages", "profile_dir")
@@ -48,8 +53,16 @@ for _flag in flags.FLAGS.get_key_flags_for_module(decode):
 for _name in ("num_slices", "width", "context_tokens"):
     flags.declare_key_flag(_name)
 
-_SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not the work
+_SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
+_NOT_THE_WORK = (
+    *_SWEEP,
+    *_OF_A_PROCESS,
+    "timeout_seconds",
+    "trace",
+    "verbosity",
+)  # a trace's requests count, not its name
+_OF_PLANS = ("num_slices", "width", "context_tokens")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
 
@@ -70,10 +83,13 @@ class Point:
         """Devices."""
         return math.prod(self.mesh)
 
-    def key(self, versions: dict[str, str]) -> str:
-        """What tells it from others in a file of rows: the point, the work that flags describe, versions."""
-        work = {k: v for k, v in shared.given_flags(whole_run=True).items() if k[2:] not in (*_SWEEP, *_OF_A_PROCESS)}
-        text = json.dumps([dataclasses.astuple(self), work, versions], sort_keys=True, default=str)
+    def key(self, origin: list) -> str:
+        """What tells its row from others in a file: the point, the work that flags describe, and `origin_of` all."""
+        work = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__)} | {
+            f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+        }
+        work = {name: value for name, value in work.items() if name not in _NOT_THE_WORK}
+        text = json.dumps([dataclasses.astuple(self), work, origin], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -89,6 +105,18 @@ def check_flags() -> None:
     for name in _NOT_TAKEN:
         if flags.FLAGS[name].present:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "the sweep sets it")
+    others = _OF_PLANS if PLAN.value is None else ["implementation", "cpu_devices", "oracle_samples"]
+    for name in others:
+        if flags.FLAGS[name].present:
+            mode = "--plan" if PLAN.value is None else "measured sweeps"
+            raise bad_value(f"--{name}", flags.FLAGS[name].value, f"is a flag of {mode}", "leave it out")
+    for name in ("topology", "model_parallelism"):
+        if flags.FLAGS[name].present:
+            raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "see --plan, --model")
+    require(PLAN.value is None or any(PLAN.value), "--plan", "", "must name a slice", "such as v5p:4x4x4")
+    shared.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
+    gib = shared.HBM_GIB.value
+    require(gib is None or 0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
     for mode in SCALING.value:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
@@ -116,42 +144,39 @@ def whole_numbers(flag: str, texts: list[str]) -> list[int]:
     return sorted({int(text) for text in texts})
 
 
-def points_of(sizes: dict[int, dict]) -> list[Point]:
+def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
     """The sweep over numbers of devices, each with what else tells its points (processes, topology).
 
     Raises:
       ValueError: a size over which context and model do not divide, or a batch that does not divide over a mesh.
     """
-    context, kv_heads, smallest = shared.CONTEXT.value or 1, shared.NUM_KV_HEADS.value, min(sizes)
-    model = shared.MODEL.value or math.gcd(kv_heads, max(1, smallest // context))
-    for size in sizes:
+    sizes = sorted(sizes, key=lambda item: (item[0], item[1].get("topology") or ""))
+    context, kv_heads, smallest = shared.CONTEXT.value or 1, shared.NUM_KV_HEADS.value, sizes[0][0]
+    model = shared.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
+    for size, _ in sizes:
         require(
             size % (context * model) == 0,
             "--model" if shared.MODEL.value else "--context",
             model if shared.MODEL.value else context,
             f"context x model = {context} x {model} must divide each size, and {size} devices are one",
         )
-    data = {size: size // (context * model) for size in sizes}
+    largest = sizes[-1][0] // (context * model)
     points = []
-    for mode in SCALING.value:
-        for size, more in sorted(sizes.items()):
-            times = 1
-            if mode == "weak":
-                times = size // smallest
-                require(size % smallest == 0, "--scaling", "weak", f"{size} devices are no multiple of {smallest}")
-            base = shared.BATCH.value or decode.ROWS_A_SHARD * (
-                max(data.values()) if mode == "strong" else data[smallest]
-            )
-            batch = base * times
+    for mode in dict.fromkeys(SCALING.value):
+        for size, more in sizes:
+            data = size // (context * model)
+            times = size // smallest if mode == "weak" else 1
+            whole = mode == "strong" or size % smallest == 0
+            require(whole, "--scaling", mode, f"{size} devices are no multiple of {smallest}")
+            rows = decode.ROWS_A_SHARD * (largest if mode == "strong" else smallest // (context * model))
+            batch = (shared.BATCH.value or rows) * times
             require(
-                batch % data[size] == 0,
+                batch % data == 0,
                 "--batch",
-                base,
-                f"must be a multiple of every mesh's data size, also {data[size]}",
+                shared.BATCH.value,
+                f"must be a multiple of every mesh's data size, also {data}",
             )
-            point = Point(
-                mode, (data[size], context, model), more.get("processes"), more.get("topology"), batch, times, 0
-            )
+            point = Point(mode, (data, context, model), more.get("processes"), more.get("topology"), batch, times, 0)
             points += [dataclasses.replace(point, repeat=i) for i in range(RUNS.value)]
     return points
 
@@ -172,16 +197,26 @@ def rows_of(path: str | None) -> list[dict]:
     return rows
 
 
+def _counts(row: dict) -> bool:
+    """Whether a row is a whole run's whose outputs were right."""
+    return not row["partial"] and row.get("oracle_passed", True)
+
+
 class Sweep:
-    """The rows there are, and those that come: each is in the file before the next run begins."""
+    """The rows there are, and those that come: each is in the file before the next run begins.
 
-    def __init__(self, points: list[Point], say):
-        from paged_dist.launch.report import versions
+    Args:
+      requests: what is served; devices: the kinds and numbers of what it runs on, a plan's being named by its point.
+    """
 
-        self.points, self._say, self._versions = points, say, versions()
-        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value) if not r["partial"]}
-        keys = {p: p.key(self._versions) for p in points}
-        self.done = {p: known[key] for p, key in keys.items() if key in known}
+    def __init__(self, points: list[Point], say, requests: list[Request], devices: dict[str, int] | None = None):
+        from paged_dist.launch.report import git_commit, versions
+
+        self.points, self._say = points, say
+        origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
+        self._keys = {p: p.key(origin) for p in points}
+        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value) if _counts(r)}
+        self.done = {p: known[key] for p, key in self._keys.items() if key in known}
 
     def due(self) -> list[Point]:
         """The points that are not in the file."""
@@ -193,19 +228,21 @@ class Sweep:
         """Writes a point's row; False where that fails."""
         from paged_dist.launch.report import append_output
 
-        row = record | {"benchmark": "scaling", "mode": point.mode, "key": point.key(self._versions)}
-        row["repeat"] = point.repeat
-        if not row["partial"]:
+        row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
+        row["flags"] = shared.given_flags()
+        if _counts(row):
             self.done[point] = row
         return append_output(NAME, shared.OUTPUT.value, row)
 
     def conclude(self) -> int:
-        """Prints the table and draws the plot; the exit code."""
+        """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
         from paged_dist.launch import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
         if rows:
             print(scaling_report.table(rows), flush=True)
+        mine = {r["key"] for r in rows}
+        rows += [r for r in rows_of(shared.OUTPUT.value) if _counts(r) and r["key"] not in mine]
         if PLOT.value is not None and rows:
             folder = os.path.dirname(os.path.abspath(PLOT.value))
             beside = os.path.join(folder, f".{os.getpid()}-{os.path.basename(PLOT.value)}")
@@ -222,14 +259,11 @@ class Sweep:
 # Local pods
 
 
-class _Stopped(Exception):
-    pass
-
-
 def pod_command(point: Point, output: str) -> list[str]:
     """The command of a point's local pod: its row goes to `output`."""
     data, context, model = point.mesh
-    own = {"data": data, "context": context, "model": model, "batch": point.batch, "repeat_requests": point.times}
+    own = {"data": data, "context": context, "model": model, "batch": point.batch}
+    own["repeat_requests"] = point.times * workload_flags.REPEAT_REQUESTS.value
     taken = {f.name for module in (shared, workload_flags, decode) for f in flags.FLAGS.get_flags_for_module(module)}
     given = [
         f"{name}={value}"
@@ -244,54 +278,78 @@ def pod_command(point: Point, output: str) -> list[str]:
 
 def run_in_pods(sweep: Sweep, say) -> int:
     """Measures what is due, each point in a local pod of its own."""
-    from paged_dist.launch.local_pod import die_with_parent
-    from paged_dist.watchdog import PREEMPTED
-
-    def stop(number, frame):
-        raise _Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    pod = None
-    try:
+    pods = _Pods()
+    with pods:
         for point in sweep.due():
             say(str(point))
             with tempfile.TemporaryDirectory() as folder:
                 output, log = os.path.join(folder, "row.jsonl"), os.path.join(folder, "log")
-                with open(log, "wb") as file:
-                    pod = subprocess.Popen(
-                        pod_command(point, output),
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=file,
-                        start_new_session=True,
-                        preexec_fn=die_with_parent(os.getpid()),
-                    )
-                    code = pod.wait()
+                code = pods.run(pod_command(point, output), log)
+                if pods.stopped:
+                    say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+                    return pods.stopped
                 if code != 0:
                     with open(log, encoding="utf-8", errors="replace") as file:
                         say("\n".join(["the last lines of the run:", *file.read().splitlines()[-8:]]))
                     say(f"error: {point}: exit code {code}")
-                    return PREEMPTED if code == PREEMPTED else 1
+                    return 1
                 with open(output, encoding="utf-8") as file:
                     record = json.loads(file.readline())
             if not sweep.add(point, record):
                 return 1
-    except (_Stopped, KeyboardInterrupt) as e:
-        say("asked to stop: the rows measured so far are kept, the same command goes on from here")
-        return PREEMPTED if isinstance(e, _Stopped) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if pod is not None and pod.poll() is None:
-            pod.send_signal(signal.SIGINT)  # it ends its processes
-            pod.wait()
     return sweep.conclude()
+
+
+class _Pods:
+    """Local pods one after another; Ctrl-C and SIGTERM end the one that runs, and all of its processes.
+
+    Attributes:
+      stopped: the exit code for that, 130 or 75; 0 where nobody asked.
+    """
+
+    def __init__(self):
+        self.stopped, self._pod, self._before = 0, None, {}
+
+    def __enter__(self) -> _Pods:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number, frame) -> None:
+        from paged_dist.watchdog import PREEMPTED
+
+        self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
+        if self._pod is not None and self._pod.poll() is None:
+            self._pod.send_signal(signal.SIGINT)
+
+    def run(self, command: list[str], log: str) -> int:
+        """The exit code of `command`, whose output goes to the file `log`."""
+        from paged_dist.launch.local_pod import die_with_parent
+
+        with open(log, "wb") as file:
+            self._pod = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
+            )
+        if self.stopped:  # while it was started
+            self._pod.send_signal(signal.SIGINT)
+        return self._pod.wait()
 
 
 # What is there
 
 
 def sub_devices(devices: list, size: int) -> list:
-    """`size` of the devices, process 0's first among them: of TPUs a box of the torus, as near a cube as there is.
+    """`size` of the devices, process 0's first among them: of TPUs a box of the torus, of as few hosts as can be, and
+    then as near a cube as there is.
 
     Raises:
       ValueError: there are no so many devices, or no box of so many chips.
@@ -314,16 +372,19 @@ def sub_devices(devices: list, size: int) -> list:
     ]
     boxes = [box for box in boxes if all(n % m == 0 for n, m in zip(dims, box, strict=True))]
     require(bool(boxes), "--sizes", size, f"no box of so many devices divides the slice of {'x'.join(map(str, dims))}")
-    box = min(boxes, key=lambda box: (sum(box), box))
-    low = [where // n * n for where, n in zip(first[1:], box, strict=True)]
-    chosen = [
-        d
-        for where in sorted(at)
-        if where[0] == first[0] and all(lo <= x < lo + n for lo, x, n in zip(low, where[1:], box, strict=True))
-        for d in at[where]
-    ]
-    require(len(chosen) == size, "--sizes", size, "its box has holes on this slice")
-    return chosen
+    found = []
+    for box in boxes:
+        low = [where // n * n for where, n in zip(first[1:], box, strict=True)]
+        chosen = [
+            d
+            for where in sorted(at)
+            if where[0] == first[0] and all(lo <= x < lo + n for lo, x, n in zip(low, where[1:], box, strict=True))
+            for d in at[where]
+        ]
+        if len(chosen) == size:
+            found.append((len({d.process_index for d in chosen}), sum(box), box, chosen))
+    require(bool(found), "--sizes", size, "every box of so many has holes on this slice")
+    return min(found, key=lambda one: one[:3])[3]
 
 
 def run_here(model, requests, workload: str) -> int:
@@ -336,10 +397,11 @@ def run_here(model, requests, workload: str) -> int:
     with Watchdog(shared.TIMEOUT_SECONDS.value, name=NAME) as watch:
         watch.watch_for_preemption()
         say = decode.sayer(NAME, watch)
+        watch.agree(decode.given_alike(requests))
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         try:
-            sizes = _sizes_here(len(devices))
-            points = points_of({size: {} for size in sizes})
+            sizes = _sizes_here(devices)
+            points = points_of([(size, {}) for size in sizes])
             parts = {size: sub_devices(devices, size) for size in sizes}
             runs = {}
             for p in points:
@@ -349,10 +411,10 @@ def run_here(model, requests, workload: str) -> int:
                 runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
         except (ValueError, NotImplementedError) as e:
             raise shared.UsageError(str(e)) from e
-        watch.agree(decode.agreement(runs[points[-1]]) | {"the sweep": points})
+        watch.agree(decode.made_alike(runs[points[-1]]) | {"the sweep": points})
         if shared.DRY_RUN.value:
             return _dry_run(points) if watch.process_id == 0 else 0
-        sweep = Sweep(points, say)
+        sweep = Sweep(points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
         due = watch.decide("what is due", None, lambda _: [points.index(p) for p in sweep.due()])
         for i in due:
             point = points[i]
@@ -367,25 +429,33 @@ def run_here(model, requests, workload: str) -> int:
         return watch.decide("the table", None, lambda _: sweep.conclude())
 
 
-def _sizes_here(count: int) -> list[int]:
+def _sizes_here(devices: list) -> list[int]:
+    """The sizes that --sizes names, or those powers of two of which there is a sub-mesh, and all devices."""
     if SIZES.value is not None:
         return whole_numbers("sizes", SIZES.value)
-    return sorted({min(2**i, count) for i in range(count.bit_length() + 1)})
+    found = set()
+    for size in {*(2**i for i in range(len(devices).bit_length())), len(devices)}:
+        with contextlib.suppress(ValueError):
+            sub_devices(devices, size)
+            found.add(size)
+    return sorted(found)
 
 
 # Plans
 
 
-def run_plans(points: list[Point], say) -> int:
+def _settings_of(point: Point) -> plan.Settings:
+    shape = dict(zip(("data", "context", "model"), point.mesh, strict=True))
+    return dataclasses.replace(plan.settings_from_flags(point.topology), **shape, batch=point.batch)
+
+
+def run_plans(settings: dict[Point, plan.Settings], say) -> int:
     """Projects what is due."""
-    sweep = Sweep(points, say)
+    requests = next(iter(settings.values())).requests
+    sweep = Sweep(list(settings), say, list(requests))
     for point in sweep.due():
         say(str(point))
-        s = dataclasses.replace(
-            plan.settings_from_flags(point.topology),
-            **dict(zip(("data", "context", "model"), point.mesh, strict=True)),
-            batch=point.batch,
-        )
+        s = settings[point]
         try:
             r = plan.plan(s)
         except (ValueError, NotImplementedError, RuntimeError) as e:
@@ -400,7 +470,7 @@ def run_plans(points: list[Point], say) -> int:
             "tokens_per_s_per_chip": floor["tokens_per_s"] / r["chips"],
             "step_ms_p50": 1e3 * floor["step_s"],
             "step_ms_p99": None,
-            "processes": r["processes"],
+            "live_kv_bytes_per_step": floor["live_kv_bytes"] * sum(r["devices"].values()),
         }
         if not sweep.add(point, r | speed):
             return 1
@@ -426,8 +496,8 @@ def main(argv) -> int:
         requests, workload = workload_flags.requests_from_flags()
         if SIZES.value is None and shared.is_lone_cpu_host():
             counts = whole_numbers("processes", PROCESSES.value)
-            points = points_of({n * DEVICES.value: {"processes": n} for n in counts})
-            return _dry_run(points) if shared.DRY_RUN.value else run_in_pods(Sweep(points, say), say)
+            points = points_of([(n * DEVICES.value, {"processes": n}) for n in counts])
+            return _dry_run(points) if shared.DRY_RUN.value else run_in_pods(Sweep(points, say, requests), say)
         shared.start_jax(NAME)
     except (ValueError, NotImplementedError) as e:
         raise shared.UsageError(str(e)) from e
@@ -440,11 +510,12 @@ def _main_of_plans(say) -> int:
     if not has_libtpu():
         raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
     shared.simulate_devices(1, many_processes=False)
-    sizes = {len(topology_devices(t, plan.NUM_SLICES.value)): {"topology": t} for t in PLAN.value}
-    points = points_of(sizes)
-    for p in points:  # refused before anything is compiled
-        plan.settings_from_flags(p.topology)
-    return _dry_run(points) if shared.DRY_RUN.value else run_plans(points, say)
+    names = dict.fromkeys(PLAN.value)
+    points = points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
+    settings = {p: _settings_of(p) for p in points}
+    for p, s in settings.items():  # refused before anything is compiled
+        plan.sizes_of(s, plan.mesh_of(s), chip_of_topology(p.topology))
+    return _dry_run(points) if shared.DRY_RUN.value else run_plans(settings, say)
 
 
 def cli() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ class Series(NamedTuple):
     mode: str  # 'strong' or 'weak'
     projected: bool
     device: str  # 'cpu', 'TPU v5p', ...
+    work: str  # a digest of the model and its cache, where the rows have several; else empty
     points: tuple[Mean, ...]
 
     @property
@@ -33,7 +36,8 @@ class Series(NamedTuple):
         """What it is called in table and plot."""
         how = "projected" if self.projected else "measured"
         work = "the same work on all" if self.mode == "strong" else "the same work a chip"
-        return f"{self.mode} scaling, {how}, {self.device}: {work}"
+        other = f" (work {self.work})" if self.work else ""
+        return f"{self.mode} scaling, {how}, {self.device}{other}: {work}"
 
 
 def series(rows: list[dict]) -> list[Series]:
@@ -43,17 +47,23 @@ def series(rows: list[dict]) -> list[Series]:
     same time a step. Rows of a run that was asked to stop do not count.
     """
     found: dict[tuple, dict[tuple, list[dict]]] = {}
+    several = len({_work(r) for r in rows}) > 1
     for r in rows:
         if r["partial"]:
             continue
-        device = r["chip"] if r["projected"] else next(iter(r["devices"]))
+        device = r["chip"] if r["projected"] else " and ".join(sorted(r["devices"]))
         mesh = "x".join(str(r["mesh"][name]) for name in ("data", "context", "model"))
-        points = found.setdefault((r["mode"], r["projected"], device), {})
+        points = found.setdefault((r["mode"], r["projected"], device, _work(r) if several else ""), {})
         points.setdefault((r["chips"], mesh, r["processes"]), []).append(r)
-    return [
-        Series(mode, projected, device, _means(points))
-        for (mode, projected, device), points in sorted(found.items(), key=lambda item: item[0])
-    ]
+    return [Series(*which, _means(points)) for which, points in sorted(found.items(), key=lambda item: item[0])]
+
+
+def _work(row: dict) -> str:
+    """A digest of what a row served and with what model: points of a series differ in mesh, rows and requests alone."""
+    names = ("layers", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "dtype", "page_size", "sliding_window")
+    settings = [row["settings"].get(name) for name in (*names, "soft_cap", "width", "implementation", "context_tokens")]
+    kept = [settings, row["workload"].partition(", ")[0], row["mesh"]["context"], row["mesh"]["model"]]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:4]
 
 
 def _means(points: dict[tuple, list[dict]]) -> tuple[Mean, ...]:

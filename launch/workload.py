@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,6 +132,19 @@ def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) 
     ends = np.cumsum([pages_needed(r.tokens, page_size) for r in requests], dtype=np.int64)
     rounds, rest = divmod(num_pages, int(ends[-1]))
     return rounds * len(requests) + int(np.searchsorted(ends, rest, side="right"))
+
+
+def sequences_on_shards(requests: Sequence[Request], num_pages: int, page_size: int, shards: int) -> int:
+    """`sequences_that_fit` where the pool is split over data shards: the requests are dealt to them one by one, and a
+    sequence's pages lie on one. (On context shards they are spread evenly.)"""
+    needs = np.array([pages_needed(r.tokens, page_size) for r in requests], np.int64)
+    cycle = len(needs) // math.gcd(len(needs), shards)
+    total = 0
+    for d in range(shards):
+        ends = np.cumsum(needs[(d + shards * np.arange(cycle)) % len(needs)])
+        rounds, rest = divmod(num_pages // shards, int(ends[-1]))
+        total += rounds * cycle + int(np.searchsorted(ends, rest, side="right"))
+    return total
 
 
 def whole_pool(pages: int, page_size: int, dtype, shards: int = 1) -> int:

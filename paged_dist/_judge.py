@@ -43,11 +43,12 @@ IDLE = Place("idle", None, 1 << 60)
 
 
 class Verdict(NamedTuple):
-    """Why a run ends: the exit code, the reason, and the process that failed by itself, if that is it."""
+    """Why a run ends: the exit code, the reason, the process that failed by itself, or that is lost, if that is it."""
 
     code: int
     text: str
     culprit: int | None = None
+    lost: int | None = None
 
 
 class Judge:
@@ -136,10 +137,12 @@ class Judge:
         if not self._failed:
             return None
         since, i, text = self._failed[0]
+        if now - since <= PATIENCE:
+            return None
         quiet = max(self.present, key=lambda p: now - self._heard[p])
         if quiet != i and now - self._heard[quiet] > max(PATIENCE, 4 * self._beat):
             return self._lost(quiet, f"it is silent, and {self.names[i]} then failed: {text}")
-        return Verdict(LOST, self._failure_of(i, text), i) if now - since > PATIENCE else None
+        return Verdict(LOST, self._failure_of(i, text), i)
 
     def _silence(self, now: float) -> Verdict | None:
         for i in self.present:
@@ -149,7 +152,7 @@ class Judge:
 
     def _stuck(self, now: float) -> Verdict | None:
         """A step that has gone on for too long: those are to blame that are behind, if some are."""
-        places = {i: self._places[i] for i in self.present}
+        places = {i: self._places[i] for i in self.present if self._places[i][0] != IDLE}
         if not any(place.step is not None and now - since > self._limit for place, since in places.values()):
             return None
         least = min(place.order for place, _ in places.values())
@@ -160,6 +163,10 @@ class Judge:
                 f"step {places[behind[0]][0].step} has not ended for {self._limit:.0f} s on any process and none is "
                 "behind: a device or a collective hangs, or a step takes longer than the time-out allows",
             )
+        # One that is slow and moves is not stuck: those are that do not move.
+        still = lambda i, limit: now - places[i][1] > limit
+        overdue = [i for i, (place, _) in places.items() if place.step is not None and still(i, self._limit)]
+        behind = [i for i in behind if still(i, self._limit / 2)] or overdue
         more = f", and so {len(behind) - 1} more" if len(behind) > 1 else ""
         most = max((place for place, _ in places.values()), key=lambda place: place.order)
         there = f"{most}, waiting for devices" if most.phase == "devices" else f"{most}"
@@ -167,7 +174,7 @@ class Judge:
 
     def _lost(self, i: int, how: str) -> Verdict:
         here = f"; process 0 is {self._places[0][0]}" if i and self._places[0][0] != self._places[i][0] else ""
-        return Verdict(LOST, f"lost {self.names[i]}, last heard of {self._places[i][0]}: {how}{here}")
+        return Verdict(LOST, f"lost {self.names[i]}, last heard of {self._places[i][0]}: {how}{here}", lost=i)
 
     def _where(self, i: int) -> str:
         return f"{self.names[i]}, {self._places[i][0]}"

@@ -270,8 +270,9 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
             info.num_processes,
             info.process_id,
             local_device_ids=local,
-            initialization_timeout=max(1, math.ceil(timeout_seconds)),
+            initialization_timeout=max(5, math.ceil(deadline - time.monotonic())),
             shutdown_timeout_seconds=max(1, math.ceil(timeout_seconds)),
+            heartbeat_timeout_seconds=max(100, math.ceil(timeout_seconds) + 60),  # the watchdog comes first
             coordinator_bind_address=bind,
             **detection,
         )
@@ -427,7 +428,7 @@ def _read_line(peer: socket.socket, deadline: float) -> bytes:
     line = b""
     while not line.endswith(b"\n") and len(line) < _MAX_LINE:
         peer.settimeout(max(0.01, deadline - time.monotonic()))
-        received = peer.recv(_MAX_LINE)
+        received = peer.recv(1)  # what follows the line is for others to read
         line += received
         if not received or not line.startswith(_HELLO[: len(line)]):
             break

@@ -17,9 +17,9 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -32,6 +32,8 @@ __all__ = ["DISAGREE", "FAILED", "LOST", "PREEMPTED", "Disagreement", "Watchdog"
 _MANY = 256  # processes, of which process 0 hears each less often
 _MARGIN = 2  # steps that a process may do after it heard of a preemption before it must know where to stop
 _END = "the end"
+_CHUNK = 1 << 20
+_LONGEST = 1 << 28  # bytes of a line, more than any report has
 
 
 class Disagreement(RuntimeError):
@@ -72,17 +74,21 @@ class Watchdog:
         self.process_id, self.num_processes, self._peers = distributed.peers()
         self._name = name
         self._beat = min(0.2 if self.num_processes <= _MANY else 1.0, timeout_seconds / 10)
-        self._limit = timeout_seconds - 3 * self._beat  # a beat to be heard, one to be judged, one to end
+        self._last_words = min(PATIENCE, timeout_seconds / 8)  # from a verdict to the end
+        self._limit = timeout_seconds - 2 * self._beat - self._last_words  # a beat to be heard, one to be judged
         self._here = f"{socket.gethostname()}, pid {os.getpid()}"
         self._place = Place("start")
         self._changed = threading.Condition()  # guards what follows
         self._values: dict[str, dict[int, Any]] = collections.defaultdict(dict)  # name -> process -> value
         self._decided: dict[str, Any] = {}
-        self._outbox: list[dict] = []  # what the main thread has to say
-        self._raising = self._mine = False  # this process has failed; that was no other's fault
+        self._outbox: list[bytes] = []  # what the main thread has to say
+        self._error: BaseException | None = None  # what the main thread has failed with
+        self._mine = False  # which was no other process's fault
         self._over = False  # nothing is a loss any more
         self._stopping, self._voted_at, self._stop_at = False, None, None
-        self._thread = self._wake = self._signal_before = None
+        self._next_step = 0
+        self._agreements, self._asked_at, self._signal_before = 0, None, None
+        self._thread = self._wake = None
 
     def __enter__(self) -> Watchdog:
         if self.num_processes > 1:
@@ -93,21 +99,21 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        if self._thread is not None:
+            if error is None:
+                self.meet(_END)
+            elif not isinstance(error, Disagreement):  # of that all know
+                self._error = error
+                self._say({"failed": f"{kind.__name__}: {' '.join(str(error).split())[:300]}"})
+                with self._changed:  # another process may be the reason: that ends this one here
+                    self._changed.wait_for(lambda: self._mine, 2 * PATIENCE + 2 * self._beat)
+            self._over = True
+            self._say({"end": True})
+            self._thread.join(PATIENCE)
         if self._signal_before is not None:
-            signal.signal(signal.SIGTERM, self._signal_before)
-        if self._thread is None:
-            return
-        if error is None:
-            self.meet(_END)
-        elif not isinstance(error, Disagreement):  # of that all know
-            self._raising = True
-            self._say({"failed": f"{kind.__name__}: {' '.join(str(error).split())[:300]}"})
-            with self._changed:  # another process may be the reason: that ends this one here
-                self._changed.wait_for(lambda: self._mine, 2 * PATIENCE + 2 * self._beat)
-        self._over = True
-        self._say({"end": True})
-        self._thread.join(PATIENCE)
+            # A process that was asked to stop is about to; others of its cluster may be asked, and it again, later.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._stopping else self._signal_before)
 
     # What the run says
 
@@ -127,6 +133,7 @@ class Watchdog:
             compares them while the run goes on, and ends it with exit code 4 where one differs.
         """
         self._place = Place.of_step(number)
+        self._next_step = number + 1
         if digest is not None and self._thread is not None:
             self._say({"digest": [number, f"{digest:x}"]})
 
@@ -148,7 +155,7 @@ class Watchdog:
           RuntimeError: several processes, and not inside the `with` block.
         """
         if self.num_processes == 1:
-            return decide([json.loads(json.dumps(value))])
+            return _as_json(decide([_as_json(value)]))
         if self._thread is None:
             raise RuntimeError("a Watchdog of several processes is used as a context: with Watchdog() as watch")
         self._say({"value": [name, value]})
@@ -160,7 +167,7 @@ class Watchdog:
             else:
                 self._changed.wait_for(lambda: name in self._decided)
                 return self._decided.pop(name)
-        result = decide(everyone)
+        result = _as_json(decide(everyone))
         self._say({"decided": [name, result]})
         return result
 
@@ -175,17 +182,26 @@ class Watchdog:
           Disagreement: on all of them; names a key, the processes and hosts that differ, and both values.
         """
         mine = {key: str(value) for key, value in values.items()}
-        text = self.decide("agreement", [self._here, mine], _difference)
+        self._agreements += 1
+        text = self.decide(f"agreement {self._agreements}", [self._here, mine], _difference)
         if text is not None:
             raise Disagreement(text)
 
     # Preemption
 
     def watch_for_preemption(self) -> None:
-        """Makes SIGTERM on any process stop all of them before the same step (see `stops`); a second one kills."""
+        """Makes SIGTERM on any process stop all of them before the same step, see `stops`.
+
+        One that comes again 5 seconds later or more, a person's, kills; one that comes sooner, from a supervisor that
+        tells parent and child, changes nothing.
+        """
 
         def asked(number, frame):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            now = time.monotonic()
+            if self._asked_at is not None and now - self._asked_at > 5:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
+            self._asked_at = self._asked_at or now
             self._stopping = True  # no lock: this may have interrupted the thread that holds it
             self._stir()
 
@@ -199,25 +215,29 @@ class Watchdog:
     def stops(self, step: int) -> bool:
         """Whether the run ends before step `step`, because a process was asked to; call it before each step.
 
-        All end before the same one. Each says where it is when it hears of it, does at most two more steps until it
-        knows of all others, and ends two after the furthest of them: none waits inside a collective for one that has
-        stopped already.
+        All end before the same one. As a process hears of it, its watching thread, which no collective holds up, says
+        which step comes next; from there it does at most two more until it knows of all others, and all end two after
+        the furthest of them. So none waits inside a collective for one that has stopped already.
         """
         if not self._stopping or self.num_processes == 1:
             return self._stopping
-        if self._voted_at is None:
-            self._voted_at = step
-            self._say({"value": [_STOP, step]})
         with self._changed:
-            if step >= self._voted_at + _MARGIN:
+            if self._voted_at is not None and step >= self._voted_at + _MARGIN:
                 self._changed.wait_for(lambda: self._stop_at is not None)
             return self._stop_at is not None and step >= self._stop_at
+
+    def _vote(self) -> dict:
+        """What this process says of where it could stop."""
+        with self._changed:
+            self._voted_at = self._next_step
+            return {"value": [_STOP, self._voted_at]}
 
     # Between the main thread and the other
 
     def _say(self, message: dict) -> None:
+        line = _encoded(message)  # here: what is no JSON is the caller's error
         with self._changed:
-            self._outbox.append(message)
+            self._outbox.append(line)
         self._stir()
 
     def _stir(self) -> None:
@@ -225,7 +245,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 self._wake.send(b".")
 
-    def _take_outbox(self) -> list[dict]:
+    def _take_outbox(self) -> list[bytes]:
         with self._changed:
             messages, self._outbox = self._outbox, []
         return messages
@@ -244,11 +264,13 @@ class Watchdog:
                 self._end(LOST, f"the watch over the processes failed: {e!r}")
 
     def _end(self, code: int, text: str) -> NoReturn:
-        """Ends this process. Not by an exception: the main thread may wait in a collective for ever."""
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os.write(2, f"{self._name}: error: {text}\n".encode())
-        os._exit(code)
+        """Ends this process. Not by an exception: the main thread may wait in a collective for ever, and hold locks."""
+        threading.Timer(1, os._exit, (code,)).start()  # stderr may be a pipe that nobody reads
+        try:
+            own = [] if self._error is None else traceback.format_exception(self._error)
+            os.write(2, ("".join(own) + f"{self._name}: error: {text}\n").encode())
+        finally:
+            os._exit(code)
 
 
 _STOP = "the step to stop before"
@@ -279,41 +301,41 @@ class _Spoke:
     """The thread of a process that is not 0: says that it lives and what its main thread has to say, and listens."""
 
     def __init__(self, watch: Watchdog, wake: socket.socket):
-        self._watch, self._wake, self._hub = watch, wake, watch._peers[0]
+        self._watch, self._wake, self._hub = watch, wake, _Peer(watch._peers[0])
 
     def run(self) -> None:
         watch, hub = self._watch, self._hub
-        lines, heard, due, told = _Lines(hub), time.monotonic(), 0.0, False
-        _put(hub, {"hello": watch._here})
+        heard, due, told, last = time.monotonic(), 0.0, False, False
+        hub.put(_encoded({"hello": watch._here}))
         with selectors.DefaultSelector() as events:
-            events.register(hub, selectors.EVENT_READ)
+            hub.register(events, 0)
             events.register(self._wake, selectors.EVENT_READ)
-            while True:
+            while not last:
                 if (now := time.monotonic()) >= due:
                     due = now + watch._beat
-                    _put(hub, {"at": watch._place})
+                    hub.put(_encoded({"at": watch._place}))
                 if watch._stopping and not told:
                     told = True
-                    _put(hub, {"stop": True})
-                for message in watch._take_outbox():
-                    _put(hub, {"at": watch._place})  # where it is when it says so
-                    _put(hub, message)
-                    if "end" in message:
-                        return
+                    hub.put(_encoded({"stop": True}) + _encoded(watch._vote()))
+                for line in watch._take_outbox():
+                    hub.put(_encoded({"at": watch._place}) + line)  # where it is when it says so
+                    last = last or line == _LAST
+                hub.flush(events)
                 for key, _ in events.select(max(0.0, due - time.monotonic())):
                     if key.fileobj is self._wake:
                         _drain(self._wake)
                         continue
-                    messages = lines.read()
+                    messages = hub.read(events)
                     if messages is None and not watch._over:
                         self._lost("its connection ended, the process is gone")
-                    heard = time.monotonic()
-                    for message in messages or ():
-                        self._hear(message)
                     if messages is None:
                         return
+                    heard = time.monotonic()
+                    for message in messages:
+                        self._hear(message)
                 if (silent := time.monotonic() - heard) > watch._limit and not watch._over:
                     self._lost(f"it has been silent for {silent:.0f} s")
+            hub.flush_until(time.monotonic() + PATIENCE)
 
     def _lost(self, how: str) -> NoReturn:
         self._watch._end(LOST, f"lost process 0, the coordinator, while this one was {self._watch._place}: {how}")
@@ -322,7 +344,7 @@ class _Spoke:
         watch = self._watch
         if "verdict" in message:
             verdict = Verdict(*message["verdict"])
-            if verdict.culprit is not None and watch._raising:  # each that failed by itself says so itself
+            if verdict.culprit is not None and watch._error is not None:  # each that failed by itself says so itself
                 watch._set(_mine=True)
             elif not watch._over:
                 watch._end(verdict.code, verdict.text)
@@ -340,46 +362,59 @@ class _Hub:
 
     def __init__(self, watch: Watchdog, wake: socket.socket):
         self._watch, self._wake = watch, wake
+        self._peers = {i: _Peer(peer) for i, peer in watch._peers.items()}
         self._judge = Judge(watch.num_processes, watch._limit, watch._beat, time.monotonic())
         self._judge.names[0] += f" ({watch._here})"
+        self._urgent = False  # something came that may be a verdict now
 
     def run(self) -> None:
         watch, judge = self._watch, self._judge
-        due, told, verdict = 0.0, False, None
-        lines = {i: _Lines(peer) for i, peer in watch._peers.items()}
+        due, told, pronounced = 0.0, False, False
         with selectors.DefaultSelector() as events:
-            for i, peer in watch._peers.items():
-                events.register(peer, selectors.EVENT_READ, i)
+            for i, peer in self._peers.items():
+                peer.register(events, i)
             events.register(self._wake, selectors.EVENT_READ, 0)
             while judge.present:
                 if (now := time.monotonic()) >= due:
                     due = now + watch._beat
                     self._tell({"alive": True})
+                    judge.heard(0, now)
+                    self._urgent = True
                 if watch._stopping and not told:
                     told = True
                     self._tell({"stop": True})
-                judge.heard(0, now)
-                for message in watch._take_outbox():
-                    self._take(0, message)
+                    self._take(0, watch._vote())
+                for line in watch._take_outbox():
+                    self._take(0, json.loads(line))
+                for i in judge.present:
+                    if i:
+                        self._peers[i].flush(events)
                 for key, _ in events.select(max(0.0, due - time.monotonic())):
                     if key.data == 0:
                         _drain(self._wake)
                         continue
-                    messages = lines[key.data].read()
+                    messages = self._peers[key.data].read(events)
                     if messages is None:
-                        events.unregister(key.fileobj)
                         judge.gone(key.data)
-                    for message in messages or ():
-                        judge.heard(key.data, time.monotonic())
+                        self._urgent = True
+                        continue
+                    judge.heard(key.data, time.monotonic())  # a part of a long line is a sign of life too
+                    for message in messages:
                         self._take(key.data, message)
-                judge.at(0, watch._place, time.monotonic())
-                if verdict is None and not watch._over and (verdict := judge.verdict(time.monotonic())):
-                    self._pronounce(verdict)
+                if self._urgent and not pronounced and not watch._over:
+                    self._urgent = False
+                    judge.at(0, watch._place, time.monotonic())
+                    if verdict := judge.verdict(time.monotonic()):
+                        pronounced = True
+                        self._pronounce(verdict)
+            for peer in self._peers.values():
+                peer.flush_until(time.monotonic() + PATIENCE)
 
     def _tell(self, message: dict) -> None:
+        line = _encoded(message)
         for i in self._judge.present:
             if i:
-                _put(self._watch._peers[i], message)
+                self._peers[i].put(line)
 
     def _take(self, i: int, message: dict) -> None:
         """What process i said."""
@@ -390,8 +425,10 @@ class _Hub:
             judge.names[i] += f" ({message['hello']})"
         elif "failed" in message:
             judge.failed(i, message["failed"], now)
+            self._urgent = True
         elif "digest" in message:
             judge.digest(i, *message["digest"])
+            self._urgent = True
         elif "stop" in message:
             watch._stopping = True
         elif "end" in message:
@@ -412,38 +449,78 @@ class _Hub:
     def _pronounce(self, verdict: Verdict) -> None:
         """Tells all, waits until they have ended, for JAX's coordinator ends with this process, and ends."""
         self._tell({"verdict": verdict})
-        if verdict.culprit is not None and self._watch._raising:
+        until = time.monotonic() + self._watch._last_words
+        others = [i for i in self._judge.present if i not in (0, verdict.lost)]
+        for i in others:
+            self._peers[i].flush_until(until)
+        if verdict.culprit is not None and self._watch._error is not None:  # each that failed by itself says so itself
             self._watch._set(_mine=True)
             return
-        until = time.monotonic() + min(PATIENCE, 2 * self._watch._beat)
-        for i in self._judge.present:
-            if i and i != verdict.culprit:
+        for i in others:
+            if i != verdict.culprit:
                 distributed.wait_for_end(self._watch._peers[i], until)
         self._watch._end(verdict.code, verdict.text)
 
 
-class _Lines:
-    """Messages from one connection."""
+class _Peer:
+    """One connection: lines to send, which never block, and lines that came."""
 
-    def __init__(self, peer: socket.socket):
-        self._peer, self._rest = peer, b""
+    def __init__(self, connection: socket.socket):
+        self._connection, self._out, self._in, self._waits = connection, bytearray(), b"", False
+        connection.setblocking(False)
 
-    def read(self) -> list[dict] | None:
-        """The whole messages that have come; None where the connection has ended."""
+    def register(self, events: selectors.BaseSelector, data: int) -> None:
+        self._data = data
+        events.register(self._connection, selectors.EVENT_READ, data)
+
+    def put(self, lines: bytes) -> None:
+        """Lines to send, at the next `flush`; that the connection has ended is found by `read`."""
+        self._out += lines
+
+    def flush(self, events: selectors.BaseSelector | None = None) -> None:
+        """Sends what goes without waiting; `events` then tells when the rest will."""
+        with contextlib.suppress(OSError):
+            while self._out:
+                del self._out[: self._connection.send(self._out[:_CHUNK])]
+        if events is not None and self._waits != bool(self._out):
+            self._waits = bool(self._out)
+            with contextlib.suppress(KeyError, ValueError):  # not registered any more: it has ended
+                write = selectors.EVENT_WRITE if self._waits else 0
+                events.modify(self._connection, selectors.EVENT_READ | write, self._data)
+
+    def flush_until(self, until: float) -> None:
+        """Sends all, and waits for it until that time."""
+        self.flush()
+        while self._out and time.monotonic() < until:
+            time.sleep(0.01)
+            self.flush()
+
+    def read(self, events: selectors.BaseSelector) -> list[dict] | None:
+        """The whole messages that have come; None where the connection has ended, which `events` then forgets."""
         try:
-            data = self._peer.recv(1 << 20)
+            data = self._connection.recv(_CHUNK)
+        except BlockingIOError:
+            return []  # it was told that it can write
         except OSError:
+            data = b""
+        if not data or len(self._in) > _LONGEST:
+            events.unregister(self._connection)
+            self._out.clear()
             return None
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._in = (self._in + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
 
-def _put(peer: socket.socket, message: dict) -> None:
-    """Sends a message; that the connection has ended is found by who reads from it."""
-    with contextlib.suppress(OSError):
-        peer.sendall(json.dumps(message).encode() + b"\n")
+def _encoded(message: dict) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+_LAST = _encoded({"end": True})
+
+
+def _as_json(value: Any) -> Any:
+    """`value` as it comes out of JSON, so that one process sees what several do."""
+    return json.loads(json.dumps(value))
 
 
 def _drain(wake: socket.socket) -> None:

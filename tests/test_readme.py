@@ -7,10 +7,13 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from absl.testing import flagsaver
 from aot import needs_libtpu
 
 import paged_dist as pd
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
+from paged_dist.launch import plan
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -100,3 +103,18 @@ def test_the_described_mesh_of_the_readme_is_what_is_printed():
     spec = pd.CacheSpec(8, 128, 8192, num_layers=32)
     text = pd.describe_mesh(mesh, spec, num_q_heads=64, batch=128, output_heads="scattered")
     assert printed.split() == text.split()  # in the README one line is broken in two
+
+
+@needs_libtpu
+def test_the_plan_of_the_readme_is_what_is_printed():
+    """But for what is another number with each version: times, sizes of programs, what the compiler gives kernels."""
+    ((command, printed),) = re.findall(r"^```\n\$ \./run plan (.*?)\n(.*?)^```", README.read_text(), flags=re.S | re.M)
+    with flagsaver.flagsaver():
+        flags.FLAGS(["plan", *command.split()])
+        text = plan.table(plan.plan(plan.settings_from_flags()))
+
+    def kept(lines):
+        text = re.sub(r"^(versions|compile) .*\n( .*\n)*", "", lines + "\n", flags=re.M)
+        return re.sub(r"[\d.]+ (KiB of|kB, program|MB\n)", r"\1", text).split()
+
+    assert kept(text) == kept(printed.rstrip())

@@ -23,7 +23,7 @@ SMALL += ["--oracle_samples=2"]
 def points(sizes, *arguments):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of({n: {} for n in sizes})
+        return scaling.points_of([(n, {}) for n in sizes])
 
 
 def test_strong_points_do_the_same_work_and_weak_ones_the_same_a_device():
@@ -56,16 +56,17 @@ def test_a_sweep_that_does_not_divide_is_refused(sizes, arguments, message):
     assert message in str(e.value)
 
 
-def key(*arguments, point=0, versions=None):
+def key(*arguments, point=0, origin=("jax 1", "commit", {"cpu": 2}, 77)):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of({1: {}, 2: {}})[point].key(versions or {"jax": "1"})
+        return scaling.points_of([(1, {}), (2, {})])[point].key(list(origin))
 
 
-def test_a_row_is_known_by_its_point_the_work_and_the_versions_and_not_by_where_it_goes():
-    assert key("--layers=3", "--output=a", "--plot=b.svg") == key("--layers=3", "--output=c", "--scaling=strong")
-    others = [key("--layers=4"), key("--layers=3", point=1), key("--layers=3", versions={"jax": "2"})]
-    assert len({key("--layers=3"), *others}) == 4
+def test_a_row_is_known_by_its_point_the_work_and_its_origin_and_not_by_where_it_goes():
+    where = ["--output=c", "--scaling=strong", "--timeout_seconds=99", "--trace=/else/where.csv", "--layers=2"]
+    assert key("--output=a", "--plot=b.svg") == key(*where)
+    others = [key("--layers=4"), key(point=1), key(origin=["jax 2"]), key("--repeat_requests=2")]
+    assert len({key(), *others}) == 5
 
 
 def row(mode, chips, tokens_per_s, projected=False, repeat=0, partial=False):
@@ -77,6 +78,8 @@ def row(mode, chips, tokens_per_s, projected=False, repeat=0, partial=False):
         "chip": "v5p",
         "devices": {"cpu": chips},
         "mesh": {"data": chips, "context": 1, "model": 1},
+        "settings": {"layers": 2},
+        "workload": "a trace, 2 times over",
         "processes": 1,
         "chips": chips,
         "tokens_per_s": tokens_per_s,
@@ -110,6 +113,13 @@ def test_efficiency_is_that_of_a_chip_over_the_smallest_point_s():
     assert [p.efficiency for p in projected.points] == [1.0, 1.0]
 
 
+def test_other_work_is_another_series_with_a_name_of_its_own():
+    other = row("strong", 1, 5.0) | {"settings": {"layers": 9}}
+    found = scaling_report.series([ROWS[0], ROWS[1], other, ROWS[0] | {"workload": "a trace"}])
+    assert sorted(len(one.points) for one in found) == [1, 2] and len({one.work for one in found} - {""}) == 2
+    assert len({one.title for one in found}) == 2
+
+
 def test_the_table_says_what_is_projected_in_80_columns():
     text = scaling_report.table([*ROWS, row("weak", 8192, 3.2e8), row("weak", 8192, 3.2e8, projected=True)])
     assert max(map(len, text.splitlines())) <= 80
@@ -136,6 +146,7 @@ def test_measured_and_projected_are_never_in_one_line_style():
 @pytest.mark.parametrize(
     ("topology", "size", "box"),
     [
+        ("v5p:4x4x4", 4, (1, 2, 2)),
         ("v5p:4x4x4", 8, (2, 2, 2)),
         ("v5p:4x4x4", 16, (2, 2, 4)),
         ("v6e:4x8", 8, (2, 4, 1)),
@@ -148,6 +159,21 @@ def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
     assert len(set(chosen)) == size and devices[0] in chosen
     extent = [len({d.coords[i] for d in chosen}) for i in range(3)]
     assert sorted(extent) == sorted(box)
+    chips_a_host = 4
+    assert len({d.process_index for d in chosen}) == max(1, len({tuple(d.coords) for d in chosen}) // chips_a_host)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "slices", "sizes"),
+    [
+        ("tpu7x:2x2x1", 1, [2, 4, 8]),
+        ("v5p:4x4x12", 1, [1, 2, 4, 8, 16, 32, 64, 192]),
+        ("v5e:4x4", 2, [1, 2, 4, 8, 16, 32]),
+    ],
+)
+def test_the_sizes_there_are_by_default_are_those_of_which_there_is_a_sub_mesh(topology, slices, sizes):
+    assert scaling._sizes_here(list(topology_devices(topology, slices))) == sizes
 
 
 @needs_libtpu
@@ -276,6 +302,12 @@ def test_a_projected_sweep_says_so_in_every_row(tmp_path):
         (["--plan=v5p:8x8x9", "--sizes=1"], "not together with --sizes"),
         (["--plan=v5p:7x8x8"], "the nearest is v5p:8x8x8"),
         (["--output=/proc/x"], "--output='/proc/x'"),
+        (["--plan="], "--plan='': must name a slice"),
+        (["--width=512"], "--width=512: is a flag of --plan"),
+        (["--plan=v5e:2x2", "--implementation=xla"], "--implementation='xla': is a flag of measured sweeps"),
+        (["--oracle_samples=-1"], "--oracle_samples=-1: must be at least 0"),
+        (["--model_parallelism=2"], "--model_parallelism=2: is no flag of this launcher"),
+        (["--plan=v5e:2x2", "--num_pages=9"], "--num_pages=9: is no flag of this launcher"),
     ],
 )
 def test_bad_flags_end_with_one_line_before_anything_runs(arguments, message):

@@ -73,7 +73,7 @@ def test_what_it_cannot_do_it_refuses_in_a_line(flag, says):
 def test_help_names_its_flags_with_the_defaults_of_this_benchmark():
     code, out, _ = run("--help")
     assert code == 0 and "--table_tokens:" in out and "--sliding_window" not in out
-    assert "(default: '32')" in out.partition("--batch:")[2].partition("--head_dim")[0]
+    assert "(default: 32)" in out.partition("--batch:")[2].partition("--page_size")[0]
 
 
 @pytest.mark.parametrize("pages_first", [False, True])

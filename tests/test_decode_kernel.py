@@ -62,7 +62,12 @@ LONG |= {("window_beyond_int32", 1), ("all_empty", 2), ("bf16", 2), ("mqa_odd_ta
 LONG |= {("longer_than_the_table", 1), ("page_24", 1), ("window_inside_large_pages", 1), ("bf16_pages_f32_query", 1)}
 LONG |= {("starts_in_cells_of_many_pages", 1), ("group_of_five", 1), ("cells_of_sixteen_pages", 1), ("bf16", 1)}
 LONG |= {("longer_than_a_table_of_part_of_a_cell", 1), ("nine_sequences", 1), ("page_24_bf16_window", 1)}
-LONG |= {("window_and_cells_of_no_sequence", 1), ("four_heads_share_a_register", 1), ("page_8_bf16", 1)}
+LONG |= {
+    ("window_and_cells_of_no_sequence", 1),
+    ("four_heads_share_a_register", 1),
+    ("page_8_bf16", 1),
+    ("packed_bf16", 1),
+}
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 
 

@@ -279,6 +279,7 @@ def test_sub_meshes_of_what_is_there_are_measured_by_all_processes_together(tmp_
 def test_a_projected_sweep_says_so_in_every_row(tmp_path):
     out = tmp_path / "rows.jsonl"
     shape = ["--num_kv_heads=4", "--num_q_heads=8", "--layers=2", "--batch=64", f"--output={out}", "--model=4"]
+    assert run("--plan=v5e:2x4,v6e:2x4,v5e:2x2", "--scaling=weak", "--dry_run", *shape)[1].count("weak") == 3
     code, text, err = run("--plan=v5e:2x2,v5e:2x4", *shape)
     assert code == 0, err
     rows = rows_in(out)

@@ -356,6 +356,8 @@ def test_a_process_whose_stderr_cannot_be_written_ends_all_the_same():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what stands for os._exit
 def test_one_that_raises_ends_the_others_and_goes_on_to_raise(monkeypatch):
+    monkeypatch.setattr("paged_dist._judge.PATIENCE", 0.3)
+    monkeypatch.setattr("paged_dist.watchdog.PATIENCE", 0.5)
     with connected(3, monkeypatch) as (watches, ended):
 
         def work(watch, i):

@@ -93,7 +93,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.num_processes > 1:
             self._wake, wake = socket.socketpair()
-            wake.setblocking(False)
+            for end in (self._wake, wake):
+                end.setblocking(False)
             work = _Hub(self, wake) if self.process_id == 0 else _Spoke(self, wake)
             self._thread = threading.Thread(target=self._guarded, args=(work.run,), name="watchdog", daemon=True)
             self._thread.start()

@@ -173,7 +173,9 @@ def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
     ],
 )
 def test_the_sizes_there_are_by_default_are_those_of_which_there_is_a_sub_mesh(topology, slices, sizes):
-    assert scaling._sizes_here(list(topology_devices(topology, slices))) == sizes
+    with flagsaver.flagsaver():
+        flags.FLAGS(["scaling"])
+        assert scaling._sizes_here(list(topology_devices(topology, slices))) == sizes
 
 
 @needs_libtpu

@@ -61,8 +61,8 @@ _TOPOLOGIES = {"v4": V4, "v5e": V5E, "v5p": V5P, "v6e": V6E, "tpu7x": V7X}
 _HOST = (2, 2, 1)  # chips along each axis of a host's board, of which a slice is made
 
 
-def chip_of_topology(topology: str) -> Chip:
-    """The chip of an absent slice by its name, such as 'v5p:8x8x8'.
+def chip_of_topology(topology: str, flag: str = "--topology") -> Chip:
+    """The chip of an absent slice by its name, such as 'v5p:8x8x8', which `flag` gave.
 
     Raises:
       ValueError: no such generation; not whole hosts of 2x2 chips; more than a pod has. libtpu compiles some slices
@@ -70,21 +70,19 @@ def chip_of_topology(topology: str) -> Chip:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     example = "write GENERATION:SHAPE, such as v5p:8x8x8 or v6e:16x16"
-    require(match is not None, "--topology", topology, "is no slice's name", example)
+    require(match is not None, flag, topology, "is no slice's name", example)
     name, dims = match[1], [int(n) for n in match[2].split("x")]
     if name not in _TOPOLOGIES:
         works = "tpu7x is its name" if name in ("v7x", "v7") else f"use one of {', '.join(_TOPOLOGIES)}"
-        raise bad_value("--topology", topology, f"{name} is no generation that libtpu compiles for here", works)
+        raise bad_value(flag, topology, f"{name} is no generation that libtpu compiles for here", works)
     chip = _TOPOLOGIES[name]
     axes = len(chip.pod)
     shape = lambda dims: f"{name}:{'x'.join(map(str, dims))}"
     nearest = _nearest_slice(dims, chip.pod)
-    require(
-        len(dims) == axes, "--topology", topology, f"a {name} slice has {axes} axes", f"the nearest is {shape(nearest)}"
-    )
+    require(len(dims) == axes, flag, topology, f"a {name} slice has {axes} axes", f"the nearest is {shape(nearest)}")
     require(
         dims == nearest,
-        "--topology",
+        flag,
         topology,
         f"a slice is made of hosts of 2x2 chips, and a {name} pod has {'x'.join(map(str, chip.pod))}",
         f"the nearest is {shape(nearest)}",

@@ -428,6 +428,9 @@ def compare(files: Sequence[str], rows: Sequence[list[dict]], metrics: Sequence[
         differs = nearest([g["work"] for g in only_a], [g["work"] for g in only_b])
         lines = [_wrap("{}: {} | {}".format(key, *map(_shown, values)), "  ") for key, values in differs.items()]
         raise NothingComparable("\n".join(["no work is in both; the nearest two, a | b:", *lines]))
+    unknown = [m for m in metrics if not any(m in row for side in whole for row in side)]
+    if unknown and len(unknown) < len(metrics):
+        raise NothingComparable(f"no row has a field {', '.join(unknown)}; see --metrics")
     if not any(all(r["runs"]) for g in groups for r in g["metrics"]):
         raise NothingComparable(f"no row of both files has a value of {', '.join(metrics)}; see --metrics")
     record = {"benchmark": "compare", "groups": groups, "only_a": only_a, "only_b": only_b}

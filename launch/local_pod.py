@@ -74,9 +74,9 @@ class Child:
             lines, self._partial[pipe] = [self._partial[pipe]], b""
         out = sys.stdout.buffer if pipe is self.process.stdout else sys.stderr.buffer
         if lines:
-            prefix = b"[p%d] " % self.index
+            prefix = b"[p%d] " % self.index  # an empty line is its prefix alone
             with contextlib.suppress(BrokenPipeError):
-                out.write(b"".join(prefix + line + b"\n" for line in lines))
+                out.write(b"".join((prefix + line).rstrip(b" ") + b"\n" for line in lines))
                 out.flush()
         return bool(data)
 
@@ -139,10 +139,11 @@ def pod_environment(process: int, processes: int, devices: int, port: int, base:
 
 def launcher_command(launcher: str, arguments: Sequence[str]) -> list[str]:
     """The command of one process: a launcher of this package by its name, a module by its dotted name, or a script."""
+    python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
     if launcher.endswith(".py"):
-        return [sys.executable, launcher, *arguments]
+        return [*python, launcher, *arguments]
     module = launcher if "." in launcher else f"paged_dist.launch.{launcher}"
-    return [sys.executable, "-m", module, *arguments]
+    return [*python, "-m", module, *arguments]
 
 
 def run_pod(
@@ -281,6 +282,7 @@ def main(argv: Sequence[str]) -> int:
         NAME,
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
+        epilog="exit codes: 0 all done; 124 time is up; 130 Ctrl-C; else that of the process that failed",
         usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] [--grace_seconds=S] -- LAUNCHER [FLAGS]",
     )
     parser.add_argument("--processes", type=_count, default=2, help="processes to start (default 2)")
@@ -322,7 +324,7 @@ def _exists(launcher: str, command: Sequence[str]) -> bool:
     if launcher.endswith(".py"):
         return os.path.isfile(launcher)
     try:
-        return importlib.util.find_spec(command[2]) is not None
+        return importlib.util.find_spec(command[command.index("-m") + 1]) is not None
     except ModuleNotFoundError:
         return False
 

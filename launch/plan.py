@@ -122,7 +122,7 @@ def settings_from_flags(topology: str | None = None) -> Settings:
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     for name in ("hbm_gib", "soft_cap"):
         value = f[name].value
-        require(value is None or 0 < value < math.inf, f"--{name}", value, "must be above 0 and finite")
+        require(value is None or 0 < value < 2**20, f"--{name}", value, "must be above 0 and below 2**20")
     shared.check_output(shared.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
@@ -194,13 +194,29 @@ def sizes_of(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes:
     page_bytes = page.bytes_per_token * s.page_size // model  # on each device that holds it
     unit = whole_pool(1, s.page_size, s.dtype)
     fit = lambda room: max(room, 0) // page_bytes // unit * unit * shards
+    longest = max(s.context_tokens or 0, *(r.tokens for r in s.requests))
+    columns = s.pages_per_sequence or pages_needed(longest, s.page_size)
+    mean = sum(r.context + r.generated / 2 for r in s.requests) / len(s.requests)
+    tokens = s.context_tokens or round(mean)
+    require(
+        tokens <= columns * s.page_size,
+        "--context_tokens",
+        tokens,
+        f"a row's {columns} pages hold {columns * s.page_size}",
+        f"give --pages_per_sequence={pages_needed(tokens, s.page_size)}",
+    )
+    a_row = pages_needed(pages_needed(tokens, s.page_size), context)  # pages on each context shard
+    rows = batch // data
     most = fit(hbm - weights - (int(hbm * _KEPT) if kept is None else kept))
     if most == 0:
+        pages_of_rows = -(-rows * a_row // unit) * unit
+        layers = int(hbm * (1 - _KEPT)) * s.num_layers // (weights + page_bytes * pages_of_rows)
         raise bad_value(
             "--width" if weights else "--page_size",
             s.width if weights else s.page_size,
-            f"{_gib(weights)} of weights and the program leave no room for a page in the {_gib(hbm)} of a device's HBM",
-            "give a larger --model, or fewer --layers",
+            f"{_gib(weights)} of weights and the program leave no room for a page of {s.num_layers} layers in the "
+            f"{_gib(hbm)} of a device's HBM",
+            f"--layers={layers} fit" if layers else "give a larger --model or a larger slice",
         )
     pages = s.num_pages or most
     if s.num_pages is not None:
@@ -214,26 +230,16 @@ def sizes_of(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes:
             + f", where its HBM gives a program {_gib(hbm)}",
             f"{most} pages fit",
         )
-    longest = max(s.context_tokens or 0, *(r.tokens for r in s.requests))
-    columns = s.pages_per_sequence or pages_needed(longest, s.page_size)
-    mean = sum(r.context + r.generated / 2 for r in s.requests) / len(s.requests)
-    tokens = s.context_tokens or min(round(mean), columns * s.page_size)
-    require(
-        tokens <= columns * s.page_size,
-        "--context_tokens",
-        tokens,
-        f"a row's {columns} pages hold {columns * s.page_size}",
-        f"give --pages_per_sequence={pages_needed(tokens, s.page_size)}",
-    )
-    a_row = pages_needed(pages_needed(tokens, s.page_size), context)  # pages on each context shard
-    rows, rows_that_fit = batch // data, pages // shards // a_row
+    rows_that_fit = pages // shards // a_row
     require(
         rows * a_row <= pages // shards,
         "--batch",
         batch,
         f"{rows} rows of {tokens} tokens on a data shard take {rows * a_row} pages on each device, which has "
         f"{pages // shards}",
-        f"--batch={rows_that_fit * data} fits" if rows_that_fit else "give fewer --context_tokens, or more --num_pages",
+        f"--batch={rows_that_fit * data} fits"
+        if rows_that_fit
+        else f"--batch={data} --context_tokens={pages // shards * context * s.page_size} fit",
     )
     spec = CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, s.dtype, s.num_layers)
     return Sizes(spec, batch, columns, tokens, hbm, weights)

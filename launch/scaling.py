@@ -97,7 +97,9 @@ class Point:
         mesh = "x".join(map(str, self.mesh))
         work = f"batch {self.batch}" + (f", requests {self.times} times over" if self.times > 1 else "")
         run = f", run {self.repeat + 1}" if RUNS.value > 1 else ""
-        return f"{self.mode} {mesh} ({self.size} devices, {self.topology or processes}): {work}{run}"
+        return (
+            f"{self.mode} {mesh} ({self.size} device{'s' * (self.size > 1)}, {self.topology or processes}): {work}{run}"
+        )
 
 
 def check_flags() -> None:
@@ -124,8 +126,11 @@ def check_flags() -> None:
     require(
         PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
     )
+    for name in ("processes", "devices"):
+        if flags.FLAGS[name].present and (PLAN.value or SIZES.value):
+            raise bad_value(f"--{name}", flags.FLAGS[name].value, "is of local pods", "not with --plan or --sizes")
     for topology in PLAN.value or ():
-        chip_of_topology(topology)
+        chip_of_topology(topology, "--plan")
     shared.check_output(shared.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
@@ -183,7 +188,7 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
 
 def rows_of(path: str | None) -> list[dict]:
     """The rows of sweeps in a file of JSON lines; what is half-written or of others is passed over."""
-    if path is None or not os.path.exists(path):
+    if path is None or not os.path.isfile(path):  # a device has no end
         return []
     rows = []
     with open(path, encoding="utf-8") as file:

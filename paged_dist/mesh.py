@@ -217,7 +217,9 @@ def infer_sizes(
             model,
             f"must divide num_kv_heads {num_kv_heads}, for heads are never repeated",
             f"model={math.gcd(model, num_kv_heads)}, "
-            f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices",
+            f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices"
+            if num_devices % (context * model) == 0
+            else _divisors_near(num_kv_heads, model),
         )
     group = context * model
     if num_devices % group:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
+
+import jax
 
 from paged_dist import distributed
 from paged_dist._errors import require
@@ -96,6 +99,8 @@ class Watchdog:
             for end in (self._wake, wake):
                 end.setblocking(False)
             work = _Hub(self, wake) if self.process_id == 0 else _Spoke(self, wake)
+            if self.process_id != 0 and jax.distributed.is_initialized():
+                _hold_up_aborts()
             self._thread = threading.Thread(target=self._guarded, args=(work.run,), name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -298,11 +303,23 @@ def _clip(text: str | None) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def _hold_up_aborts() -> None:
+    """Makes abort() wait 6 seconds. JAX's client aborts its process as soon as the coordinator is gone, and might be
+    faster than the watch, which says who that was and ends the process itself.
+
+    The handler is C's sleep(), which is called with the signal's number, 6, as seconds; abort() goes on after it.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
 class _Spoke:
     """The thread of a process that is not 0: says that it lives and what its main thread has to say, and listens."""
 
     def __init__(self, watch: Watchdog, wake: socket.socket):
         self._watch, self._wake, self._hub = watch, wake, _Peer(watch._peers[0])
+        self._who, self._at = "process 0", Place("start")  # of the coordinator
 
     def run(self) -> None:
         watch, hub = self._watch, self._hub
@@ -339,11 +356,16 @@ class _Spoke:
             hub.flush_until(time.monotonic() + PATIENCE)
 
     def _lost(self, how: str) -> NoReturn:
-        self._watch._end(LOST, f"lost process 0, the coordinator, while this one was {self._watch._place}: {how}")
+        here = f"this one is {self._watch._place}"
+        self._watch._end(LOST, f"lost {self._who}, the coordinator, last heard of {self._at}: {how}; {here}")
 
     def _hear(self, message: dict) -> None:
         watch = self._watch
-        if "verdict" in message:
+        if "alive" in message:
+            self._at = Place(*message["alive"])
+        elif "hello" in message:
+            self._who += f" ({message['hello']})"
+        elif "verdict" in message:
             verdict = Verdict(*message["verdict"])
             if verdict.culprit is not None and watch._error is not None:  # each that failed by itself says so itself
                 watch._set(_mine=True)
@@ -374,11 +396,12 @@ class _Hub:
         with selectors.DefaultSelector() as events:
             for i, peer in self._peers.items():
                 peer.register(events, i)
+                peer.put(_encoded({"hello": watch._here}))
             events.register(self._wake, selectors.EVENT_READ, 0)
             while judge.present:
                 if (now := time.monotonic()) >= due:
                     due = now + watch._beat
-                    self._tell({"alive": True})
+                    self._tell({"alive": watch._place})
                     judge.heard(0, now)
                     self._urgent = True
                 if watch._stopping and not told:

@@ -144,7 +144,7 @@ def test_the_report_is_one_table_of_80_columns_with_the_record_s_numbers(records
     record, out, err = records["2x4"]
     said = out.splitlines()
     assert "Gloo" not in out  # XLA's transport between CPU processes would announce its connections in between
-    lines = [line.removeprefix("[p0] ") for line in said if line.startswith("[p0] ")]
+    lines = [line[4:].removeprefix(" ") for line in said if line.startswith("[p0]")]
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert "Traceback" not in out + err
@@ -168,7 +168,7 @@ def test_another_seed_gives_another_checksum(records):
         [*DECODE, *SMALL, "--seed=1", "--oracle_samples=0", "--kv_dtype=f32", "--sliding_window=70", "--soft_cap=20"]
     )
     assert code == 0, err
-    assert records["bare"][0]["checksum"] not in out and "0 outputs checked" in out
+    assert records["bare"][0]["checksum"] not in out and "no output was checked" in out
 
 
 # The engine in this process

@@ -228,6 +228,7 @@ def test_a_reserved_port_can_be_listened_on_by_the_coordinator_and_is_given_to_n
 
 
 def test_launchers_are_named_by_name_module_or_script():
-    assert launcher_command("decode", ["--a"]) == [sys.executable, "-m", "paged_dist.launch.decode", "--a"]
-    assert launcher_command("x.y", []) == [sys.executable, "-m", "x.y"]
-    assert launcher_command(os.path.join("a", "b.py"), []) == [sys.executable, os.path.join("a", "b.py")]
+    python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+    assert launcher_command("decode", ["--a"]) == [*python, "-m", "paged_dist.launch.decode", "--a"]
+    assert launcher_command("x.y", []) == [*python, "-m", "x.y"]
+    assert launcher_command(os.path.join("a", "b.py"), []) == [*python, os.path.join("a", "b.py")]

@@ -143,7 +143,9 @@ REFUSED = [
     (["--num_pages=33"], "must be a multiple of the mesh's data x context size 4 x 4", "48 works"),
     (["--batch=6"], "--batch=6: must be a multiple of the mesh's data size 4", "8 works"),
     (["--num_pages=160", "--batch=64", "--context_tokens=1000"], "--batch=64: 16 rows of 1000", "--batch=20 fits"),
-    (["--width=65536", "--layers=800"], "--width=65536: 125.00 GiB of weights", "larger --model"),
+    (["--width=65536", "--layers=800"], "--width=65536: 125.00 GiB of weights", "--layers=589 fit"),
+    (["--layers=90000", "--num_kv_heads=32", "--num_q_heads=32"], "rows of 1434 tokens", "--batch=4 --context_tokens="),
+    (["--pages_per_sequence=2"], "--context_tokens=1434: a row's 2 pages hold 256", "--pages_per_sequence=12"),
     (["--context_tokens=9000", "--pages_per_sequence=4"], "hold 512", "--pages_per_sequence=71"),
     (["--num_q_heads=6", "--num_kv_heads=2"], "--num_q_heads=6: must be a multiple of model 4", ""),
 ]
@@ -154,6 +156,9 @@ def test_what_does_not_fit_is_refused_by_its_limit_with_what_does(arguments, rul
     with pytest.raises(ValueError) as e:
         sizes(settings(*arguments))
     assert rule in str(e.value) and works in str(e.value)
+    if " fit" in str(e.value):  # what is advised is no empty word
+        advised = [word for word in str(e.value).split("; ")[1].split() if word.startswith("--")]
+        sizes(settings(*arguments, *advised)) if advised else None
 
 
 def test_the_most_pages_that_are_advised_do_fit():

@@ -310,6 +310,7 @@ def test_a_projected_sweep_says_so_in_every_row(tmp_path):
         (["--plan=v5e:2x2", "--implementation=xla"], "--implementation='xla': is a flag of measured sweeps"),
         (["--oracle_samples=-1"], "--oracle_samples=-1: must be at least 0"),
         (["--model_parallelism=2"], "--model_parallelism=2: is no flag of this launcher"),
+        (["--plan=v5e:2x2", "--processes=1"], "--processes=['1']: is of local pods"),
         (["--plan=v5e:2x2", "--num_pages=9"], "--num_pages=9: is no flag of this launcher"),
     ],
 )

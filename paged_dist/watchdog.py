@@ -57,7 +57,8 @@ class Watchdog:
     Where another process is lost, this one ends: the reason on stderr, exit code 3, no clean-up. Where the block
     raises, the others end so and the exception goes on; leave the process then with os._exit, for JAX's own shut-down
     waits for the others. In a run of one process it watches nobody, and everything works. Every process calls the
-    same methods in the same order, but for `step` and `stops`.
+    same methods in the same order, but for `step` and `stops`. On processes other than 0 it takes the place of a
+    handler of SIGABRT, with which JAX's client ends a process whose coordinator is gone.
 
     Args:
       timeout_seconds: how long a process may be silent, or a step may take, before the run ends; the end comes within

@@ -70,6 +70,7 @@ LONG = ("page_8", "page_16", "many_heads")
 OFTEN = {"v7x": (0, 1), "v4": (0, 5), "v5p": (1, 5), "v5e": (3, 5), "v6e": (2, 5)}  # from which shape on, every n-th
 ALSO_SLOW = {(chip, name) for chip, (i, n) in OFTEN.items() for name in SHAPES if name not in list(SHAPES)[i::n]}
 ALSO_SLOW |= {(chip, name) for chip in CHIPS for name in LONG if chip != "v7x"}
+ALSO_SLOW.add(("v7x", "page_24"))  # as long, and page_24_f32 has its tables
 SPLIT = ("large_batch_packed",)
 
 

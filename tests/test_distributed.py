@@ -179,7 +179,7 @@ def test_missing_processes_are_named_to_those_that_came():
 )
 def test_processes_that_disagree_are_told_how(count, index, message):
     address = f"127.0.0.1:{free_port()}"
-    scripts = [start(address, 2, 0, timeout_seconds=8), start(address, count, index, timeout_seconds=8)]
+    scripts = [start(address, 2, 0, timeout_seconds=5), start(address, count, index, timeout_seconds=5)]
     results = run_processes(scripts, 40)
     assert all(code == 1 for code, _, _ in results)
     assert any(message in err for _, _, err in results), results

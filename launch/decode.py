@@ -259,8 +259,7 @@ def main(argv) -> int:
         shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
         taken = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(shared) if flag.name != "context_tokens"]
         shared.refuse_others(taken, {"context_tokens": "lengths are the requests', see --trace and --length_scale"})
-        gib = shared.HBM_GIB.value
-        require(gib is None or 0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
+        shared.check_hbm_gib()
         shared.check_output(shared.OUTPUT.value)
         shared.check_output(shared.PROFILE_DIR.value, "profile_dir", folder=True)
         shared.start_jax(NAME)

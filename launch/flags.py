@@ -237,6 +237,21 @@ def at_least(smallest: int, **by_flag: int | float | None) -> None:
         require(value is None or value >= smallest, f"--{name}", value, f"must be at least {smallest}")
 
 
+def check_hbm_gib() -> None:
+    """Raises ValueError where --hbm_gib is no HBM of a chip."""
+    gib = HBM_GIB.value
+    require(gib is None or 0 < gib < 2**20, "--hbm_gib", gib, "must be above 0 and below 2**20")
+
+
+def start_tpu_compiler() -> None:
+    """Makes ready for compiles for absent TPUs, a TPU of this host being left alone; UsageError without libtpu."""
+    from paged_dist.topology import has_libtpu
+
+    if not has_libtpu():
+        raise UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
+    simulate_devices(1, many_processes=False)
+
+
 def refuse_others(taken: Sequence[str], instead: Mapping[str, str] | None = None) -> None:
     """Raises ValueError where a flag of this module is given that is not among those that a launcher has `taken`.
 

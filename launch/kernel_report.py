@@ -297,13 +297,9 @@ def _line(columns, cells) -> str:
 def main(argv) -> int:
     """Compiles what the flags describe; 0, or 1 where the decode kernel does not compile for a chip."""
     del argv
-    from paged_dist.topology import has_libtpu
-
     try:
         s = settings_from_flags()
-        if not has_libtpu():
-            raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
-        shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
+        shared.start_tpu_compiler()
 
         from paged_dist.kernels.paged_attention.megacore import Target
         from paged_dist.launch import report

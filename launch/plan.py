@@ -120,9 +120,9 @@ def settings_from_flags(topology: str | None = None) -> Settings:
     shared.at_least(0, width=WIDTH.value)
     q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    for name in ("hbm_gib", "soft_cap"):
-        value = f[name].value
-        require(value is None or 0 < value < 2**20, f"--{name}", value, "must be above 0 and below 2**20")
+    cap = f["soft_cap"].value
+    require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
+    shared.check_hbm_gib()
     shared.check_output(shared.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
@@ -485,13 +485,9 @@ def _kib(size: int) -> str:
 def main(argv) -> int:
     """Plans what the flags describe; 0, or 1 where the step would not run as it should or the file not be written."""
     del argv
-    from paged_dist.topology import has_libtpu
-
     try:
         s = settings_from_flags()
-        if not has_libtpu():
-            raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
-        shared.simulate_devices(1, many_processes=False)  # a TPU of this host, if any, is left alone
+        shared.start_tpu_compiler()
         if shared.DRY_RUN.value:
             print(dry_text(s))
             return 0

@@ -116,6 +116,7 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
     alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
     cache_bytes = spec.bytes_per_chip(mesh)
     copies = pool_copies(spec, mesh, text)
+    torus = {axis.name: {run.physical for run in axis.runs} & _TORUS for axis in mesh_facts(mesh).axes}
     return {
         "cache_bytes": cache_bytes,
         "weights_bytes": sizes.weights_bytes,
@@ -128,7 +129,7 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
         + alone,
         "aliased_bytes": memory.alias_size_in_bytes,
         "pool_copies": copies,
-        "collectives": [_collective(c, s, mesh) for c in read.collectives(text)],
+        "collectives": [_collective(c, s, mesh, torus) for c in read.collectives(text)],
         "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in read.crossings(text)],
         "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in read.kernels(text)],
     }
@@ -151,9 +152,10 @@ def pool_copies(spec, mesh, text: str) -> list[str]:
     ]
 
 
-def _collective(c, s: Settings, mesh) -> dict:
+def _collective(c, s: Settings, mesh, torus: dict[str, set[str]]) -> dict:
     """One collective of the step: over which mesh axes, how often (the step's one loop is that over layers), and how
-    many bytes each device puts in and sends in a ring over the step, over ICI or DCN."""
+    many bytes each device puts in and sends in a ring over the step, over ICI or DCN. `torus`: mesh axis -> the torus's
+    axes that it runs over."""
     axes, over_slices = axes_of(mesh, c.groups, s.num_slices)
     times = s.num_layers**c.loops
     group = max(map(len, c.groups))
@@ -164,9 +166,7 @@ def _collective(c, s: Settings, mesh) -> dict:
         "arrays": list(c.arrays),
         "axes": list(axes),
         "links": "dcn" if over_slices else "ici",
-        "torus_axes": len(
-            {run.physical for axis in mesh_facts(mesh).axes if axis.name in axes for run in axis.runs} & _TORUS
-        ),
+        "torus_axes": len(set().union(*(torus[name] for name in axes))),
         "group": group,
         "times": times,
         "bytes": times * c.bytes,

@@ -31,6 +31,7 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan, workload_flags
 from paged_dist.launch import flags as shared
 from paged_dist.launch.chips import chip_of_topology
+from paged_dist.launch.local_pod import die_with_parent, launcher_command
 from paged_dist.launch.workload import Request, repeated
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
@@ -55,13 +56,7 @@ for _name in ("num_slices", "width", "context_tokens"):
 
 _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
-_NOT_THE_WORK = (
-    *_SWEEP,
-    *_OF_A_PROCESS,
-    "timeout_seconds",
-    "trace",
-    "verbosity",
-)  # a trace's requests count, not its name
+_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, "timeout_seconds", "trace")  # of a trace its requests count, not its name
 _OF_PLANS = ("num_slices", "width", "context_tokens")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
@@ -84,7 +79,7 @@ class Point:
         return math.prod(self.mesh)
 
     def key(self, origin: list) -> str:
-        """What tells its row from others in a file: the point, the work that flags describe, and `origin_of` all."""
+        """What tells its row from others in a file: the point, the work that flags describe, the sweep's `origin`."""
         work = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__)} | {
             f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         }
@@ -117,8 +112,7 @@ def check_flags() -> None:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "see --plan, --model")
     require(PLAN.value is None or any(PLAN.value), "--plan", "", "must name a slice", "such as v5p:4x4x4")
     shared.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
-    gib = shared.HBM_GIB.value
-    require(gib is None or 0 < gib < math.inf, "--hbm_gib", gib, "must be above 0 and finite")
+    shared.check_hbm_gib()
     for mode in SCALING.value:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
@@ -275,10 +269,9 @@ def pod_command(point: Point, output: str) -> list[str]:
         for name, value in shared.given_flags(whole_run=True).items()
         if name[2:] in taken and name[2:] not in (*own, *_SWEEP, *_OF_A_PROCESS)
     ]
-    safe = ["-P"] if sys.flags.safe_path else []
-    pod = [sys.executable, *safe, "-m", "paged_dist.launch.local_pod"]
-    pod += [f"--processes={point.processes}", f"--devices={point.size // point.processes}", "--", "decode"]
-    return [*pod, *given, *(f"--{name}={value}" for name, value in own.items()), f"--output={output}"]
+    pod = [f"--processes={point.processes}", f"--devices={point.size // point.processes}", "--", "decode"]
+    run = [*given, *(f"--{name}={value}" for name, value in own.items()), f"--output={output}"]
+    return launcher_command("local_pod", [*pod, *run])
 
 
 def run_in_pods(sweep: Sweep, say) -> int:
@@ -333,8 +326,6 @@ class _Pods:
 
     def run(self, command: list[str], log: str) -> int:
         """The exit code of `command`, whose output goes to the file `log`."""
-        from paged_dist.launch.local_pod import die_with_parent
-
         with open(log, "wb") as file:
             self._pod = subprocess.Popen(
                 command,
@@ -510,11 +501,9 @@ def main(argv) -> int:
 
 
 def _main_of_plans(say) -> int:
-    from paged_dist.topology import has_libtpu, topology_devices
+    from paged_dist.topology import topology_devices
 
-    if not has_libtpu():
-        raise shared.UsageError("libtpu, the TPU compiler, is not installed: pip install 'paged-dist[tpu]'")
-    shared.simulate_devices(1, many_processes=False)
+    shared.start_tpu_compiler()
     names = dict.fromkeys(PLAN.value)
     points = points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
     settings = {p: _settings_of(p) for p in points}

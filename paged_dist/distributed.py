@@ -59,9 +59,7 @@ class _Request:
 
 
 _done: tuple[_Request, DistributedInfo] | None = None
-_peers: dict[
-    int, socket.socket
-] = {}  # the connections of the meeting, for the watchdog: to all others, or to process 0
+_peers: dict[int, socket.socket] = {}  # the meeting's connections: process 0's to all others, or one to process 0
 
 
 def initialize_distributed(

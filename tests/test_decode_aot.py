@@ -9,6 +9,7 @@ import pytest
 from aot import CHIPS, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
 
 from paged_dist.kernels import paged_decode_attention
+from paged_dist.launch.compiled import ops_around_kernels
 
 pytestmark = needs_libtpu
 on_every_chip = pytest.mark.parametrize("chip", CHIPS)
@@ -194,3 +195,10 @@ def test_both_cores_work_where_a_device_has_two(chip, in_scope):
         text = compile_on(mesh, paged_decode_attention, *shapes(Hq=8, Hkv=1)).as_text()
     assert kernels(text) == 1
     assert ("paged_decode_attention_on_two_cores" in text) == (chip in ("v4", "v5p"))
+
+
+@pytest.mark.parametrize("chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS])
+def test_an_output_that_is_all_that_a_program_returns_is_not_copied(chip):
+    """The compiler of jax 0.10 copied it: a kernel's only result, pinned to HBM."""
+    text = compiled_text(chip, shapes(Hq=8, Hkv=1, N=512))
+    assert [op for op in ops_around_kernels(text) if op.split()[0] == "copy"] == []

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist._compat import out_struct
+from paged_dist._compat import COPIES_A_LONE_RESULT, out_struct
 from paged_dist.kernels._dispatch import Interpret, in_hbm, result_in_hbm
+from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention import queries
 from paged_dist.kernels.paged_attention.checks import check_output_dtype, check_pools
 from paged_dist.kernels.paged_attention.decode_kernel import Refs, decode_kernel
@@ -155,6 +156,8 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
     results = dict(output=out_struct((plan.B, plan.Hq, plan.D), plan.out_dtype, *operands))
     if plan.return_lse:
         results["lse"] = out_struct((plan.B, 1, plan.Hq), jnp.float32, *operands)
+    elif COPIES_A_LONE_RESULT and not interpret:
+        results["never_written"] = out_struct((1, 1, LANES), jnp.float32, *operands)
     ahead = plan.sizes.steps_ahead
     scratch = {name: pltpu.VMEM(*x) for name, x in plan.scratch_shapes.items()}
     scratch |= dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from typing import NamedTuple
 
 FAILED = 1  # exit code of a process that failed itself
@@ -12,34 +13,47 @@ PREEMPTED = 75  # of all, after SIGTERM: sysexits' EX_TEMPFAIL, start it again
 
 PATIENCE = 2.0  # seconds that a failure waits for the reason behind it: a peer's death breaks a collective here first
 
+SILENT = "it has been silent for {:.0f} s"
+NOT_HERE = "it has been silent for {:.0f} s, it has not come into the block of this Watchdog"
+
+_PHASES = 1 << 20  # between two steps are more places than a run names phases there
+
 
 class Place(NamedTuple):
-    """How far a process is: in a phase that may take as long as it takes, or at a step.
+    """How far a process is: in a phase, or at a step.
 
     Attributes:
       phase: its name; of a step 'step', and 'devices' from when it only waits for them.
       step: the step's number, None in a phase.
       order: of two processes, the one with the smaller is behind.
+      limit: seconds that a phase may take.
     """
 
     phase: str
     step: int | None = None
-    order: int = -1000
+    order: int = -(1 << 60)
+    limit: float = math.inf
 
-    def next_phase(self, name: str) -> Place:
+    def next_phase(self, name: str, limit: float = math.inf) -> Place:
         """The phase `name` behind this place."""
-        return Place(name, None, self.order + 1)
+        return Place(name, None, self.order + 2, limit)  # behind the same step's wait for the devices, too
 
     @classmethod
     def of_step(cls, number: int, *, waits: bool = False) -> Place:
         """Step `number`, from when it `waits` for the devices."""
-        return cls("devices" if waits else "step", number, 2 * number + waits)
+        return cls("devices" if waits else "step", number, number * _PHASES + waits)
+
+    @property
+    def is_phase(self) -> bool:
+        """Whether the run named a phase, with a time of its own."""
+        return self.step is None and self not in (START, IDLE)
 
     def __str__(self) -> str:
         return f"at step {self.step}" if self.step is not None else f"at no step ({self.phase})"
 
 
-IDLE = Place("idle", None, 1 << 60)
+START = Place("start")
+IDLE = Place("idle", None, 1 << 90)
 
 
 class Verdict(NamedTuple):
@@ -57,13 +71,18 @@ class Judge:
     Args:
       limit: seconds of silence, or of one step, after which the run ends.
       beat: seconds between a process's signs of life.
+      start_limit: seconds until a process is there at all; None: `limit`.
     """
 
-    def __init__(self, num_processes: int, limit: float, beat: float, now: float):
+    def __init__(self, num_processes: int, limit: float, beat: float, now: float, start_limit: float | None = None):
         self._limit, self._beat = limit, beat
+        self._start_limit = limit if start_limit is None else start_limit
         self.names = {i: f"process {i}" for i in range(num_processes)}
         self._heard = dict.fromkeys(self.names, now)
-        self._places = {i: (Place("start"), now) for i in self.names}
+        self._places = dict.fromkeys(self.names, (START, now))
+        self._here: set[int] = set()
+        self._meetings: dict[int, str] = {}  # of the processes that wait in one
+        self._freed = now  # until then a phase held up those at a step
         self._gone: list[int] = []
         self._left: set[int] = set()
         self._failed: list[tuple[float, int, str]] = []
@@ -77,6 +96,7 @@ class Judge:
     def heard(self, i: int, now: float) -> None:
         """Process i gave a sign of life."""
         self._heard[i] = now
+        self._here.add(i)
 
     def at(self, i: int, place: Place, now: float) -> None:
         """Process i is at `place`."""
@@ -91,6 +111,16 @@ class Judge:
     def left(self, i: int) -> None:
         """Process i has done its part."""
         self._left.add(i)
+
+    def waits(self, i: int, meeting: str) -> None:
+        """Process i waits in a meeting for all others; when all are there, process 0 is at work alone."""
+        self._meetings[i] = meeting
+        if all(self._meetings.get(p) == meeting for p in self.names):
+            del self._meetings[0]
+
+    def met(self, meeting: str) -> None:
+        """Those that waited in this meeting go on."""
+        self._meetings = {i: name for i, name in self._meetings.items() if name != meeting}
 
     def failed(self, i: int, text: str, now: float) -> None:
         """Process i raised `text`."""
@@ -146,35 +176,69 @@ class Judge:
 
     def _silence(self, now: float) -> Verdict | None:
         for i in self.present:
-            if (seconds := now - self._heard[i]) > self._limit:
-                return self._lost(i, f"it has been silent for {seconds:.0f} s")
+            seconds = now - self._heard[i]
+            if i not in self._here and seconds > self._start_limit:
+                return self._lost(i, NOT_HERE.format(seconds))
+            if i in self._here and seconds > self._limit:
+                return self._lost(i, SILENT.format(seconds))
         return None
 
     def _stuck(self, now: float) -> Verdict | None:
-        """A step that has gone on for too long: those are to blame that are behind, if some are."""
-        places = {i: self._places[i] for i in self.present if self._places[i][0] != IDLE}
-        if not any(place.step is not None and now - since > self._limit for place, since in places.values()):
+        """A step or a phase that has gone on for too long: those are to blame that are behind, if some are.
+
+        Those that wait in a meeting are behind nobody. A process that is in a phase takes what time it has for that,
+        and so do the steps of those that wait for it.
+        """
+        everyone = {i: self._places[i] for i in self.present if self._places[i][0] != IDLE}
+        places = {i: at for i, at in everyone.items() if i not in self._meetings} or everyone
+        if not places:
             return None
         least = min(place.order for place, _ in places.values())
         behind = [i for i, (place, _) in places.items() if place.order == least]
-        if len(behind) == len(places):
+        moved = max(places[i][1] for i in behind)
+        phases = [i for i in behind if places[i][0].is_phase]
+        if phases:
+            self._freed = now
+            if any(now - moved <= places[i][0].limit for i in phases):
+                return None
+            return Verdict(LOST, self._endless(phases, len(places), now - moved))
+        last = max(since for _, since in places.values())  # who waits in a meeting is content while any other moves
+        since = {i: at[1] if i in places else max(at[1], last) for i, at in everyone.items()}
+        still = lambda i, limit: now - max(since[i], self._freed) > limit
+        at_step = [i for i, (place, _) in everyone.items() if place.step is not None and still(i, self._limit)]
+        if not at_step and not any(now - max(since[i], moved) > at[0].limit for i, at in everyone.items()):
+            return None
+        if len(behind) == len(everyone):
             return Verdict(
                 LOST,
                 f"step {places[behind[0]][0].step} has not ended for {self._limit:.0f} s on any process and none is "
                 "behind: a device or a collective hangs, or a step takes longer than the time-out allows",
             )
         # One that is slow and moves is not stuck: those are that do not move.
-        still = lambda i, limit: now - places[i][1] > limit
-        overdue = [i for i, (place, _) in places.items() if place.step is not None and still(i, self._limit)]
-        behind = [i for i in behind if still(i, self._limit / 2)] or overdue
-        more = f", and so {len(behind) - 1} more" if len(behind) > 1 else ""
-        most = max((place for place, _ in places.values()), key=lambda place: place.order)
-        there = f"{most}, waiting for devices" if most.phase == "devices" else f"{most}"
-        return Verdict(LOST, f"{self._where(behind[0])}{more}, is stuck, while others are {there}")
+        blamed = [i for i in behind if still(i, self._limit / 2)] or [i for i in at_step if i in places] or behind
+        if len(behind) == len(places):
+            meeting = next(self._meetings[i] for i in everyone if i not in places)
+            there = f"waiting for it in a meeting ({meeting.strip()})"
+        else:
+            most = max((place for place, _ in places.values()), key=lambda place: place.order)
+            there = f"{most}, waiting for devices" if most.phase == "devices" else f"{most}"
+        return Verdict(LOST, f"{self._all_of(blamed)}, is stuck, while others are {there}")
+
+    def _endless(self, phases: list[int], count: int, seconds: float) -> str:
+        """What ends a run in which these processes, of `count` that are at work, are in a phase that does not end."""
+        name = self._places[phases[0]][0].phase
+        if len(phases) == count == len(self.present):
+            return (
+                f"phase {name!r} has not ended for {seconds:.0f} s on any process: a compile, a device or a transfer "
+                "hangs, or a phase takes longer than its time-out allows"
+            )
+        return f"{self._all_of(phases)}, has been in phase {name!r} for {seconds:.0f} s, and others wait"
 
     def _lost(self, i: int, how: str) -> Verdict:
         here = f"; process 0 is {self._places[0][0]}" if i and self._places[0][0] != self._places[i][0] else ""
         return Verdict(LOST, f"lost {self.names[i]}, last heard of {self._places[i][0]}: {how}{here}", lost=i)
 
-    def _where(self, i: int) -> str:
-        return f"{self.names[i]}, {self._places[i][0]}"
+    def _all_of(self, some: list[int]) -> str:
+        """The first of some processes and where it is, and how many more they are."""
+        more = f", and so {len(some) - 1} more" if len(some) > 1 else ""
+        return f"{self.names[some[0]]}, {self._places[some[0]][0]}{more}"

@@ -95,8 +95,7 @@ def initialize_distributed(
     """
     global _done, _peers
     request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
-    timely = isinstance(timeout_seconds, numbers.Real) and 0 < timeout_seconds < math.inf
-    require(timely, "timeout_seconds", timeout_seconds, "must be a positive number of seconds")
+    check_seconds("timeout_seconds", timeout_seconds)
     if _done is not None:
         if _done[0] == request:
             return _done[1]
@@ -182,6 +181,13 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
             "must be one or more device numbers from 0",
         )
     return _Request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+
+
+def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
+    """Raises ValueError where `seconds` is no time-out; infinity is one where it may be `endless`."""
+    number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+    timely = number and (0 < seconds < math.inf or (endless and seconds == math.inf))
+    require(timely, argument, seconds, f"must be a positive number of seconds{', or math.inf' if endless else ''}")
 
 
 def split_address(argument: str, address: str) -> tuple[str, int]:

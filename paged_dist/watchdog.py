@@ -11,32 +11,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
-import json
-import math
 import os
-import selectors
 import signal
 import socket
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
 
 from paged_dist import distributed
-from paged_dist._errors import require
-from paged_dist._judge import DISAGREE, FAILED, IDLE, LOST, PATIENCE, PREEMPTED, Judge, Place, Verdict
+from paged_dist._errors import whole_number
+from paged_dist._judge import DISAGREE, FAILED, IDLE, LOST, PATIENCE, PREEMPTED, START, Place
+from paged_dist._signals import SlowAbort, action_of, set_action
+from paged_dist._watchers import END, MARGIN, STOP, Hub, Spoke
+from paged_dist._wire import as_json, encoded, peer_of
 
 __all__ = ["DISAGREE", "FAILED", "LOST", "PREEMPTED", "Disagreement", "Watchdog"]
 
 _MANY = 256  # processes, of which process 0 hears each less often
-_MARGIN = 2  # steps that a process may do after it heard of a preemption before it must know where to stop
-_END = "the end"
-_CHUNK = 1 << 20
-_LONGEST = 1 << 28  # bytes of a line, more than any report has
+_LAST_WORDS = 10.0  # seconds in which a process that failed ends; see SlowAbort
 
 
 class Disagreement(RuntimeError):
@@ -57,31 +54,48 @@ class Watchdog:
     Where another process is lost, this one ends: the reason on stderr, exit code 3, no clean-up. Where the block
     raises, the others end so and the exception goes on; leave the process then with os._exit, for JAX's own shut-down
     waits for the others. In a run of one process it watches nobody, and everything works. Every process calls the
-    same methods in the same order, but for `step` and `stops`. On processes other than 0 it takes the place of a
-    handler of SIGABRT, with which JAX's client ends a process whose coordinator is gone.
+    same methods in the same order, but for `step` and `stops`. A process may have several, one after the other, if
+    all processes have as many; each is entered once. Until the end of the block it takes, on processes other than 0,
+    the place of a handler of SIGABRT, with which JAX's client ends a process whose coordinator is gone.
 
     Args:
       timeout_seconds: how long a process may be silent, or a step may take, before the run ends; the end comes within
         that time.
       name: the program's, in front of the lines that it prints.
+      start_timeout_seconds: how long a process waits at the start of the block for the others to come there; None:
+        timeout_seconds.
+      phase_timeout_seconds: how long a phase may take of which nothing else is said, see `phase`.
 
     Attributes:
       process_id, num_processes: as `initialize_distributed` found them.
 
     Raises:
-      ValueError: timeout_seconds that is no positive number.
+      ValueError: a time-out that is no positive number.
+      RuntimeError: on entering it a second time, or inside the block of another.
     """
 
-    def __init__(self, timeout_seconds: float = 60, *, name: str = "paged-dist"):
-        timely = isinstance(timeout_seconds, int | float) and 0 < timeout_seconds < math.inf
-        require(timely, "timeout_seconds", timeout_seconds, "must be a positive number of seconds")
+    def __init__(
+        self,
+        timeout_seconds: float = 60,
+        *,
+        name: str = "paged-dist",
+        start_timeout_seconds: float | None = None,
+        phase_timeout_seconds: float = 3600,
+    ):
+        start = timeout_seconds if start_timeout_seconds is None else start_timeout_seconds
+        distributed.check_seconds("timeout_seconds", timeout_seconds)
+        distributed.check_seconds("start_timeout_seconds", start)
+        distributed.check_seconds("phase_timeout_seconds", phase_timeout_seconds, endless=True)
         self.process_id, self.num_processes, self._peers = distributed.peers()
         self._name = name
         self._beat = min(0.2 if self.num_processes <= _MANY else 1.0, timeout_seconds / 10)
         self._last_words = min(PATIENCE, timeout_seconds / 8)  # from a verdict to the end
-        self._limit = timeout_seconds - 2 * self._beat - self._last_words  # a beat to be heard, one to be judged
+        before = 2 * self._beat + self._last_words  # a beat to be heard, one to be judged
+        self._limit = timeout_seconds - before
+        self._start_limit = max(start - before, start / 2)
+        self._phase_limit = float(phase_timeout_seconds)
         self._here = f"{socket.gethostname()}, pid {os.getpid()}"
-        self._place = Place("start")
+        self._place = self._last_place = START  # the last: before it was idle
         self._changed = threading.Condition()  # guards what follows
         self._values: dict[str, dict[int, Any]] = collections.defaultdict(dict)  # name -> process -> value
         self._decided: dict[str, Any] = {}
@@ -91,17 +105,27 @@ class Watchdog:
         self._over = False  # nothing is a loss any more
         self._stopping, self._voted_at, self._stop_at = False, None, None
         self._next_step = 0
-        self._agreements, self._asked_at, self._signal_before = 0, None, None
-        self._thread = self._wake = None
+        self._agreements, self._asked_at, self._sigterm_before = 0, None, None
+        self._thread = self._wake = self._slow_abort = None
+        self._entered = self._inside = False
+        self._quits = False  # another Watchdog takes over the connections
 
     def __enter__(self) -> Watchdog:
+        if self._entered:
+            raise RuntimeError("this Watchdog was entered before: make another for another block")
+        self._entered = self._inside = True
         if self.num_processes > 1:
+            try:
+                self._take_over()
+            except RuntimeError:
+                self._inside = False
+                raise
             self._wake, wake = socket.socketpair()
             for end in (self._wake, wake):
                 end.setblocking(False)
-            work = _Hub(self, wake) if self.process_id == 0 else _Spoke(self, wake)
+            work = Hub(self, wake) if self.process_id == 0 else Spoke(self, wake)
             if self.process_id != 0 and jax.distributed.is_initialized():
-                _hold_up_aborts()
+                self._slow_abort = SlowAbort()
             self._thread = threading.Thread(target=self._guarded, args=(work.run,), name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -109,7 +133,7 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if self._thread is not None:
             if error is None:
-                self.meet(_END)
+                self.meet(END)
             elif not isinstance(error, Disagreement):  # of that all know
                 self._error = error
                 self._say({"failed": f"{kind.__name__}: {' '.join(str(error).split())[:300]}"})
@@ -118,36 +142,69 @@ class Watchdog:
             self._over = True
             self._say({"end": True})
             self._thread.join(PATIENCE)
-        if self._signal_before is not None:
-            # A process that was asked to stop is about to; others of its cluster may be asked, and it again, later.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._stopping else self._signal_before)
+        self._inside = False
+        if self._slow_abort is not None:
+            if error is None:
+                self._slow_abort.release()
+            else:  # it has something to say, and the coordinator may be gone before it has
+                restored = threading.Timer(_LAST_WORDS, self._slow_abort.release)
+                restored.daemon = True
+                restored.start()
+        self._give_back_sigterm()
+
+    def _take_over(self) -> None:
+        """Takes the connections from the Watchdog before, whose thread may still wait for others to leave it."""
+        peers = [peer_of(connection) for connection in self._peers.values()]
+        before = {peer.owner for peer in peers} - {None}
+        if any(watch._inside for watch in before):
+            raise RuntimeError("another Watchdog of this process is in its block: one watches at a time")
+        for watch in before:
+            watch._quits = True
+            watch._stir()
+            watch._thread.join()
+            if watch._slow_abort is not None:
+                watch._slow_abort.release()
+        for peer in peers:
+            peer.begin(self, self._here)
 
     # What the run says
 
-    def phase(self, name: str) -> None:
-        """Says that the run now does `name` ('compile', 'report'), which may take as long as it takes."""
-        self._place = self._place.next_phase(name)
+    def phase(self, name: str, timeout_seconds: float | None = None) -> None:
+        """Says that the run now does `name` ('compile', 'checkpoint'): no step, and what waits for it is not late.
+
+        Args:
+          timeout_seconds: how long it may take, `math.inf` for as long as it takes; None: the Watchdog's
+            phase_timeout_seconds, an hour if nothing is said.
+        """
+        if timeout_seconds is not None:
+            distributed.check_seconds("timeout_seconds", timeout_seconds, endless=True)
+        limit = self._phase_limit if timeout_seconds is None else float(timeout_seconds)
+        self._place = self._last_place = self._last_place.next_phase(str(name), limit)
 
     def idle(self) -> None:
         """Says that this process has nothing to do for now, and is behind nobody."""
         self._place = IDLE
 
-    def step(self, number: int, digest: int | None = None) -> None:
+    def step(self, number: int, digest: str | int | None = None) -> None:
         """Says that step `number` begins, which has to end in time.
 
         Args:
-          digest: a number that must be the same on all processes at this step, such as an allocator's digest. Process 0
-            compares them while the run goes on, and ends it with exit code 4 where one differs.
+          digest: what must be the same on all processes at this step, such as `PageAllocator.digest()`: a string or a
+            whole number. Process 0 compares them while the run goes on, and ends it with exit code 4 where one
+            differs.
         """
-        self._place = Place.of_step(number)
+        number = whole_number("number", number)
+        if digest is not None and not isinstance(digest, str):
+            digest = f"{whole_number('digest', digest):x}"
+        self._place = self._last_place = Place.of_step(number)
         self._next_step = number + 1
-        if digest is not None and self._thread is not None:
-            self._say({"digest": [number, f"{digest:x}"]})
+        if digest is not None and self._inside and self._thread is not None:
+            self._say({"digest": [number, digest]})
 
     def dispatched(self) -> None:
         """Says that the rest of the step is the devices' work: a process that hangs before is told from its victims."""
         if self._place.step is not None:
-            self._place = Place.of_step(self._place.step, waits=True)
+            self._place = self._last_place = Place.of_step(self._place.step, waits=True)
 
     # What the processes do together
 
@@ -162,8 +219,8 @@ class Watchdog:
           RuntimeError: several processes, and not inside the `with` block.
         """
         if self.num_processes == 1:
-            return _as_json(decide([_as_json(value)]))
-        if self._thread is None:
+            return as_json(decide([as_json(value)]))
+        if not self._inside:
             raise RuntimeError("a Watchdog of several processes is used as a context: with Watchdog() as watch")
         self._say({"value": [name, value]})
         with self._changed:
@@ -174,7 +231,7 @@ class Watchdog:
             else:
                 self._changed.wait_for(lambda: name in self._decided)
                 return self._decided.pop(name)
-        result = _as_json(decide(everyone))
+        result = as_json(decide(everyone))
         self._say({"decided": [name, result]})
         return result
 
@@ -200,8 +257,19 @@ class Watchdog:
         """Makes SIGTERM on any process stop all of them before the same step, see `stops`.
 
         One that comes again 5 seconds later or more, a person's, kills; one that comes sooner, from a supervisor that
-        tells parent and child, changes nothing.
+        tells parent and child, changes nothing. Python sets signal handlers in the main thread only: called in
+        another, it warns, and SIGTERM stays as it was on this process. The other processes' still stops it too.
         """
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(
+                "watch_for_preemption() was called off the main thread, where Python sets no signal handlers: SIGTERM "
+                "of this process does not stop the run; call it in the main thread",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        if self._sigterm_before is not None:
+            return
 
         def asked(number, frame):
             now = time.monotonic()
@@ -212,7 +280,22 @@ class Watchdog:
             self._stopping = True  # no lock: this may have interrupted the thread that holds it
             self._stir()
 
-        self._signal_before = signal.signal(signal.SIGTERM, asked)
+        action = action_of(signal.SIGTERM)  # JAX's runtime has set one from C
+        self._sigterm_before = signal.signal(signal.SIGTERM, asked), action
+
+    def _give_back_sigterm(self) -> None:
+        """Makes SIGTERM what it was before `watch_for_preemption`; after one came, ignored."""
+        if self._sigterm_before is None:
+            return
+        handler, action = self._sigterm_before
+        if self._stopping:
+            # A process that was asked to stop is about to; others of its cluster may be asked, and it again, later.
+            handler, action = signal.SIG_IGN, None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+        if action is not None:
+            set_action(signal.SIGTERM, action)
+        self._sigterm_before = None
 
     @property
     def is_asked_to_stop(self) -> bool:
@@ -229,7 +312,7 @@ class Watchdog:
         if not self._stopping or self.num_processes == 1:
             return self._stopping
         with self._changed:
-            if self._voted_at is not None and step >= self._voted_at + _MARGIN:
+            if self._voted_at is not None and step >= self._voted_at + MARGIN:
                 self._changed.wait_for(lambda: self._stop_at is not None)
             return self._stop_at is not None and step >= self._stop_at
 
@@ -237,12 +320,12 @@ class Watchdog:
         """What this process says of where it could stop."""
         with self._changed:
             self._voted_at = self._next_step
-            return {"value": [_STOP, self._voted_at]}
+            return {"value": [STOP, self._voted_at]}
 
     # Between the main thread and the other
 
     def _say(self, message: dict) -> None:
-        line = _encoded(message)  # here: what is no JSON is the caller's error
+        line = encoded(message)  # here: what is no JSON is the caller's error
         with self._changed:
             self._outbox.append(line)
         self._stir()
@@ -280,9 +363,6 @@ class Watchdog:
             os._exit(code)
 
 
-_STOP = "the step to stop before"
-
-
 def _difference(everyone: list) -> str | None:
     """The first key on which one of the processes' [host, values] differs from process 0's, in words."""
     (host, first), *_ = everyone
@@ -302,253 +382,3 @@ def _clip(text: str | None) -> str:
     if text is None:
         return "nothing"
     return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _hold_up_aborts() -> None:
-    """Makes abort() wait 6 seconds. JAX's client aborts its process as soon as the coordinator is gone, and might be
-    faster than the watch, which says who that was and ends the process itself.
-
-    The handler is C's sleep(), which is called with the signal's number, 6, as seconds; abort() goes on after it.
-    """
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-
-
-class _Spoke:
-    """The thread of a process that is not 0: says that it lives and what its main thread has to say, and listens."""
-
-    def __init__(self, watch: Watchdog, wake: socket.socket):
-        self._watch, self._wake, self._hub = watch, wake, _Peer(watch._peers[0])
-        self._who, self._at = "process 0", Place("start")  # of the coordinator
-
-    def run(self) -> None:
-        watch, hub = self._watch, self._hub
-        heard, due, told, last = time.monotonic(), 0.0, False, False
-        hub.put(_encoded({"hello": watch._here}))
-        with selectors.DefaultSelector() as events:
-            hub.register(events, 0)
-            events.register(self._wake, selectors.EVENT_READ)
-            while not last:
-                if (now := time.monotonic()) >= due:
-                    due = now + watch._beat
-                    hub.put(_encoded({"at": watch._place}))
-                if watch._stopping and not told:
-                    told = True
-                    hub.put(_encoded({"stop": True}) + _encoded(watch._vote()))
-                for line in watch._take_outbox():
-                    hub.put(_encoded({"at": watch._place}) + line)  # where it is when it says so
-                    last = last or line == _LAST
-                hub.flush(events)
-                for key, _ in events.select(max(0.0, due - time.monotonic())):
-                    if key.fileobj is self._wake:
-                        _drain(self._wake)
-                        continue
-                    messages = hub.read(events)
-                    if messages is None and not watch._over:
-                        self._lost("its connection ended, the process is gone")
-                    if messages is None:
-                        return
-                    heard = time.monotonic()
-                    for message in messages:
-                        self._hear(message)
-                if (silent := time.monotonic() - heard) > watch._limit and not watch._over:
-                    self._lost(f"it has been silent for {silent:.0f} s")
-            hub.flush_until(time.monotonic() + PATIENCE)
-
-    def _lost(self, how: str) -> NoReturn:
-        here = f"this one is {self._watch._place}"
-        self._watch._end(LOST, f"lost {self._who}, the coordinator, last heard of {self._at}: {how}; {here}")
-
-    def _hear(self, message: dict) -> None:
-        watch = self._watch
-        if "alive" in message:
-            self._at = Place(*message["alive"])
-        elif "hello" in message:
-            self._who += f" ({message['hello']})"
-        elif "verdict" in message:
-            verdict = Verdict(*message["verdict"])
-            if verdict.culprit is not None and watch._error is not None:  # each that failed by itself says so itself
-                watch._set(_mine=True)
-            elif not watch._over:
-                watch._end(verdict.code, verdict.text)
-        elif "decided" in message:
-            name, result = message["decided"]
-            watch._set(_decided=watch._decided | {name: result}, _over=watch._over or name == _END)
-        elif "stop" in message:
-            watch._stopping = True
-        elif "stop_at" in message:
-            watch._set(_stop_at=message["stop_at"])
-
-
-class _Hub:
-    """The thread of process 0: hears all, judges, tells all."""
-
-    def __init__(self, watch: Watchdog, wake: socket.socket):
-        self._watch, self._wake = watch, wake
-        self._peers = {i: _Peer(peer) for i, peer in watch._peers.items()}
-        self._judge = Judge(watch.num_processes, watch._limit, watch._beat, time.monotonic())
-        self._judge.names[0] += f" ({watch._here})"
-        self._urgent = False  # something came that may be a verdict now
-
-    def run(self) -> None:
-        watch, judge = self._watch, self._judge
-        due, told, pronounced = 0.0, False, False
-        with selectors.DefaultSelector() as events:
-            for i, peer in self._peers.items():
-                peer.register(events, i)
-                peer.put(_encoded({"hello": watch._here}))
-            events.register(self._wake, selectors.EVENT_READ, 0)
-            while judge.present:
-                if (now := time.monotonic()) >= due:
-                    due = now + watch._beat
-                    self._tell({"alive": watch._place})
-                    judge.heard(0, now)
-                    self._urgent = True
-                if watch._stopping and not told:
-                    told = True
-                    self._tell({"stop": True})
-                    self._take(0, watch._vote())
-                for line in watch._take_outbox():
-                    self._take(0, json.loads(line))
-                for i in judge.present:
-                    if i:
-                        self._peers[i].flush(events)
-                for key, _ in events.select(max(0.0, due - time.monotonic())):
-                    if key.data == 0:
-                        _drain(self._wake)
-                        continue
-                    messages = self._peers[key.data].read(events)
-                    if messages is None:
-                        judge.gone(key.data)
-                        self._urgent = True
-                        continue
-                    judge.heard(key.data, time.monotonic())  # a part of a long line is a sign of life too
-                    for message in messages:
-                        self._take(key.data, message)
-                if self._urgent and not pronounced and not watch._over:
-                    self._urgent = False
-                    judge.at(0, watch._place, time.monotonic())
-                    if verdict := judge.verdict(time.monotonic()):
-                        pronounced = True
-                        self._pronounce(verdict)
-            for peer in self._peers.values():
-                peer.flush_until(time.monotonic() + PATIENCE)
-
-    def _tell(self, message: dict) -> None:
-        line = _encoded(message)
-        for i in self._judge.present:
-            if i:
-                self._peers[i].put(line)
-
-    def _take(self, i: int, message: dict) -> None:
-        """What process i said."""
-        watch, judge, now = self._watch, self._judge, time.monotonic()
-        if "at" in message:
-            judge.at(i, Place(*message["at"]), now)
-        elif "hello" in message:
-            judge.names[i] += f" ({message['hello']})"
-        elif "failed" in message:
-            judge.failed(i, message["failed"], now)
-            self._urgent = True
-        elif "digest" in message:
-            judge.digest(i, *message["digest"])
-            self._urgent = True
-        elif "stop" in message:
-            watch._stopping = True
-        elif "end" in message:
-            judge.left(i)
-        elif "decided" in message:
-            self._tell(message)
-        elif "value" in message:
-            name, value = message["value"]
-            with watch._changed:
-                watch._values[name][i] = value
-                votes = watch._values[name]
-                watch._changed.notify_all()
-            if name == _STOP and len(votes) == watch.num_processes:
-                stop_at = max(votes.values()) + _MARGIN
-                self._tell({"stop_at": stop_at})
-                watch._set(_stop_at=stop_at)
-
-    def _pronounce(self, verdict: Verdict) -> None:
-        """Tells all, waits until they have ended, for JAX's coordinator ends with this process, and ends."""
-        self._tell({"verdict": verdict})
-        until = time.monotonic() + self._watch._last_words
-        others = [i for i in self._judge.present if i not in (0, verdict.lost)]
-        for i in others:
-            self._peers[i].flush_until(until)
-        if verdict.culprit is not None and self._watch._error is not None:  # each that failed by itself says so itself
-            self._watch._set(_mine=True)
-            return
-        for i in others:
-            if i != verdict.culprit:
-                distributed.wait_for_end(self._watch._peers[i], until)
-        self._watch._end(verdict.code, verdict.text)
-
-
-class _Peer:
-    """One connection: lines to send, which never block, and lines that came."""
-
-    def __init__(self, connection: socket.socket):
-        self._connection, self._out, self._in, self._waits = connection, bytearray(), b"", False
-        connection.setblocking(False)
-
-    def register(self, events: selectors.BaseSelector, data: int) -> None:
-        self._data = data
-        events.register(self._connection, selectors.EVENT_READ, data)
-
-    def put(self, lines: bytes) -> None:
-        """Lines to send, at the next `flush`; that the connection has ended is found by `read`."""
-        self._out += lines
-
-    def flush(self, events: selectors.BaseSelector | None = None) -> None:
-        """Sends what goes without waiting; `events` then tells when the rest will."""
-        with contextlib.suppress(OSError):
-            while self._out:
-                del self._out[: self._connection.send(self._out[:_CHUNK])]
-        if events is not None and self._waits != bool(self._out):
-            self._waits = bool(self._out)
-            with contextlib.suppress(KeyError, ValueError):  # not registered any more: it has ended
-                write = selectors.EVENT_WRITE if self._waits else 0
-                events.modify(self._connection, selectors.EVENT_READ | write, self._data)
-
-    def flush_until(self, until: float) -> None:
-        """Sends all, and waits for it until that time."""
-        self.flush()
-        while self._out and time.monotonic() < until:
-            time.sleep(0.01)
-            self.flush()
-
-    def read(self, events: selectors.BaseSelector) -> list[dict] | None:
-        """The whole messages that have come; None where the connection has ended, which `events` then forgets."""
-        try:
-            data = self._connection.recv(_CHUNK)
-        except BlockingIOError:
-            return []  # it was told that it can write
-        except OSError:
-            data = b""
-        if not data or len(self._in) > _LONGEST:
-            events.unregister(self._connection)
-            self._out.clear()
-            return None
-        *lines, self._in = (self._in + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
-def _encoded(message: dict) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-_LAST = _encoded({"end": True})
-
-
-def _as_json(value: Any) -> Any:
-    """`value` as it comes out of JSON, so that one process sees what several do."""
-    return json.loads(json.dumps(value))
-
-
-def _drain(wake: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while wake.recv(4096):
-            pass

@@ -1,63 +1,15 @@
 """initialize_distributed: real processes over loopback, and what it refuses. Every process here has a hard end."""
 
-import os
 import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
 import jax
 import pytest
+from processes import free_port, run_processes, start
 
 from paged_dist import distributed
 from paged_dist.distributed import DistributedInfo, initialize_distributed, split_address
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody has right now."""
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
-
-
-def run_processes(scripts, timeout, **environment):
-    """Runs one Python process for each of `scripts`; [(exit code, stdout, stderr)]. All are gone on return."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("JAX_", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_")) and "proxy" not in k.lower()
-    }
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **environment}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(s)],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for s in scripts
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        out = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in running]
-        return [(p.returncode, *o) for p, o in zip(running, out, strict=True)]
-    finally:
-        for p in running:
-            if p.poll() is None:
-                p.kill()  # SIGKILL: jax.distributed catches SIGTERM
-                p.communicate()
-
-
-def start(address, count, index, **options):
-    """The line of a script that calls initialize_distributed."""
-    arguments = ", ".join(f"{k}={v!r}" for k, v in options.items())
-    return (
-        f"from paged_dist.distributed import initialize_distributed\n"
-        f"info = initialize_distributed({address!r}, {count}, {index}, {arguments})\n"
-    )
-
 
 PSUM = """
 import jax, jax.numpy as jnp, numpy as np

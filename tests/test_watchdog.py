@@ -1,6 +1,8 @@
 """The watch over a run's processes: what it judges, what the processes decide together, and real ones that fail."""
 
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import random
@@ -12,13 +14,18 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
+import jax
+import numpy as np
 import pytest
+from processes import free_port, run_processes, start
 
-from paged_dist import Disagreement, Watchdog, distributed
-from paged_dist._judge import DISAGREE, IDLE, LOST, PATIENCE, Judge, Place
+from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, distributed, make_pod_mesh
+from paged_dist._judge import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
+from paged_dist._signals import SlowAbort, action_of, handler_in, set_action
+from paged_dist._watchers import Spoke
 from paged_dist.launch.local_pod import pod_environment, reserve_port
-from paged_dist.watchdog import _Spoke
 
 # What process 0 judges, on a clock of the test's own
 
@@ -40,12 +47,12 @@ def test_processes_that_live_and_move_are_left_alone():
         assert j.verdict(now) is None
 
 
-def test_a_phase_may_take_as_long_as_it_takes_and_a_step_may_not():
+def test_a_phase_may_take_longer_than_a_step():
     j = judge()
     for now in range(50):
         for i in range(3):
             j.heard(i, now)
-            j.at(i, Place("start").next_phase("compile"), now)
+            j.at(i, START.next_phase("compile"), now)
         assert j.verdict(now) is None
     at_step(j, 50, 0, 0, 0)
     assert j.verdict(60) is None
@@ -53,6 +60,135 @@ def test_a_phase_may_take_as_long_as_it_takes_and_a_step_may_not():
         j.heard(i, 60.5)
     verdict = j.verdict(60.5)
     assert verdict.code == LOST and "step 0 has not ended for 10 s on any process and none is behind" in verdict.text
+
+
+def alive(j, now):
+    for i in j.present:
+        j.heard(i, now)
+    return j.verdict(now)
+
+
+def test_a_phase_of_one_takes_its_time_and_stops_the_clock_of_the_steps_that_wait_for_it():
+    j = judge()
+    at_step(j, 0, 6, 6, 6)
+    j.at(0, Place.of_step(5, waits=True).next_phase("checkpoint", 100), 0)
+    for now in range(13):
+        assert alive(j, now) is None
+    j.at(0, Place.of_step(6), 12.5)
+    for now in range(13, 23):
+        assert alive(j, now) is None
+    assert "step 6 has not ended for 10 s on any process" in alive(j, 23).text
+
+
+@pytest.mark.parametrize("phases", [1, 2, 5])
+def test_a_phase_after_another_is_still_behind_the_next_step(phases):
+    j = judge()
+    at_step(j, 0, 6, 6, 6)
+    place = Place.of_step(5)
+    for _ in range(phases):
+        place = place.next_phase("checkpoint", 100)
+    j.at(0, place, 0)
+    assert alive(j, 12) is None
+    j.at(0, place, 90)
+    assert alive(j, 99) is None
+    verdict = alive(j, 101)
+    assert verdict.code == LOST and verdict.text == (
+        "process 0, at no step (checkpoint), has been in phase 'checkpoint' for 101 s, and others wait"
+    )
+
+
+def test_a_phase_that_hangs_everywhere_ends_after_its_own_time():
+    j = judge()
+    for i in range(3):
+        j.at(i, START.next_phase("compile", 100), i)
+    assert alive(j, 101) is None
+    assert alive(j, 102.5).text.startswith("phase 'compile' has not ended for 100 s on any process: a compile")
+
+
+def test_a_phase_without_an_end_never_ends_the_run():
+    j = judge()
+    for i in range(3):
+        j.at(i, START.next_phase("serve"), 0)
+    assert alive(j, 1e9) is None
+
+
+def test_the_last_to_come_to_a_phase_has_all_of_its_time():
+    j = judge(2)
+    j.at(0, Place.of_step(50).next_phase("report", 100), 0)
+    for step in range(200):
+        j.at(1, Place.of_step(step // 8), step)
+        assert alive(j, step) is None  # who is ahead, in a phase, waits for one that moves
+    j.at(1, Place.of_step(50).next_phase("report", 100), 200)
+    assert alive(j, 290) is None and alive(j, 301) is not None
+
+
+def test_a_device_that_hangs_is_not_excused_by_one_that_is_past_it():
+    j = judge(2)
+    j.at(0, Place.of_step(5, waits=True), 0)
+    j.at(1, Place.of_step(5, waits=True).next_phase("report", 100), 0)
+    assert alive(j, 11).text.startswith("process 0, at step 5, is stuck, while others are at no step (report)")
+
+
+def test_who_waits_in_a_meeting_is_content_while_others_move():
+    j = judge()
+    at_step(j, 0, 9, 9, 9)
+    j.waits(0, "the end"), j.waits(2, "the end")
+    for now in range(40):
+        j.at(1, Place.of_step(9 + now // 8), now)
+        assert alive(j, now) is None
+    assert (
+        alive(j, 43).text == "process 1, at step 13, is stuck, while others are waiting for it in a meeting (the end)"
+    )
+
+
+def test_who_waits_in_a_meeting_is_not_the_one_that_hangs_in_a_phase():
+    j = judge()
+    for i in range(3):
+        j.at(i, START.next_phase("compile", 100), 0)
+    j.waits(0, "compiled"), j.waits(1, "compiled")
+    assert alive(j, 99) is None
+    assert alive(j, 101).text.startswith("process 2, at no step (compile), has been in phase 'compile' for 101 s")
+
+
+def test_a_meeting_to_which_one_never_comes_ends_the_run():
+    j = judge()
+    j.at(0, Place.of_step(3), 0)
+    j.waits(0, "x"), j.waits(1, "x")
+    assert alive(j, 9) is None
+    assert alive(j, 11).text.startswith("process 2, at no step (start), is stuck, while others are waiting for it in")
+
+
+def test_process_0_decides_alone_when_all_are_there():
+    j = judge()
+    at_step(j, 0, 3, 3, 3)
+    for i in range(3):
+        j.waits(i, "x")
+    assert alive(j, 11).text.startswith("process 0, at step 3, is stuck, while others are waiting for it")
+    j.met("x")
+    at_step(j, 11, 4, 4, 4)
+    assert alive(j, 20) is None
+
+
+def test_one_that_was_idle_goes_on_from_where_it_was():
+    watch = Watchdog()
+    watch.step(7)
+    before = watch._place
+    watch.idle()
+    assert watch._place == IDLE
+    watch.phase("compile", timeout_seconds=5)
+    assert before.order < watch._place.order < Place.of_step(8).order and watch._place.limit == 5
+
+
+def test_until_a_process_is_there_it_has_the_time_of_the_start():
+    j = Judge(2, 10, 1, 0.0, start_limit=50)
+    for now in range(45):
+        j.heard(0, now)
+        assert j.verdict(now) is None
+    j.heard(1, 45), j.heard(0, 55)
+    assert j.verdict(55) is None and j.verdict(55.5).text.startswith("lost process 1, last heard of at no step (start)")
+    j = Judge(2, 10, 1, 0.0, start_limit=50)
+    j.heard(0, 51)
+    assert "it has been silent for 51 s, it has not come into the block of this Watchdog" in j.verdict(51).text
 
 
 @pytest.mark.parametrize(
@@ -176,13 +312,18 @@ def test_digests_are_compared_step_by_step_whatever_order_they_come_in():
 # What processes do together, played by threads of this one
 
 
+# What stands for os._exit in a watch's thread is an exception there.
+ENDS = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 @contextlib.contextmanager
-def connected(count, monkeypatch, timeout_seconds=10):
-    """The watchdogs of `count` processes, joined as `initialize_distributed` joins them; their ends are noted."""
+def connected(count, monkeypatch, timeout_seconds=10, **options):
+    """The watchdogs of `count` processes, joined as `initialize_distributed` joins them; their ends are noted. As many
+    more that are made meanwhile are the processes' next ones."""
     pairs = {i: socket.socketpair() for i in range(1, count)}
     of = [(0, count, {i: pair[0] for i, pair in pairs.items()})]
     of += [(i, count, {0: pairs[i][1]}) for i in range(1, count)]
-    found = iter(of)
+    found = itertools.cycle(of)
     monkeypatch.setattr(distributed, "peers", lambda: next(found))
     ended = {}
 
@@ -192,7 +333,7 @@ def connected(count, monkeypatch, timeout_seconds=10):
 
     monkeypatch.setattr(Watchdog, "_end", end)
     try:
-        yield [Watchdog(timeout_seconds) for _ in range(count)], ended
+        yield [Watchdog(timeout_seconds, **options) for _ in range(count)], ended
     finally:
         for pair in pairs.values():
             for end_of_it in pair:
@@ -235,6 +376,7 @@ def test_a_watchdog_of_one_process_needs_nobody():
     with Watchdog() as watch:
         watch.agree({"a": 1})
         watch.step(0, digest=7)
+        watch.step(1, digest="0a")
         assert watch.decide("x", 3, lambda values: values) == [3] and not watch.stops(0)
 
 
@@ -273,8 +415,8 @@ def test_all_stop_before_the_same_step_and_none_waits_for_one_that_stopped(monke
     count, asked_at = 3, rng.randrange(1, 30)
     pace = [[rng.random() * 0.004 for _ in range(200)] for _ in range(count)]
     barrier = threading.Barrier(count)
-    hear = _Spoke._hear
-    monkeypatch.setattr(_Spoke, "_hear", lambda self, m: (time.sleep(late if "stop" in m else 0), hear(self, m)))
+    hear = Spoke._hear
+    monkeypatch.setattr(Spoke, "_hear", lambda self, m: (time.sleep(late if "stop" in m else 0), hear(self, m)))
     with connected(count, monkeypatch) as (watches, ended):
 
         def work(watch, i):
@@ -317,7 +459,7 @@ def test_one_that_has_finished_already_holds_up_nobody_s_stop(monkeypatch):
     assert not ended
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what stands for os._exit
+@ENDS
 def test_a_peer_that_does_not_read_is_found_silent_however_much_there_is_to_say(monkeypatch):
     """Process 0 is played by a socket that nobody reads."""
     hub, mine = socket.socketpair()
@@ -354,7 +496,7 @@ def test_a_process_whose_stderr_cannot_be_written_ends_all_the_same():
     assert done.returncode == LOST
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # what stands for os._exit
+@ENDS
 def test_one_that_raises_ends_the_others_and_goes_on_to_raise(monkeypatch):
     monkeypatch.setattr("paged_dist._judge.PATIENCE", 0.3)
     monkeypatch.setattr("paged_dist.watchdog.PATIENCE", 0.5)
@@ -375,15 +517,240 @@ def test_one_that_raises_ends_the_others_and_goes_on_to_raise(monkeypatch):
         assert code == LOST and re.fullmatch(r"process 1 \(.+\) failed at step 4: KeyError: 'gone'", text)
 
 
-@pytest.mark.parametrize("bad", [0, -1, float("inf"), float("nan"), "60"])
+@pytest.mark.parametrize("bad", [0, -1, float("inf"), float("nan"), "60", True])
 def test_a_time_out_that_is_none_is_refused(bad):
     with pytest.raises(ValueError, match="timeout_seconds="):
         Watchdog(bad)
+    with pytest.raises(ValueError, match="start_timeout_seconds="):
+        Watchdog(60, start_timeout_seconds=bad)
+    if bad != float("inf"):
+        with pytest.raises(ValueError, match="phase_timeout_seconds="):
+            Watchdog(60, phase_timeout_seconds=bad)
+        with pytest.raises(ValueError, match="timeout_seconds="):
+            Watchdog().phase("x", timeout_seconds=bad)
+
+
+def until_ended(watch, ended, seconds=15):
+    """Waits as a collective does, until the watch ends this process."""
+    until = time.monotonic() + seconds
+    while watch.process_id not in ended and time.monotonic() < until:
+        time.sleep(0.01)
+    raise SystemError("ended")
+
+
+@ENDS
+def test_the_digests_of_the_allocators_are_compared(monkeypatch):
+    monkeypatch.setattr("paged_dist.watchdog.PATIENCE", 0.1)
+    spec = CacheSpec(num_kv_heads=2, head_dim=128, num_pages=8)
+    pages = [PageAllocator(spec, make_pod_mesh(data=1, devices=jax.devices()[:1]), 2, 4) for _ in range(2)]
+    with connected(2, monkeypatch) as (watches, ended):
+
+        def alike(watch, i):
+            for step in range(20):
+                pages[i].allocate(0, 5), pages[i].free(0)
+                watch.step(np.int32(step), digest=pages[i].digest())
+            watch.step(20, digest=7)
+            watch.step(21, digest=np.int64(7))
+
+        assert run_all(watches, alike) == [None, None] and not ended
+    with connected(2, monkeypatch) as (watches, ended):
+
+        def apart(watch, i):
+            pages[i].allocate(0, 5 + 200 * i)
+            watch.step(3, digest=pages[i].digest())
+            until_ended(watch, ended)
+
+        run_all(watches, apart)
+    digests = " on process 0 .+, ".join(p.digest() for p in pages)
+    for code, text in ended.values():
+        assert code == DISAGREE and re.search(f"digest at step 3: {digests} on process 1", text)
+    assert set(ended) == {0, 1}
+
+
+@pytest.mark.parametrize(("number", "digest", "name"), [(1.5, None, "number"), (1, 1.5, "digest"), (1, b"a", "digest")])
+def test_a_step_or_digest_of_another_kind_is_the_caller_s_error(number, digest, name):
+    with pytest.raises(ValueError, match=f"{name}=.*must be a whole number"):
+        Watchdog().step(number, digest=digest)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late):
+    with connected(3, monkeypatch) as (watches, ended):
+        rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(4))]
+
+        def work(first, i):
+            said = [first.decide("a", [0, i], lambda values: values)]
+            for n in range(1, 5):
+                first.__exit__(None, None, None) if n == 1 else None
+                time.sleep(0.3 if i == late and n == 1 else 0)
+                with rounds[n][i] as watch:
+                    said.append(watch.decide("a", [n, i], lambda values: values))
+                    watch.agree({"n": n})
+                    watch.step(n, digest=str(n))
+            return said
+
+        threads = [[] for _ in range(3)]
+
+        def one(i):
+            watches[i].__enter__()
+            threads[i] = work(watches[i], i)
+
+        all_of_them = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(3)]
+        for t in all_of_them:
+            t.start()
+        for t in all_of_them:
+            t.join(30)
+        assert threads == [[[[n, i] for i in range(3)] for n in range(5)]] * 3 and not ended
+
+
+def test_a_watchdog_inside_another_and_one_entered_twice_are_refused(monkeypatch):
+    with Watchdog() as watch:
+        pass
+    with pytest.raises(RuntimeError, match="was entered before"):
+        watch.__enter__()
+    with connected(2, monkeypatch) as (watches, ended):
+        inner = [Watchdog(10) for _ in range(2)]
+
+        def work(watch, i):
+            with pytest.raises(RuntimeError, match="another Watchdog of this process is in its block"):
+                inner[i].__enter__()
+            watch.meet("x")
+
+        assert run_all(watches, work) == [None, None] and not ended
+        with pytest.raises(RuntimeError, match="used as a context"):
+            watches[1].meet("after the block")
+
+
+@ENDS
+def test_one_that_never_comes_to_the_second_watchdog_ends_the_others(monkeypatch):
+    monkeypatch.setattr("paged_dist.watchdog.PATIENCE", 0.1)
+    with connected(3, monkeypatch) as (watches, ended):
+        assert run_all(watches, lambda watch, i: watch.meet("x")) == [None] * 3
+        more = [Watchdog(10, start_timeout_seconds=3) for _ in range(3)]
+
+        def work(i):
+            with contextlib.suppress(BaseException), more[i] as watch:
+                until_ended(watch, ended)
+
+        for i in (0, 2):
+            threading.Thread(target=work, args=(i,), daemon=True).start()
+        until = time.monotonic() + 15
+        while set(ended) != {0, 2} and time.monotonic() < until:
+            time.sleep(0.01)
+    for code, text in ended.values():
+        assert code == LOST and "lost process 1" in text and "has not come into the block of this Watchdog" in text
+
+
+@ENDS
+def test_a_phase_longer_than_the_time_out_is_left_alone_and_one_longer_than_its_own_is_not(monkeypatch):
+    monkeypatch.setattr("paged_dist.watchdog.PATIENCE", 0.1)
+    with connected(3, monkeypatch, timeout_seconds=3) as (watches, ended):
+        released = threading.Event()
+
+        def work(watch, i):
+            watch.step(5)
+            if i == 0:
+                watch.phase("checkpoint")
+                time.sleep(3.5)
+                released.set()
+            watch.step(6)
+            assert released.wait(20)
+
+        assert run_all(watches, work) == [None] * 3 and not ended
+    with connected(2, monkeypatch, phase_timeout_seconds=0.5) as (watches, ended):
+
+        def hang(watch, i):
+            watch.phase("compile")
+            until_ended(watch, ended)
+
+        run_all(watches, hang)
+    for code, text in ended.values():
+        assert code == LOST and text.startswith("phase 'compile' has not ended for ") and "on any process" in text
+    assert set(ended) == {0, 1}
+
+
+def handler(number):
+    """The address of the signal's handler."""
+    return handler_in(action_of(number))
+
+
+def test_sigterm_is_watched_in_the_main_thread_only_and_says_so_elsewhere():
+    found = []
+
+    def work():
+        with warnings.catch_warnings(record=True) as caught, Watchdog() as watch:
+            warnings.simplefilter("always")
+            watch.watch_for_preemption()
+        found.extend(str(w.message) for w in caught)
+
+    before = handler(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and "off the main thread" in found[0] and "call it in the main thread" in found[0]
+    assert handler(signal.SIGTERM) == before
+
+
+def test_handlers_set_from_c_are_put_back_as_they_were():
+    """JAX's runtime sets one of SIGTERM, faulthandler of SIGABRT; Python's own table does not know them."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = action_of(signal.SIGTERM), action_of(signal.SIGABRT)
+    known = signal.getsignal(signal.SIGTERM)
+    try:
+        libc.signal(signal.SIGTERM, ctypes.cast(libc.sleep, ctypes.c_void_p))
+        ours = handler(signal.SIGTERM)
+        with Watchdog() as watch:
+            watch.watch_for_preemption(), watch.watch_for_preemption()
+            assert handler(signal.SIGTERM) != ours
+        assert handler(signal.SIGTERM) == ours and signal.getsignal(signal.SIGTERM) == known
+        slow = SlowAbort()
+        assert handler(signal.SIGABRT) != handler_in(before[1])
+        slow.release()
+        assert handler(signal.SIGABRT) == handler_in(before[1])
+        slow.release()
+        assert handler(signal.SIGABRT) == handler_in(before[1])
+    finally:
+        set_action(signal.SIGTERM, before[0]), set_action(signal.SIGABRT, before[1])
 
 
 # Real processes, and what befalls them
 
 LIMIT = 90  # seconds, for all of them
+ONE_AFTER_ANOTHER = """
+import faulthandler, signal, time
+import jax
+from jax.experimental import multihost_utils
+from paged_dist import Watchdog
+from paged_dist._signals import action_of, handler_in
+faulthandler.enable()
+handlers = lambda: [handler_in(action_of(n)) for n in (signal.SIGTERM, signal.SIGABRT)]
+before = handlers()
+assert all(before)  # JAX's, faulthandler's
+with Watchdog(30) as watch:
+    watch.watch_for_preemption()
+    assert handlers()[0] != before[0] and (handlers()[1] != before[1]) == (info.process_id != 0)
+    watch.meet("a")
+    watch.step(0, digest="0a1b")
+assert handlers() == before
+time.sleep(0.3 * (info.process_id == {late}))
+with Watchdog(30) as watch:
+    total = watch.decide("a", info.process_id, sum)
+    watch.step(0, digest="1b")
+    gathered = multihost_utils.process_allgather(jax.numpy.array(info.process_id)).tolist()
+assert handlers() == before
+print("RESULT", total, gathered)
+"""
+
+
+@pytest.mark.parametrize("late", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_real_processes_have_one_watchdog_after_another_and_their_handlers_back(late):
+    address = f"127.0.0.1:{free_port()}"
+    scripts = [start(address, 3, i) + ONE_AFTER_ANOTHER.format(late=late) for i in range(3)]
+    for code, out, err in run_processes(scripts, LIMIT):
+        assert code == 0 and "RESULT 3 [0, 1, 2]" in out, err
+
+
 SMALL = ["--max_context=50", "--layers=1", "--num_kv_heads=2", "--num_q_heads=2", "--batch=4", "--oracle_samples=2"]
 FAULTY = [sys.executable, "-P", os.path.join(os.path.dirname(__file__), "faulty_decode.py")]
 

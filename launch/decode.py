@@ -264,9 +264,7 @@ def main(argv) -> int:
         shared.check_output(shared.PROFILE_DIR.value, "profile_dir", folder=True)
         shared.start_jax(NAME)
 
-    from paged_dist import Watchdog
-
-    with Watchdog(shared.TIMEOUT_SECONDS.value, name=NAME) as watch:
+    with shared.watchdog(NAME) as watch:
         watch.watch_for_preemption()
         return serve(model, requests, workload, watch)
 
@@ -329,6 +327,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     takes_part = any(d.process_index == jax.process_index() for d in run.mesh.devices.flat)
     if takes_part:
         m, requests = run.model, run.requests
+        watch.phase("compile")
         with _usage():
             engine = Engine(m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
             allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
@@ -336,14 +335,12 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
             schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
         say(describe_mesh(run.mesh).partition("\n")[0])
         say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
-        watch.phase("compile")
         engine.compile()
         engine.warm_up()
     watch.meet(f"compiled{tag}")
     if takes_part:
         measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
         told = report.told(measured, schedule.fingerprint)
-        watch.phase("report")
     else:
         watch.idle()
 

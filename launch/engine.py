@@ -223,11 +223,14 @@ class Engine:
                 if stops and watch.stops(first_step + number):
                     m.stopped = True
                     break
+                if profile_dir:  # which may take longer to write than a step may take
+                    watch.phase("profile")
+            profile.before_step(number)
+            if watch is not None:
                 watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
             if plan.block_tables is not None:
                 tables = self._put("rows", plan.block_tables)
             self._prefill(plan, tables)
-            profile.before_step(number)
             start = time.perf_counter()
             sample = self._dispatch(plan, tables)
             if watch is not None:
@@ -247,6 +250,8 @@ class Engine:
                 )
             plan = following
         m.loop_seconds = time.perf_counter() - begin
+        if watch is not None:
+            watch.phase("report")
         profile.stop()
         shards = [np.asarray(s.data) for s in self._tally.addressable_shards if s.replica_id == 0]
         sums = np.sum([s.reshape(-1, 2).astype(np.uint64).sum(axis=0) for s in shards], axis=0)

@@ -62,9 +62,19 @@ PROFILE_DIR = flags.DEFINE_string("profile_dir", None, "Folder for a JAX profile
 TIMEOUT_SECONDS = flags.DEFINE_float(
     "timeout_seconds",
     60.0,
-    "Of several processes: how long they wait for each other at the start, and how long one may be silent or a step "
-    "may take before the run ends.",
+    "Of several processes: how long one may be silent, or a step may take, before the run ends.",
 )
+START_TIMEOUT_SECONDS = flags.DEFINE_float(
+    "start_timeout_seconds",
+    None,
+    "Of several processes: how long they wait for each other at the start. Default: as --timeout_seconds.",
+)
+PHASE_TIMEOUT_SECONDS = flags.DEFINE_float(
+    "phase_timeout_seconds",
+    3600.0,
+    "Of several processes: how long what is no step, such as a compile, may take before the run ends.",
+)
+TIMEOUTS = ("start_timeout_seconds", "timeout_seconds", "phase_timeout_seconds")
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
@@ -139,8 +149,8 @@ _GROUPS = {
     ),
     "Output": ("output", "profile_dir", "plot", "dry_run"),
     "Several processes": (
-        *("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "timeout_seconds"),
-        "cpu_devices",
+        *("coordinator_address", "num_processes", "process_id", "coordinator_bind_address"),
+        *(*TIMEOUTS, "cpu_devices"),
     ),
 }
 _EXIT_CODES = (
@@ -330,8 +340,10 @@ def start_jax(name: str):
         or coordinator flags of which some are missing or wrong.
     """
     at_least(1, cpu_devices=CPU_DEVICES.value)
-    timeout = TIMEOUT_SECONDS.value
-    require(0 < timeout < math.inf, "--timeout_seconds", timeout, "must be above 0 and finite")
+    timeout, start_timeout = TIMEOUT_SECONDS.value, START_TIMEOUT_SECONDS.value
+    for flag in (TIMEOUT_SECONDS, START_TIMEOUT_SECONDS, PHASE_TIMEOUT_SECONDS):
+        timely = flag.value is None or 0 < flag.value < math.inf
+        require(timely, f"--{flag.name}", flag.value, "must be above 0 and finite")
     place, told_by = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value), "flags"
     if place == (None, None, None) and "JAX_NUM_PROCESSES" in os.environ and "JAX_PROCESS_ID" in os.environ:
         told_by = "environment"
@@ -348,7 +360,12 @@ def start_jax(name: str):
     from paged_dist import initialize_distributed
 
     try:
-        info = initialize_distributed(*place, bind_address=BIND_ADDRESS.value, timeout_seconds=timeout)
+        info = initialize_distributed(
+            *place,
+            bind_address=BIND_ADDRESS.value,
+            timeout_seconds=timeout if start_timeout is None else start_timeout,
+            silence_timeout_seconds=timeout,
+        )
     except RuntimeError as e:
         _end(name, str(e), 1)
     if info.num_processes > 1:
@@ -366,6 +383,18 @@ def start_jax(name: str):
         os.environ.setdefault("PJRT_NPROC", str(max(8, 2 * (CPU_DEVICES.value or 8))))
     simulate_devices(CPU_DEVICES.value, place != (None, None, None) or info.num_processes > 1)
     return info
+
+
+def watchdog(name: str):
+    """The `paged_dist.Watchdog` of this run, as the flags say; a context, entered after `start_jax`."""
+    from paged_dist import Watchdog
+
+    return Watchdog(
+        TIMEOUT_SECONDS.value,
+        name=name,
+        start_timeout_seconds=START_TIMEOUT_SECONDS.value,
+        phase_timeout_seconds=PHASE_TIMEOUT_SECONDS.value,
+    )
 
 
 def _refuse_simulated_kernels(num_processes: int | None) -> None:

@@ -56,7 +56,7 @@ for _name in ("num_slices", "width", "context_tokens"):
 
 _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
-_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, "timeout_seconds", "trace")  # of a trace its requests count, not its name
+_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace")  # of a trace its requests count, not its name
 _OF_PLANS = ("num_slices", "width", "context_tokens")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
@@ -387,10 +387,10 @@ def run_here(model, requests, workload: str) -> int:
     """Measures what is due on sub-meshes of the devices of this run; on every process alike."""
     import jax
 
-    from paged_dist import Watchdog, make_pod_mesh
+    from paged_dist import make_pod_mesh
     from paged_dist.watchdog import PREEMPTED
 
-    with Watchdog(shared.TIMEOUT_SECONDS.value, name=NAME) as watch:
+    with shared.watchdog(NAME) as watch:
         watch.watch_for_preemption()
         say = decode.sayer(NAME, watch)
         watch.agree(decode.given_alike(requests))

@@ -70,6 +70,7 @@ def initialize_distributed(
     local_device_ids: int | Sequence[int] | None = None,
     bind_address: str | None = None,
     timeout_seconds: float = 60,
+    silence_timeout_seconds: float | None = None,
 ) -> DistributedInfo:
     """Makes this process one of several that run a JAX program together; call it before any JAX computation.
 
@@ -86,7 +87,10 @@ def initialize_distributed(
       bind_address: host:port on which process 0 listens, if not on every interface at the coordinator's port. For a
         loopback coordinator_address the default is that address. The environment variable
         JAX_COORDINATOR_BIND_ADDRESS comes between the two.
-      timeout_seconds: how long to wait until all processes are there.
+      timeout_seconds: how long to wait until all processes are there: some may still be booting.
+      silence_timeout_seconds: how long a process may be silent after that, as a `Watchdog` is told too: JAX's own
+        runtime waits longer for a sign of life, and so long for the others when a process ends. None:
+        timeout_seconds.
 
     Raises:
       ValueError: an argument outside its range, or some but not all of the first three.
@@ -96,6 +100,8 @@ def initialize_distributed(
     global _done, _peers
     request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
     check_seconds("timeout_seconds", timeout_seconds)
+    silence = timeout_seconds if silence_timeout_seconds is None else silence_timeout_seconds
+    check_seconds("silence_timeout_seconds", silence)
     if _done is not None:
         if _done[0] == request:
             return _done[1]
@@ -107,7 +113,7 @@ def initialize_distributed(
         raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
     info = _find_out(request, timeout_seconds)
     if info.how == "explicit" or info.num_processes > 1:
-        _peers = _start(info, request, timeout_seconds)
+        _peers = _start(info, request, timeout_seconds, silence)
     logging.info(
         "distributed: process %d of %d, coordinator %s, %s",
         info.process_id,
@@ -245,7 +251,9 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
     return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
 
 
-def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> dict[int, socket.socket]:
+def _start(
+    info: DistributedInfo, request: _Request, timeout_seconds: float, silence: float
+) -> dict[int, socket.socket]:
     """Waits until all processes are there, then starts JAX's distributed runtime; the connections, which stay open."""
     if backends_are_initialized():
         raise RuntimeError(
@@ -275,8 +283,8 @@ def _start(info: DistributedInfo, request: _Request, timeout_seconds: float) -> 
             info.process_id,
             local_device_ids=local,
             initialization_timeout=max(5, math.ceil(deadline - time.monotonic())),
-            shutdown_timeout_seconds=max(1, math.ceil(timeout_seconds)),
-            heartbeat_timeout_seconds=max(100, math.ceil(timeout_seconds) + 60),  # the watchdog comes first
+            shutdown_timeout_seconds=max(1, math.ceil(silence)),
+            heartbeat_timeout_seconds=max(100, math.ceil(silence) + 60),  # the watchdog comes first
             coordinator_bind_address=bind,
             **detection,
         )

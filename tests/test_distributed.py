@@ -216,6 +216,20 @@ def test_process_0_listens_no_wider_than_it_must(monkeypatch, address, bind, exp
     assert asked["meeting"] == asked["coordinator_bind_address"] == expected
 
 
+@pytest.mark.parametrize(
+    ("silence", "shutdown", "heartbeat"), [({}, 600, 660), ({"silence_timeout_seconds": 50.0}, 50, 110)]
+)
+def test_the_time_for_others_to_boot_is_not_that_of_a_dead_one(monkeypatch, silence, shutdown, heartbeat):
+    asked = {}
+    monkeypatch.setattr(distributed, "_done", None)
+    monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "_await_others", lambda *_: {})
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: asked.update(k))
+    initialize_distributed("127.0.0.1:81", 2, 0, timeout_seconds=600, **silence)
+    assert 500 < asked["initialization_timeout"] <= 600
+    assert (asked["shutdown_timeout_seconds"], asked["heartbeat_timeout_seconds"]) == (shutdown, heartbeat)
+
+
 def test_cpu_collectives_are_switched_on_where_they_were_off(monkeypatch):
     monkeypatch.setattr(distributed, "_done", None)
     monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
@@ -283,6 +297,7 @@ def test_bad_arguments_are_refused_before_anything_starts(arguments, message):
     [
         ({"timeout_seconds": 0}, "timeout_seconds=0: must be a positive number"),
         ({"timeout_seconds": float("nan")}, "timeout_seconds=nan"),
+        ({"silence_timeout_seconds": -1}, "silence_timeout_seconds=-1: must be a positive number"),
         ({"bind_address": "10.0.0.1"}, "bind_address='10.0.0.1': must be a host and a port"),
         ({"local_device_ids": []}, "local_device_ids=.*must be one or more device numbers"),
         ({"local_device_ids": [-1]}, "local_device_ids=.*must be one or more device numbers"),

@@ -157,6 +157,12 @@ def test_jobset_runs_a_console_script_with_flags_that_it_has(container):
         known[name].parser.parse(value)
 
 
+def test_jobset_waits_longer_for_a_pod_to_start_than_for_one_that_is_dead(container):
+    times = given(container)
+    usual = flags.FLAGS["timeout_seconds"].default
+    assert float(times["start_timeout_seconds"]) > float(times.get("timeout_seconds", usual))
+
+
 def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failure(jobset, slices, pod, container):
     job = slices["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # which podFailurePolicy needs, too

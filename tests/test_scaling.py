@@ -64,6 +64,7 @@ def key(*arguments, point=0, origin=("jax 1", "commit", {"cpu": 2}, 77)):
 
 def test_a_row_is_known_by_its_point_the_work_and_its_origin_and_not_by_where_it_goes():
     where = ["--output=c", "--scaling=strong", "--timeout_seconds=99", "--trace=/else/where.csv", "--layers=2"]
+    where += ["--start_timeout_seconds=9", "--phase_timeout_seconds=9"]
     assert key("--output=a", "--plot=b.svg") == key(*where)
     others = [key("--layers=4"), key(point=1), key(origin=["jax 2"]), key("--repeat_requests=2")]
     assert len({key(), *others}) == 5

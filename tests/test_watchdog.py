@@ -19,12 +19,15 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from processes import free_port, run_processes, start
 
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, distributed, make_pod_mesh
 from paged_dist._judge import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
 from paged_dist._signals import SlowAbort, action_of, handler_in, set_action
 from paged_dist._watchers import Spoke
+from paged_dist.launch import flags as shared
 from paged_dist.launch.local_pod import pod_environment, reserve_port
 
 # What process 0 judges, on a clock of the test's own
@@ -714,6 +717,21 @@ def test_handlers_set_from_c_are_put_back_as_they_were():
         set_action(signal.SIGTERM, before[0]), set_action(signal.SIGABRT, before[1])
 
 
+@pytest.mark.parametrize("name", shared.TIMEOUTS)
+def test_a_launcher_has_a_flag_for_each_time_out_and_refuses_what_is_none(monkeypatch, name):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["decode", f"--{name}=7"])
+        asked = {}
+        monkeypatch.setattr("paged_dist.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout))
+        shared.watchdog("decode")
+        usual = {"timeout_seconds": 60, "start_timeout_seconds": None, "phase_timeout_seconds": 3600}
+        assert asked == usual | {name: 7, "name": "decode"}
+        for bad in ("0", "-1", "inf", "nan"):
+            flags.FLAGS(["decode", f"--{name}={bad}"])
+            with pytest.raises(ValueError, match=rf"^--{name}=.*: must be above 0 and finite"):
+                shared.start_jax("decode")
+
+
 # Real processes, and what befalls them
 
 LIMIT = 90  # seconds, for all of them
@@ -878,12 +896,12 @@ def test_sigterm_stops_all_at_one_step_with_a_partial_result(tmp_path, who):
 
 
 def test_a_process_that_never_comes_and_one_that_comes_twice_are_named(tmp_path):
-    with Pod(tmp_path, 2, start=[1], timeout=4) as pod:
+    with Pod(tmp_path, 2, start=[1], timeout=600, arguments=["--start_timeout_seconds=4"]) as pod:
         pod.wait_for(lambda: pod.processes[0].poll() is not None)
         assert pod.processes[0].returncode == 1
         assert "timed out: process 1 of 2 waited for the coordinator at 127.0.0.1:" in pod.last_line(1)
         assert "check that process 0 runs and listens there" in pod.last_line(1)
-    with Pod(tmp_path, 3, start=[0, 1, 1], timeout=15) as pod:
+    with Pod(tmp_path, 3, start=[0, 1, 1], timeout=4, arguments=["--start_timeout_seconds=60"]) as pod:
         pod.wait_for(lambda: all(p.poll() is not None for p in pod.processes))
         assert [p.returncode for p in pod.processes] == [1, 1, 1]
         assert "two processes were started with process_id=1: give each its own" in pod.last_line(0)

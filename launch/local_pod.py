@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import os
 import re
@@ -26,7 +25,18 @@ NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
 LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.watchdog, which would import jax
-_PR_SET_PDEATHSIG = 1
+# Asks the kernel (prctl 1 is PR_SET_PDEATHSIG) and becomes the command. It is no preexec_fn: that runs Python in a fork
+# of this process, and hangs where another thread, such as one of JAX's, holds a lock. Two signals are as they were:
+# Python ignores them, and exec would keep that.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):  # it died before
+    os._exit(128 + signal.SIGKILL)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Child:
@@ -35,13 +45,12 @@ class Child:
     def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]):
         self.index = index
         self.process = subprocess.Popen(
-            command,
+            dies_with_parent(command),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=die_with_parent(os.getpid()),
         )
         self.code: int | None = None  # as a shell shows it: 128 + n for signal n
         self._partial = {self.process.stdout: b"", self.process.stderr: b""}
@@ -80,22 +89,23 @@ class Child:
                 out.flush()
         return bool(data)
 
+    def close(self) -> None:
+        """Closes the pipes; what they still hold is lost."""
+        for pipe in self._partial:
+            pipe.close()
+
     def signal_group(self, number: int) -> None:
         """Sends a signal to the child and to what it started; nothing where all are gone."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
-def die_with_parent(parent: int):
-    """What a child runs before its program: the kernel then kills it when this process dies, however it does."""
-    libc = ctypes.CDLL(None, use_errno=True)
+def dies_with_parent(command: Sequence[str]) -> list[str]:
+    """`command` as a child of this process that the kernel kills when this process dies, however it does.
 
-    def prepare():
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl
-            os._exit(128 + signal.SIGKILL)
-
-    return prepare
+    Strictly, when the thread that starts it ends.
+    """
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
 def reserve_port() -> socket.socket:
@@ -188,6 +198,8 @@ def run_pod(
         # Ctrl-C once more must not leave a process behind.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         _end(children)
+        for child in children:
+            child.close()
         signal.signal(signal.SIGINT, previous)
         signal.signal(signal.SIGTERM, before)
 

@@ -31,7 +31,7 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan, workload_flags
 from paged_dist.launch import flags as shared
 from paged_dist.launch.chips import chip_of_topology
-from paged_dist.launch.local_pod import die_with_parent, launcher_command
+from paged_dist.launch.local_pod import dies_with_parent, launcher_command
 from paged_dist.launch.workload import Request, repeated
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
@@ -328,12 +328,11 @@ class _Pods:
         """The exit code of `command`, whose output goes to the file `log`."""
         with open(log, "wb") as file:
             self._pod = subprocess.Popen(
-                command,
+                dies_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=die_with_parent(os.getpid()),
             )
         if self.stopped:  # while it was started
             self._pod.send_signal(signal.SIGINT)

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
+import jax
 import pytest
 
-from paged_dist.launch.local_pod import launcher_command, pod_environment, reserve_port
+from paged_dist.launch.local_pod import dies_with_parent, launcher_command, pod_environment, reserve_port, run_pod
 
 LIMIT = 60  # seconds until a pod under test is killed
 MODULE = [sys.executable, "-m", "paged_dist.launch.local_pod"]
@@ -31,14 +33,12 @@ def pod(tmp_path):
             "import os, signal, subprocess, sys, time\nme = int(os.environ.get('JAX_PROCESS_ID', 0))\n"
             f"folder = {str(tmp_path)!r}\n" + textwrap.dedent(script)
         )
+        # A suite in a shell's background has it ignored, and so would what it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
-            [*MODULE, *flags, "--", str(path), "--its=own"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A suite in a shell's background has it ignored, and so would what it starts.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            [*MODULE, *flags, "--", str(path), "--its=own"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        signal.signal(signal.SIGINT, before)
         started.append(process)
         return process
 
@@ -156,6 +156,44 @@ def test_killing_the_pod_itself_leaves_no_orphan(pod, tmp_path):
     p.kill()
     p.wait(timeout=LIMIT)
     wait_for(lambda: not any(map(runs, children)))
+
+
+def test_a_parent_that_dies_at_once_leaves_no_child_whatever_the_child_was_at(tmp_path):
+    """Killed while the child is a fork, the program in between, or itself already."""
+    command = dies_with_parent([sys.executable, "-c", "import time; time.sleep(100)"])
+    script = f"""
+import os, signal, subprocess, sys, time
+command = [str(os.getpid()) if word == {str(os.getpid())!r} else word for word in {command!r}]
+child = subprocess.Popen(command)
+with open({str(tmp_path / "pid")!r} + sys.argv[1], "w") as file:
+    print(child.pid, file=file)
+time.sleep(float(sys.argv[1]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    waits = ["0", "0.01", "0.02", "0.05", "0.3"]
+    parents = [subprocess.Popen([sys.executable, "-c", script, seconds]) for seconds in waits]
+    for parent in parents:
+        assert parent.wait(LIMIT) == -signal.SIGKILL
+    children = pids(tmp_path, len(waits))
+    wait_for(lambda: not any(map(runs, children)))
+
+
+def test_a_process_with_threads_starts_a_pod_without_forking_python(capfd):
+    """JAX warns of a fork of a process in which it runs, Python 3.12 of one in which any thread does."""
+    jax.devices()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command = [sys.executable, "-c", "import os, signal; print(os.getsid(0) == os.getpid(), 'x' * 3)"]
+        assert run_pod(command, 2, 1) == 0
+    assert [str(w.message) for w in caught] == []
+    assert sorted(capfd.readouterr().out.splitlines()) == ["[p0] True xxx", "[p1] True xxx"]
+
+
+def test_a_child_has_the_signals_that_it_would_have_without_the_program_in_between(capfd):
+    ignored = ["sed", "-n", "/^SigIgn/p", "/proc/self/status"]
+    direct = subprocess.run(ignored, capture_output=True, text=True)
+    assert run_pod(ignored, 1, 1) == 0
+    assert capfd.readouterr().out == f"[p0] {direct.stdout}"
 
 
 def test_what_a_process_started_ends_with_the_pod(pod, tmp_path):

@@ -15,10 +15,9 @@ import functools
 import math
 from typing import NamedTuple
 
-from absl import flags
-
 from paged_dist._errors import require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(

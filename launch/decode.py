@@ -15,10 +15,9 @@ import sys
 import warnings
 import zlib
 
-from absl import flags
-
 from paged_dist._errors import require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch import workload_flags
 from paged_dist.launch.chips import chip_of
 from paged_dist.launch.workload import Request, pages_needed, whole_pool

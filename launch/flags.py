@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import flags as absl_flags
+from absl import logging
 
 from paged_dist._errors import bad_value, require
+from paged_dist.launch import own_flags as flags
 
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
@@ -101,17 +103,19 @@ class UsageError(Exception):
 
 def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
     """Parses the flags, runs `main` and exits with its result; bad flags and UsageError give exit code 2."""
+    from absl import app  # here, for it defines flags
 
     def parse(argv):
         if _HELP.intersection(argv[1:]):  # absl looks for the flags of the console script, which has none, and exits 1
             print(help_text(main.__module__))
             sys.exit(0)
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.parse(argv)
         except flags.Error as e:
             _end(name, str(e))
-        if flags.FLAGS["verbosity"].using_default_value:
-            flags.FLAGS.verbosity = logging.WARNING  # what a run has to say it prints itself; --verbosity=0 says more
+        program = absl_flags.FLAGS
+        if program["verbosity"].using_default_value:
+            program.verbosity = logging.WARNING  # what a run has to say it prints itself; --verbosity=0 says more
         return rest
 
     def run(argv):

@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from absl import flags
-
 from paged_dist._errors import require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.workload import pages_needed, read_trace, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read

@@ -16,10 +16,9 @@ import re
 import sys
 import time
 
-from absl import flags
-
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch import workload_flags
 from paged_dist.launch.chips import Chip, chip_of_topology
 from paged_dist.launch.workload import Request, pages_needed, sequences_on_shards, whole_pool

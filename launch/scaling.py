@@ -25,11 +25,10 @@ import sys
 import tempfile
 import zlib
 
-from absl import flags
-
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan, workload_flags
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.chips import chip_of_topology
 from paged_dist.launch.local_pod import dies_with_parent, launcher_command
 from paged_dist.launch.workload import Request, repeated

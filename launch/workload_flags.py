@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from absl import flags
-
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.workload import Request, draw_requests, read_trace, repeated, shorten
 
 TRACE = flags.DEFINE_string(

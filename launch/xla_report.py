@@ -13,10 +13,9 @@ import math
 import os
 import time
 
-from absl import flags
-
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 
+import flagsaver
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import paged_dist
 from paged_dist.launch import accuracy
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 
 SETTINGS = accuracy.Settings(2, 8, 2, 128, 64, 1, (128, 1024))
 

@@ -5,11 +5,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import flagsaver
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from aot import needs_libtpu
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
@@ -17,6 +16,7 @@ from paged_dist.kernels.paged_attention import decode_cost, decode_launch
 from paged_dist.kernels.paged_attention.megacore import Target
 from paged_dist.launch import compiled, kernel_report
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 
 # What is read from a compiled program
 

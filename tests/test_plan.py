@@ -5,17 +5,17 @@ import math
 import subprocess
 import sys
 
+import flagsaver
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from aot import compile_on, needs_libtpu
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_dist import make_pod_mesh
 from paged_dist.collectives import attention_collectives
 from paged_dist.launch import compiled, plan, pod_step
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.chips import V5P, V6E, V7X, chip_of_topology
 from paged_dist.launch.workload import sequences_on_shards
 from paged_dist.mesh import AXIS_NAMES

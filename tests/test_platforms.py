@@ -17,12 +17,12 @@ import types
 
 import pytest
 import yaml
-from absl import flags
 from aot import needs_libtpu
 from jax._src.clusters import cloud_tpu_cluster
 
 from paged_dist._compat import detect_cluster
 from paged_dist.launch import decode
+from paged_dist.launch import own_flags as flags
 from paged_dist.watchdog import PREEMPTED
 
 TREE = pathlib.Path(__file__).resolve().parent.parent

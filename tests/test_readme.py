@@ -5,14 +5,14 @@ from __future__ import annotations
 import pathlib
 import re
 
+import flagsaver
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from absl.testing import flagsaver
 from aot import needs_libtpu
 
 import paged_dist as pd
 from paged_dist.kernels.paged_attention.oracle import attention_oracle
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch import plan
 
 README = pathlib.Path(__file__).parent.parent / "README.md"

@@ -7,11 +7,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import flagsaver
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from aot import needs_libtpu
 
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch import scaling, scaling_report
 from paged_dist.topology import topology_devices
 

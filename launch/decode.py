@@ -15,6 +15,7 @@ import sys
 import warnings
 import zlib
 
+from paged_dist._devices import memory_limit
 from paged_dist._errors import require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
@@ -29,7 +30,7 @@ flags.adopt_module_key_flags(workload_flags)
 
 NAME = "paged-dist-decode"
 ROWS_A_SHARD = 16
-_HBM_GIB_ELSEWHERE = 16.0  # where devices are no TPUs
+_HBM_GIB_ELSEWHERE = 16.0  # where no device tells its memory
 _MOST_ROWS = _MOST_COLUMNS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
 
@@ -89,11 +90,20 @@ def mesh_from_flags(num_kv_heads: int):
     import jax
 
     from paged_dist import make_pod_mesh
+    from paged_dist.mesh import devices_to_simulate
 
     data, context, model = shared.DATA.value, shared.CONTEXT.value or 1, shared.MODEL.value
     if model is None:
         model = math.gcd(num_kv_heads, jax.device_count() // ((data or 1) * context)) or 1
-    return make_pod_mesh(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
+    sizes = dict(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    try:
+        return make_pod_mesh(**sizes, devices=devices)
+    except ValueError as e:
+        count = devices_to_simulate(devices, **sizes)
+        if count is None:
+            raise
+        raise ValueError(f"{e}; or --cpu_devices={count}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +170,7 @@ def check_memory(spec, mesh) -> None:
     if here[0].platform == "cpu":  # simulated devices share the host
         need, have, where = need * len(here), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host has"
     else:
-        have = (here[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        have = memory_limit(here[0])
     require(
         need <= have,
         "--num_pages",
@@ -193,11 +203,17 @@ def made_alike(run: Run) -> dict[str, object]:
 
 
 def _hbm_gib(mesh) -> float:
-    """HBM of one chip of `mesh` in GiB, as the flag says, or as the chip has it."""
+    """HBM of one chip of `mesh` in GiB: what the flag says, else what the chip has, else what a device here tells."""
+    import jax
+
     if shared.HBM_GIB.value is not None:
         return shared.HBM_GIB.value
     chip = chip_of(mesh.devices.flat[0].device_kind)
-    return _HBM_GIB_ELSEWHERE if chip is None else chip.hbm_gib * chip.devices
+    if chip is not None:
+        return chip.hbm_gib * chip.devices
+    here = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    told = min(map(memory_limit, here), default=math.inf)
+    return told / 2**30 if told < math.inf else _HBM_GIB_ELSEWHERE
 
 
 def record_of(run: Run, measured, everyone: list[dict]) -> dict:

@@ -54,7 +54,9 @@ CONTEXT_TOKENS = flags.DEFINE_integer(
     "Live tokens of each sequence. Default: 4096, in a plan the requests' mean, half answered.",
 )
 HBM_GIB = flags.DEFINE_float(
-    "hbm_gib", None, "HBM of a chip in GiB. Default: what a program gets on a TPU of this kind, 16 elsewhere."
+    "hbm_gib",
+    None,
+    "HBM of a chip in GiB. Default: what a program gets on a TPU of this kind, elsewhere what the device tells, or 16.",
 )
 
 OUTPUT = flags.DEFINE_string("output", None, "File to which process 0 appends one JSON line with the results.")

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from paged_dist import PagedKVCache, append_kv, sharded_paged_attention
 from paged_dist._compat import lowering_for
+from paged_dist._devices import slice_of
 from paged_dist._errors import require
 from paged_dist.describe import mesh_facts
 from paged_dist.kernels._tiling import LANES
@@ -190,7 +191,7 @@ def axes_of(mesh, groups, num_slices: int = 1) -> tuple[tuple[str, ...], bool]:
     axes = tuple(name for name, d in zip(mesh.axis_names, differ, strict=True) if d)
     if within:
         return axes, False
-    slices = lambda g: {getattr(mesh.devices.flat[i], "slice_index", 0) for i in g}
+    slices = lambda g: {slice_of(mesh.devices.flat[i]) for i in g}
     return axes, any(len(slices(g)) > 1 for g in groups)
 
 

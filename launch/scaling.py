@@ -25,6 +25,7 @@ import sys
 import tempfile
 import zlib
 
+from paged_dist._devices import place_of
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan, workload_flags
 from paged_dist.launch import flags as shared
@@ -349,13 +350,14 @@ def sub_devices(devices: list, size: int) -> list:
       ValueError: there are no so many devices, or no box of so many chips.
     """
     require(size <= len(devices), "--sizes", size, f"there are {len(devices)} devices")
-    if size == len(devices) or any(getattr(d, "coords", None) is None for d in devices):
+    places = [place_of(d) for d in devices]
+    if size == len(devices) or None in places:
         return devices[:size]
-    cores = len({d.core_on_chip for d in devices})
+    cores = len({place.core for place in places})
     at = {}
-    for d in devices:
-        at.setdefault((getattr(d, "slice_index", 0) or 0, *d.coords), []).append(d)
-    first = (getattr(devices[0], "slice_index", 0) or 0, *devices[0].coords)
+    for d, place in zip(devices, places, strict=True):
+        at.setdefault(place[:4], []).append(d)
+    first = places[0][:4]
     dims = [max(where[i] for where in at) + 1 for i in (1, 2, 3)]
     chips = size // cores
     boxes = [

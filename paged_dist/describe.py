@@ -9,12 +9,11 @@ import math
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from paged_dist._devices import Place, place_of, slice_of
 from paged_dist._errors import bad_value, require
 from paged_dist.collectives import Collective, attention_collectives
 from paged_dist.mesh import MeshAxes
 from paged_dist.spec import CacheSpec
-
-_TORUS = ("x", "y", "z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +21,7 @@ class PhysicalRun:
     """The part of one physical axis that one mesh axis runs over, with the other mesh axes held still.
 
     Attributes:
-      physical: 'slice', 'x', 'y', 'z' or 'core' on a TPU; 'process' or 'device' (of a process) where devices have
-        no coordinates.
+      physical: 'slice', 'x', 'y', 'z' or 'core' on a TPU; 'process' or 'device' (of a process) elsewhere.
       count: positions it takes.
       size: positions the physical axis has in this mesh.
       stride: distance from one position to the next, the smallest where they differ; 1 means neighbours.
@@ -93,10 +91,10 @@ def mesh_facts(mesh: Mesh) -> MeshFacts:
     if isinstance(mesh, AbstractMesh):
         raise bad_value("mesh", mesh, "is abstract: it has no devices to say anything of", "pass a jax.sharding.Mesh")
     devices = list(mesh.devices.flat)
-    has_coordinates = all(getattr(d, "coords", None) is not None for d in devices)
+    places = [place_of(d) for d in devices]
+    has_coordinates = None not in places
     if has_coordinates:
-        names = ("slice", *_TORUS, "core")
-        where = [(getattr(d, "slice_index", 0) or 0, *d.coords, d.core_on_chip) for d in devices]
+        names, where = Place._fields, places
     else:
         names = ("process", "device")
         local: dict[int, list[int]] = collections.defaultdict(list)
@@ -127,7 +125,7 @@ def mesh_facts(mesh: Mesh) -> MeshFacts:
         device_kinds=tuple(sorted(kinds.items())),
         num_devices=len(devices),
         num_processes=len({d.process_index for d in devices}),
-        num_slices=sizes.get("slice", 1),
+        num_slices=len({slice_of(d) for d in devices}),
         physical=physical,
         has_coordinates=has_coordinates,
         fills_box=int(np.prod([size for _, size in physical], dtype=np.int64)) == len(devices),

@@ -16,12 +16,16 @@ from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from paged_dist._devices import place_of, slice_of
 from paged_dist._errors import bad_value, require
 from paged_dist.topology import topology_devices
 
 AXIS_NAMES = ("data", "context", "model")  # of `make_pod_mesh`, outermost first
 
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"  # of XLA_FLAGS: CPU devices to simulate
+
 AxisNames = str | tuple[str, ...] | None
+_MOST_SIMULATED = 256  # devices of a process: a larger mesh is likelier a slip than what someone wants to simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +162,7 @@ def make_pod_mesh(
         require(not twice, "devices", twice[:4], f"{len(twice)} devices are listed more than once")
         platforms = sorted({d.platform for d in found})
         require(len(platforms) == 1, "devices", platforms, "are of several platforms", "pass those of one")
-    on_slices = len({_slice_of(d) for d in found})
+    on_slices = len({slice_of(d) for d in found})
     require(
         num_slices in (None, on_slices),
         "num_slices",
@@ -166,8 +170,32 @@ def make_pod_mesh(
         f"the {len(found)} {found[0].platform} devices lie on {on_slices} slice{'s' * (on_slices > 1)}",
         f"pass {on_slices} or None if that is what should run",
     )
-    shape = infer_sizes(len(found), **sizes)
+    try:
+        shape = infer_sizes(len(found), **sizes)
+    except ValueError as e:
+        count = devices_to_simulate(found, **sizes) if devices is None else None
+        if count is None:
+            raise
+        raise ValueError(
+            f"{e}; CPU devices can be simulated: before JAX starts set XLA_FLAGS={DEVICE_COUNT_FLAG}={count} or call "
+            f"jax.config.update('jax_num_cpu_devices', {count}), in each process"
+        ) from None
     return Mesh(place_devices(found, shape), AXIS_NAMES, axis_types=tuple(axis_types))
+
+
+def devices_to_simulate(found: Sequence[jax.Device], **sizes: int | None) -> int | None:
+    """How many CPU devices each process must simulate for `infer_sizes(..., **sizes)` to work, where it does not work
+    with those `found` because they are too few. None where they are no CPU devices, or more would not help."""
+    asked = {name: sizes.get(name) or 1 for name in ("data", "context", "model")}
+    need = asked["data"] * (sizes.get("model_parallelism") or asked["context"] * asked["model"])
+    processes = len({d.process_index for d in found})
+    if found[0].platform != "cpu" or need <= len(found):
+        return None
+    for count in range(-(-need // processes), min(need, _MOST_SIMULATED) + 1):
+        with contextlib.suppress(ValueError):
+            infer_sizes(count * processes, **sizes)
+            return count
+    return None
 
 
 def infer_sizes(
@@ -266,10 +294,12 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
        coordinates, with a warning.
     Devices of other platforms are taken as they come.
     """
-    if devices[0].platform != "tpu" or any(getattr(d, "coords", None) is None for d in devices):
+    places = {d: place_of(d) for d in devices}
+    if None in places.values():
         return _object_array(devices).reshape(shape)
-    in_order = sorted(devices, key=lambda d: (_slice_of(d), *reversed(d.coords), d.core_on_chip))
-    slices = [list(members) for _, members in itertools.groupby(in_order, key=_slice_of)]
+    z_before_x = lambda at: (at.slice, at.z, at.y, at.x, at.core)
+    in_order = sorted(devices, key=lambda d: z_before_x(places[d]))
+    slices = [list(members) for _, members in itertools.groupby(in_order, key=slice_of)]
     if len(slices) > 1:
         group, smallest = shape[1] * shape[2], min(map(len, slices))
         require(
@@ -301,10 +331,6 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
     return np.concatenate([_place_box(box, group, in_slice) for box, group in zip(boxes, slices, strict=True)])
 
 
-def _slice_of(device: jax.Device) -> int:
-    return getattr(device, "slice_index", 0) or 0
-
-
 def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
     out = np.empty(len(devices), dtype=object)
     out[:] = devices
@@ -313,7 +339,7 @@ def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
 
 def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
     """One slice's devices as [x, y, z, core], or None where they leave holes in the box around them."""
-    where = np.array([(*d.coords, d.core_on_chip) for d in devices])
+    where = np.array([place_of(d)[1:] for d in devices])
     where -= where.min(axis=0)
     dims = where.max(axis=0) + 1
     if math.prod(dims.tolist()) != len(devices):
@@ -326,7 +352,8 @@ def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
 def _place_box(box: np.ndarray, devices: list[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
     """`place_devices` for one slice: `devices` in the order of their coordinates, and as `box` [x, y, z, core]."""
     if max(shape) == len(devices):
-        with contextlib.suppress(AssertionError):  # two devices a chip on a generation where jax expects one
+        # Two devices a chip on a generation where jax expects one; devices that do not tell their core.
+        with contextlib.suppress(AssertionError, AttributeError):
             return mesh_utils.create_device_mesh(shape, devices)
     parts = split_physical_axes(box.shape, shape)  # [mesh axis][physical axis]
     # Each physical axis becomes (data, context, model) with model innermost, so that its steps are of one chip.

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import flagsaver
+import numpy as np
+import pytest
+
+from paged_dist.launch import chips, decode, own_flags
 
 IMPORTED = """
 import importlib, pkgutil, sys
@@ -61,3 +68,27 @@ def test_importing_any_launcher_defines_no_flag_and_leaves_those_of_the_program_
 
 def test_a_command_line_is_read_with_absls_own_flags_and_an_unknown_one_is_named():
     run_python(PARSED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "flag", "gib"),
+    [
+        ("NVIDIA H200", {"bytes_limit": 105 * 2**30}, None, 105),
+        ("NVIDIA H200", None, None, 16),
+        ("TPU v9", {"bytes_limit": 2**30}, None, 1),
+        ("TPU v5p", {"bytes_limit": 2**30}, None, chips.V5P.hbm_gib),
+        ("TPU v5p", None, 20.0, 20),
+    ],
+)
+def test_memory_of_a_chip_is_the_flag_s_or_the_table_s_or_the_device_s_own(kind, told, flag, gib):
+    device = SimpleNamespace(device_kind=kind, process_index=0, platform="gpu", memory_stats=lambda: told)
+    mesh = SimpleNamespace(devices=np.array([device]))
+    own_flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(hbm_gib=flag):
+        assert decode._hbm_gib(mesh) == gib
+    spec = SimpleNamespace(bytes_per_chip=lambda _: 2**30 + 1, num_pages=7)
+    if told == {"bytes_limit": 2**30}:
+        with pytest.raises(ValueError, match=r"--num_pages=7: a cache of 1.1 GB, where a device has 1.1 GB"):
+            decode.check_memory(spec, mesh)
+    else:
+        decode.check_memory(spec, mesh)

@@ -3,7 +3,13 @@
 import dataclasses
 import itertools
 import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,8 +18,11 @@ from aot import collectives, compile_on, needs_libtpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from slices import crossings, groups_along, partitions
 
+from paged_dist._devices import memory_limit, place_of, slice_of
 from paged_dist.describe import describe_mesh, mesh_facts
+from paged_dist.launch.scaling import sub_devices
 from paged_dist.mesh import AXIS_NAMES, infer_sizes, make_pod_mesh, place_devices, split_physical_axes
+from paged_dist.spec import CacheSpec
 from paged_dist.topology import topology_devices
 
 
@@ -108,6 +117,41 @@ def test_a_shape_that_cannot_work_explains_itself(asked, message):
         asked["devices"] = [jax.devices()[i] for i in asked["devices"]]
     with pytest.raises(ValueError, match=message):
         make_pod_mesh(**asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ({"model": 16}, 16),
+        ({"num_kv_heads": 8, "model_parallelism": 32}, 32),
+        ({"data": 3, "context": 2, "model": 2}, 12),
+        ({"model": 3}, None),  # there are enough for it, but they do not divide
+        ({"model": 16, "num_kv_heads": 8}, None),  # no number of devices would do
+        ({"model": 2**20}, None),
+    ],
+)
+def test_too_few_cpu_devices_say_how_more_are_simulated(asked, count):
+    with pytest.raises(ValueError, match=r"devices|num_kv_heads") as e:
+        make_pod_mesh(**asked)
+    assert ("simulated" in str(e.value)) == (count is not None)
+    if count is not None:
+        assert re.findall(r"device_count=(\d+) .*jax_num_cpu_devices', (\d+)\)", str(e.value)) == [(str(count),) * 2]
+        assert math.prod(infer_sizes(count, **asked)) == count
+    with pytest.raises(ValueError, match=r"devices|num_kv_heads") as e:
+        make_pod_mesh(**asked, devices=jax.devices())
+    assert "simulated" not in str(e.value)  # the list was the caller's choice
+
+
+def test_the_mesh_of_the_readme_on_a_host_with_one_cpu_device_takes_the_advice():
+    script = "import jax, sys, paged_dist as pd; exec(sys.argv[1]); print(dict(pd.make_pod_mesh(model=4).shape))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    run = lambda call: subprocess.run(
+        [sys.executable, "-P", "-c", script, call], env=environment, capture_output=True, text=True, timeout=120
+    )
+    alone = run("")
+    assert alone.returncode == 1 and "XLA_FLAGS=--xla_force_host_platform_device_count=4" in alone.stderr, alone.stderr
+    done = run(re.search(r"jax\.config\.update\(.*?\)", alone.stderr)[0])
+    assert done.stdout.strip() == "{'data': 1, 'context': 1, 'model': 4}", done.stderr
 
 
 def test_devices_of_several_platforms_are_refused():
@@ -279,6 +323,123 @@ def test_describe_reads_any_mesh_not_only_its_own():
     facts = mesh_facts(Mesh(devices, ("rows", "columns")))
     assert [a.name for a in facts.axes] == ["rows", "columns"]
     assert not facts.axes[1].runs[0].regular and "unevenly" in describe_mesh(Mesh(devices, ("rows", "columns")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A stand-in for a GPU. It has no other attribute: no core, no memory that it tells."""
+
+    id: int
+    coords: tuple[int, ...]
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H200"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A stand-in for a device of a back end that tells the least."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "npu"
+    device_kind: str = "NPU"
+
+
+@dataclasses.dataclass(frozen=True)
+class Coreless:
+    """A stand-in for a TPU device that tells its coordinates alone."""
+
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        [Gpu(i, (i % 4,), process_index=i // 4) for i in range(8)],
+        [Gpu(i, (0, 0, i % 4), process_index=i // 4) for i in range(8)],
+        [Gpu(i, (0, 0, 0), process_index=i // 4) for i in range(8)],
+        [Bare(i, process_index=i // 4) for i in range(8)],
+    ],
+    ids=["one coordinate", "three", "all alike", "none"],
+)
+def test_devices_that_are_on_no_torus_are_taken_and_described_by_process(devices):
+    assert [place_of(d) for d in devices] == [None] * 8
+    assert {slice_of(d) for d in devices} == {0} and memory_limit(devices[0]) == math.inf
+    placed = place_devices(devices, (2, 1, 4))
+    assert placed.flatten().tolist() == devices
+    assert describe_mesh(Mesh(placed, AXIS_NAMES)) == (
+        f"mesh: data 2 x context 1 x model 4 = 8 devices ({devices[0].device_kind}), 2 processes, no physical "
+        "coordinates\n"
+        "  data 2: all 2 processes\n"
+        "  context 1: nothing is split\n"
+        "  model 4: all 4 devices of a process"
+    )
+    assert mesh_facts(Mesh(placed, AXIS_NAMES)).num_slices == 1
+    assert sub_devices(devices, 2) == devices[:2] and sub_devices(devices, 8) == devices
+    mesh = make_pod_mesh(devices=devices, context=2, model=2)
+    assert mesh.devices.flatten().tolist() == devices
+    text = describe_mesh(mesh, CacheSpec(4, 128, 64), num_q_heads=8, batch=4)
+    assert "16 a device: 2.10 MB a device" in text and "over context 2 only" in text
+
+
+def test_slices_of_devices_that_are_on_no_torus_are_counted():
+    class Host(Gpu):
+        slice_index = property(lambda self: self.process_index)
+
+    placed = place_devices([Host(i, (i % 4,), process_index=i // 4) for i in range(8)], (2, 1, 4))
+    assert mesh_facts(Mesh(placed, AXIS_NAMES)).num_slices == 2
+    assert "2 processes, 2 slices, no physical coordinates" in describe_mesh(Mesh(placed, AXIS_NAMES))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 4), (1, 1, 16), (2, 4, 2)])
+def test_tpus_that_do_not_tell_their_core_are_placed_like_those_that_do(shape):
+    told = place_devices(chips(4, 4, 1), shape)
+    placed = place_devices([Coreless(d.id, d.coords, d.process_index) for d in chips(4, 4, 1)], shape)
+    assert sorted(d.id for d in placed.flat) == list(range(16))
+    if max(shape) < 16:  # else jax's own placement knows the rings of some kinds
+        assert [d.id for d in placed.flat] == [d.id for d in told.flat]
+    assert "physical x 4, y 4" in describe_mesh(Mesh(placed, AXIS_NAMES))
+    assert len(sub_devices(list(placed.flat), 4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("stats", "limit"),
+    [
+        (lambda: None, math.inf),
+        (dict, math.inf),
+        (lambda: {"bytes_limit": 0}, math.inf),
+        (lambda: {"bytes_limit": 5 * 2**30}, 5 * 2**30),
+        (lambda: jax.errors.JaxRuntimeError("UNIMPLEMENTED"), math.inf),
+        (NotImplementedError, math.inf),
+    ],
+)
+def test_memory_that_a_device_does_not_tell_has_no_limit(stats, limit):
+    def memory_stats():
+        if isinstance(told := stats(), Exception):
+            raise told
+        return told
+
+    assert memory_limit(SimpleNamespace(memory_stats=memory_stats)) == limit
+
+
+def test_what_not_every_device_tells_is_asked_in_one_place_alone():
+    tree = pathlib.Path(__file__).parent.parent
+    files = [
+        file for folder in ("paged_dist", "kernels", "launch", "examples") for file in (tree / folder).rglob("*.py")
+    ]
+    asked = r"\.(coords|core_on_chip|slice_index|local_hardware_id|memory_stats|num_cores)\b(?!=)"
+    device = r"\b(d|device|devices\[\d+\]|\w+\.flat\[\w+\])"
+    found = {
+        file.name
+        for file in files
+        if re.search(device + asked, file.read_text()) or '"slice_index"' in file.read_text()
+    }
+    assert found == {"_devices.py"}
 
 
 def test_an_abstract_mesh_has_nothing_to_describe():

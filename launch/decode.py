@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import warnings
 import zlib
@@ -21,7 +20,8 @@ from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.launch import workload_flags
 from paged_dist.launch.chips import chip_of
-from paged_dist.launch.workload import Request, pages_needed, whole_pool
+from paged_dist.launch.fits import check_memory
+from paged_dist.launch.workload import MOST_TOKENS, Request, pages_needed, whole_pool
 
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
 
@@ -31,7 +31,7 @@ flags.adopt_module_key_flags(workload_flags)
 NAME = "paged-dist-decode"
 ROWS_A_SHARD = 16
 _HBM_GIB_ELSEWHERE = 16.0  # where no device tells its memory
-_MOST_ROWS = _MOST_COLUMNS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
+_MOST_ROWS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
 
 @contextlib.contextmanager
@@ -134,11 +134,13 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
     mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
     data, context = mesh.shape["data"], mesh.shape["context"]
     batch = batch or shared.BATCH.value or ROWS_A_SHARD * data
-    require(batch <= _MOST_ROWS, "--batch", batch, f"must be at most {_MOST_ROWS}")
+    most = max(_MOST_ROWS, ROWS_A_SHARD * data)
+    require(batch <= most, "--batch", batch, f"must be at most {most}")
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
     columns = shared.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
-    require(columns <= _MOST_COLUMNS, "--pages_per_sequence", columns, f"must be at most {_MOST_COLUMNS}")
+    most = MOST_TOKENS // page_size
+    require(columns <= most, "--pages_per_sequence", columns, f"must be at most {most}: positions are 32-bit numbers")
     require(
         columns * page_size >= longest.tokens,
         "--pages_per_sequence",
@@ -153,31 +155,11 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
         pages = whole_pool(pages, page_size, model.dtype, shards)
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     spec.check_mesh(mesh)
-    check_memory(spec, mesh)
     pool = Pool(batch, data, context, pages // shards, page_size)
+    given = shared.NUM_PAGES.value is not None
+    check_memory(spec, mesh, pool, requests, columns, num_pages_given=given)
     pool.check_fits(requests)
     return Run(model, mesh, spec, pool, requests, workload, columns)
-
-
-def check_memory(spec, mesh) -> None:
-    """Raises ValueError where this process's part of the cache is over the memory it goes to, if that is known."""
-    import jax
-
-    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    if not here:
-        return
-    need, where = spec.bytes_per_chip(mesh), "a device has"
-    if here[0].platform == "cpu":  # simulated devices share the host
-        need, have, where = need * len(here), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host has"
-    else:
-        have = memory_limit(here[0])
-    require(
-        need <= have,
-        "--num_pages",
-        spec.num_pages,
-        f"a cache of {need / 1e9:.1f} GB, where {where} {have / 1e9:.1f} GB",
-        "give fewer pages, layers or heads, or a smaller --batch",
-    )
 
 
 def given_alike(requests: list[Request]) -> dict[str, object]:

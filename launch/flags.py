@@ -150,7 +150,16 @@ _GROUPS = {
         *("implementation", "batch", "page_size", "num_pages", "pages_per_sequence", "hbm_gib"),
     ),
     "Work": (
-        *("trace", "lengths_trace", "num_requests", "repeat_requests", "length_scale", "max_context", "max_generated"),
+        *(
+            "trace",
+            "trace_format",
+            "lengths_trace",
+            "num_requests",
+            "repeat_requests",
+            "length_scale",
+            "max_context",
+            "max_generated",
+        ),
         *("context_tokens", "seed", "oracle_samples"),
     ),
     "Output": ("output", "profile_dir", "plot", "dry_run"),

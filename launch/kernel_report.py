@@ -15,14 +15,15 @@ import sys
 from paged_dist._errors import require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
-from paged_dist.launch.workload import pages_needed, read_trace, whole_pool
+from paged_dist.launch.traces import read_trace
+from paged_dist.launch.workload import pages_needed, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
     None,
-    "CSV file with columns ContextTokens and GeneratedTokens: its first --batch requests, each halfway through its "
+    "File of requests, in a format that decode's --trace takes: its first --batch requests, each halfway through its "
     "answer, are the sequences, in place of --context_tokens.",
 )
 BLOCK_SIZES = flags.DEFINE_list(
@@ -56,6 +57,7 @@ class Settings:
     block_sizes: tuple[int, ...] | None
     jax: bool
     jax_block_tokens: int | None
+    lengths_of: str | None = None  # the trace that has them, and what to know of it
 
 
 def settings_from_flags() -> Settings:
@@ -81,9 +83,13 @@ def settings_from_flags() -> Settings:
         sizes = tuple(map(int, BLOCK_SIZES.value))
     shared.check_output(shared.OUTPUT.value)
     batch = values.pop("batch")
+    lengths, lengths_of = (tokens,) * batch, None
+    if LENGTHS_TRACE.value is not None:
+        lengths, lengths_of = trace_lengths(LENGTHS_TRACE.value, batch)
     return Settings(
         chips=tuple(CHIPS.value),
-        lengths=(tokens,) * batch if LENGTHS_TRACE.value is None else trace_lengths(LENGTHS_TRACE.value, batch),
+        lengths=lengths,
+        lengths_of=lengths_of,
         dtype=shared.kv_dtype(shared.KV_DTYPE.value),
         block_sizes=sizes,
         jax=JAX.value,
@@ -92,12 +98,13 @@ def settings_from_flags() -> Settings:
     )
 
 
-def trace_lengths(path: str, batch: int) -> tuple[int, ...]:
-    """Live tokens of the trace's first `batch` requests, each halfway through its answer."""
+def trace_lengths(path: str, batch: int) -> tuple[tuple[int, ...], str]:
+    """Live tokens of the trace's first `batch` requests, each halfway through its answer, and what the trace is."""
     require(not flags.FLAGS["context_tokens"].present, "--lengths_trace", path, "not together with --context_tokens")
-    requests = read_trace(path, batch)
+    trace = read_trace(path, batch, flag="--lengths_trace")
+    requests = trace.requests
     require(len(requests) == batch, "--lengths_trace", path, f"has {len(requests)} requests, --batch={batch}")
-    return tuple(r.context + r.generated // 2 for r in requests)
+    return tuple(r.context + r.generated // 2 for r in requests), trace.name
 
 
 def plan_of(s: Settings, target):
@@ -268,7 +275,8 @@ def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
         f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, head_dim {s.head_dim}, "
         f"{s.dtype}{scales}, pages of {s.page_size}{window}",
         f"lengths {min(s.lengths)} to {max(s.lengths)}, {sum(s.lengths)} tokens"
-        + ("" if live is None else f", {live / 1e6:.2f} MB live"),
+        + ("" if live is None else f", {live / 1e6:.2f} MB live")
+        + ("" if s.lengths_of is None else f", of {s.lengths_of}"),
         " ".join(f"{name} {version}" for name, version in versions.items()),
         "",
         _line(_COLUMNS, [c[0] for c in _COLUMNS]),

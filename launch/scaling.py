@@ -56,7 +56,7 @@ for _name in ("num_slices", "width", "context_tokens"):
 
 _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
-_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace")  # of a trace its requests count, not its name
+_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace", "trace_format")  # of a trace its requests count
 _OF_PLANS = ("num_slices", "width", "context_tokens")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 

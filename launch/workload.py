@@ -1,21 +1,17 @@
-"""What the decode benchmark serves: a request trace, or requests whose lengths are drawn like one's."""
+"""What the decode benchmark serves: requests, of a trace or with lengths that are drawn like one's."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from paged_dist._errors import bad_value, require
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.quantization import is_quantized
 
-CONTEXT_COLUMN = "ContextTokens"
-GENERATED_COLUMN = "GeneratedTokens"
+MOST_TOKENS = 2**31 - 256  # of a sequence: positions are int32, and its last page, of 256 at most, is whole
 
 # Standard-normal scores of the 5th, 50th, 90th and 99th percentile, and of the largest of 19,366 draws.
 _SCORES = (-1.6449, 0.0, 1.2816, 2.3263, 3.88)
@@ -36,52 +32,6 @@ class Request(NamedTuple):
     def tokens(self) -> int:
         """Tokens in the cache when the request is done."""
         return self.context + self.generated
-
-
-def read_trace(path: str | Path, limit: int | None = None) -> list[Request]:
-    """The first `limit` requests of a CSV trace, in the file's order; None takes all.
-
-    The first line names the columns, of which `ContextTokens` and `GeneratedTokens` are needed, as in the Azure
-    public dataset's LLM inference traces. Other columns, arrival times among them, are ignored.
-
-    Raises:
-      ValueError: the file cannot be read, lacks a column, holds no request, or a line has no whole number of at
-        least 1 in one of the columns; names the line (1 is the header).
-    """
-    needs = f"a trace is a CSV whose first line names the columns {CONTEXT_COLUMN} and {GENERATED_COLUMN}"
-    requests: list[Request] = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file, strict=True)
-            columns = [c.strip() for c in lines.fieldnames or ()]
-            missing = [c for c in (CONTEXT_COLUMN, GENERATED_COLUMN) if c not in columns]
-            if missing:
-                shown = ",".join(columns)[:60]
-                raise bad_value("trace", str(path), f"line 1 is {shown!r}, no column {' or '.join(missing)}", needs)
-            lines.fieldnames = columns
-            for line in lines:
-                if limit is not None and len(requests) >= limit:
-                    break
-                lengths = [_length(path, lines.line_num, c, line[c]) for c in (CONTEXT_COLUMN, GENERATED_COLUMN)]
-                requests.append(Request(len(requests), *lengths))
-    except OSError as e:
-        raise bad_value("trace", str(path), f"cannot be read: {e.strerror or e}", needs) from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise bad_value("trace", str(path), f"is not a CSV text file: {e}", needs) from e
-    require(bool(requests), "trace", str(path), "holds no request below its header line", needs)
-    return requests
-
-
-def _length(path: str | Path, line: int, column: str, text: str | None) -> int:
-    try:
-        value = int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        value = 0
-    if not 1 <= value < 2**31:
-        raise bad_value(
-            "trace", str(path), f"line {line} has {column} {text!r}", "it must be a whole number of tokens, at least 1"
-        )
-    return value
 
 
 def draw_lengths(rng: np.random.Generator, percentiles: tuple[int, ...], count: int) -> np.ndarray:
@@ -112,7 +62,7 @@ def shorten(
     """The same requests with lengths multiplied by `scale`, then capped; never below one token each."""
 
     def fit(length: int, most: int | None) -> int:
-        length = max(1, round(length * scale))
+        length = max(1, round(min(length * scale, 2.0**62)))  # a float may be infinite by now
         return length if most is None else min(length, most)
 
     return [Request(r.id, fit(r.context, max_context), fit(r.generated, max_generated)) for r in requests]

@@ -7,13 +7,17 @@ import math
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
-from paged_dist.launch.workload import Request, draw_requests, read_trace, repeated, shorten
+from paged_dist.launch.traces import FORMATS, read_trace
+from paged_dist.launch.workload import MOST_TOKENS, Request, draw_requests, repeated, shorten
 
 TRACE = flags.DEFINE_string(
     "trace",
     None,
-    "CSV file with columns ContextTokens and GeneratedTokens, a line a request. Default: requests whose "
-    "lengths are drawn like those of a production conversation service.",
+    "File of requests: Azure's or BurstGPT's CSV, Mooncake's JSON lines or ShareGPT's JSON, also gzipped. Default: "
+    "requests whose lengths are drawn like those of a production conversation service.",
+)
+TRACE_FORMAT = flags.DEFINE_string(
+    "trace_format", None, f"Format of --trace: {', '.join(FORMATS)}. Default: found out from its columns."
 )
 NUM_REQUESTS = flags.DEFINE_integer(
     "num_requests", None, "Requests to serve: the trace's first. Default: the whole trace, or 96 drawn ones."
@@ -41,10 +45,14 @@ def requests_from_flags() -> tuple[list[Request], str]:
         repeat_requests=REPEAT_REQUESTS.value,
     )
     shared.check_seed()
+    require(
+        TRACE.value is not None or TRACE_FORMAT.value is None, "--trace_format", TRACE_FORMAT.value, "needs --trace"
+    )
     scale = LENGTH_SCALE.value
     require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
     if TRACE.value is not None:
-        requests, name = read_trace(TRACE.value, NUM_REQUESTS.value), TRACE.value.rsplit("/", 1)[-1]
+        trace = read_trace(TRACE.value, NUM_REQUESTS.value, TRACE_FORMAT.value)
+        requests, name = trace.requests, trace.name
         if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
             raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
     else:
@@ -53,6 +61,14 @@ def requests_from_flags() -> tuple[list[Request], str]:
     if scale != 1:
         name += f", lengths x {scale:g}"
     requests = shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value)
+    longest = max(requests, key=lambda r: r.tokens)
+    require(
+        longest.tokens <= MOST_TOKENS,
+        "--trace" if TRACE.value is not None else "--length_scale",
+        TRACE.value if TRACE.value is not None else scale,
+        f"request {longest.id} has {longest.tokens} tokens, prompt and answer, a sequence has at most {MOST_TOKENS}",
+        f"--max_context={MOST_TOKENS // 2} --max_generated={MOST_TOKENS // 2} work",
+    )
     if REPEAT_REQUESTS.value > 1:
         name += f", {REPEAT_REQUESTS.value} times over"
     return repeated(requests, REPEAT_REQUESTS.value), name

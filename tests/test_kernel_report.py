@@ -204,7 +204,7 @@ BAD_FLAGS = {
     "sizes": (dict(block_sizes=["3", "1", "2"]), "pages_per_cell=3: must be a power of two"),
     "sizes_over_vmem": (dict(block_sizes=["1024", "16", "2"]), "bytes of VMEM, of which the kernel may take"),
     "table_over_smem": (dict(batch=2, page_size=8, context_tokens=9_999_999), "one row needs more than the"),
-    "trace": (dict(lengths_trace="/no/such"), "trace='/no/such': cannot be read"),
+    "trace": (dict(lengths_trace="/no/such"), "--lengths_trace='/no/such': cannot be read"),
     "output": (dict(output="/proc/out"), "--output='/proc/out': folder /proc cannot be written"),
 }
 

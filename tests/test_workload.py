@@ -18,14 +18,10 @@ from paged_dist.launch.workload import (
     Request,
     draw_requests,
     pages_needed,
-    read_trace,
     sequences_that_fit,
     shorten,
     whole_pool,
 )
-
-HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-
 
 # Lengths
 
@@ -89,56 +85,6 @@ def test_the_capacity_of_a_hand_computed_pod():
         fits = pages // 3 * 2 + (pages % 3 >= 1)
         assert found[dtype] == {"bytes_per_token": token, "pages": pages, "sequences": fits}
     assert report.capacity(CacheSpec(1, 128, 4, 48), requests, 1.0, 1)["int8"] is None
-
-
-# Traces
-
-
-def write(tmp_path, text, mode="w"):
-    path = tmp_path / "trace.csv"
-    with open(path, mode) as file:
-        file.write(text)
-    return path
-
-
-def test_a_trace_is_read_in_order_up_to_the_limit(tmp_path):
-    path = write(tmp_path, HEADER + "2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:50.99,396,109\n\nx,5,6\n")
-    assert read_trace(path) == [Request(0, 374, 44), Request(1, 396, 109), Request(2, 5, 6)]
-    assert read_trace(path, limit=1) == [Request(0, 374, 44)]
-
-
-def test_columns_may_come_in_another_order_with_spaces_and_a_byte_order_mark(tmp_path):
-    path = write(tmp_path, b"\xef\xbb\xbfGeneratedTokens, ContextTokens\n7,8\n", "wb")
-    assert read_trace(path) == [Request(0, 8, 7)]
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (HEADER + "t,5,6\nt,five,6\n", "line 3 has ContextTokens 'five'"),
-        (HEADER + "t,5,6\n\nt,7\n", "line 4 has GeneratedTokens None"),
-        (HEADER + "t,5,0\n", "line 2 has GeneratedTokens '0'"),
-        (HEADER + "t,-5,1\n", "line 2 has ContextTokens '-5'"),
-        (HEADER + "t,5,1.5\n", "line 2 has GeneratedTokens '1.5'"),
-        (HEADER + f"t,{2**31},1\n", "line 2 has ContextTokens"),
-        (HEADER + 't,"5\n', "is not a CSV text file"),
-        (HEADER, "holds no request"),
-        ("", "no column ContextTokens or GeneratedTokens"),
-        ("a,ContextTokens\n1,2\n", "line 1 is 'a,ContextTokens', no column GeneratedTokens"),
-        (b"\x80\x04\x95\xff\x00", "is not a CSV text file"),
-    ],
-)
-def test_what_is_no_trace_is_refused_by_line_and_column(tmp_path, text, says):
-    with pytest.raises(ValueError) as e:
-        read_trace(write(tmp_path, text, "wb" if isinstance(text, bytes) else "w"))
-    assert says in str(e.value)
-    assert "ContextTokens" in str(e.value) or "whole number" in str(e.value)
-
-
-@pytest.mark.parametrize("name", ["absent.csv", "."])
-def test_a_trace_that_cannot_be_opened_is_a_value_error(tmp_path, name):
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_trace(tmp_path / name)
 
 
 # Tensors

@@ -60,7 +60,7 @@ def page_attention(
       block_tables: [B, S] int32 page ids; entries past a sequence's last page, or before its window, may hold
         anything and are never used.
       sm_scale: logits are sm_scale * q.k. ejkernel calls it `attn_scale`, and takes 1 / sqrt(D) where none is given.
-      mask_value: what a masked logit becomes, finite and negative.
+      mask_value: what a masked logit becomes, finite and negative. Whatever it is, a masked token has weight 0.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
       sliding_window: attend to the last so many tokens; pages wholly before them are not read.
       pages_per_compute_block: pages the kernel loads and computes at a time; None picks about two thousand tokens,
@@ -70,8 +70,8 @@ def page_attention(
       interpret: None follows the platform that the program is lowered for: the Pallas kernel on TPU, plain XLA
         elsewhere. False is the kernel; True or a `pltpu.InterpretParams` simulates it on the host.
       key_scales, value_scales: [Hkv, N, P] f32, for int8 and float8_e4m3fn caches. `paged_decode_attention` does the
-        work then, and the arguments that shape the seed-level kernels (mask_value, pages_per_compute_block,
-        megacore_mode, inline_seq_dim) have no effect.
+        work then; what shapes the seed-level kernels (pages_per_compute_block, megacore_mode, inline_seq_dim) is
+        refused beside them.
 
     Returns:
       [B, Hq, D] in the query's dtype, accumulated in f32; 0 for an empty sequence.
@@ -135,7 +135,6 @@ def page_attention(
         context_lens,
         block_tables,
         sm_scale=float(sm_scale),
-        mask_value=float(mask_value),
         soft_cap=attn_logits_soft_cap,
         sliding_window=sliding_window,
         pages_per_compute_block=pages_per_compute_block,
@@ -149,7 +148,6 @@ def page_attention(
     jax.jit,
     static_argnames=(
         "sm_scale",
-        "mask_value",
         "soft_cap",
         "sliding_window",
         "pages_per_compute_block",

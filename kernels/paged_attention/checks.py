@@ -7,7 +7,6 @@ allocates.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -271,7 +270,8 @@ def check_options(
             name,
             value,
             "must be a Python number, not a traced value",
-            "name it in static_argnames",
+            "name it in static_argnames"
+            + ("; paged_decode_attention takes a traced one" if name == "sliding_window" else ""),
         )
     require(_finite(sm_scale), "sm_scale", sm_scale, "must be a finite number")
     require(
@@ -343,8 +343,9 @@ def check_interpret(interpret) -> None:
 
 
 def _finite(value) -> bool:
+    """Whether `value` is a number within f32's range, in which it is used."""
     try:
-        return math.isfinite(float(value))
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
     except (TypeError, ValueError):
         return False
 

@@ -3,7 +3,7 @@
 A cell is up to `pages_per_cell` consecutive pages of one sequence, all local kv heads; a step is `cells_per_step`
 cells, of as many sequences as it takes. Iteration s of the kernel's one loop
 
-    weighs   step s-1: exp2(score - max), from scores left in VMEM by the iteration before;
+    weighs   step s-1: exp(score - max), from scores left in VMEM by the iteration before;
     scores   step s: q.K, masks, each row's maximum, running maxima;
     issues   the copies of step s + `steps_ahead`'s K, between the scores, and of V one step behind, between the sums;
     sums     step s-1: weights times V into the running sums, divided and copied out where a sequence ends.
@@ -27,17 +27,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist.kernels._tiling import LANES, SUBLANES
-from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_copies import Copies, Paced
 from paged_dist.kernels.paged_attention.decode_edges import clear_edges
 from paged_dist.kernels.paged_attention.decode_plan import Plan
-from paged_dist.kernels.paged_attention.decode_queries import LiveRows, lowest_top
+from paged_dist.kernels.paged_attention.decode_queries import LiveRows
 from paged_dist.kernels.paged_attention.decode_scales import scales_of_rows
 from paged_dist.kernels.paged_attention.decode_work import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.paged_attention.kernel import dot
+from paged_dist.kernels.paged_attention.scores import DEAD, LOWEST, in_range
 
-_LOG2_E = 1.4426950408889634  # the softmax is taken in base 2, which is what the hardware raises to
-_LN_2 = 0.6931471805599453
+_LOG2_E = 1.4426950408889634  # the hardware raises 2 to a power
 
 
 class Refs(NamedTuple):
@@ -135,7 +134,7 @@ def _clear_values(plan: Plan, refs: Refs) -> None:
 
 def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
     """Initial state, and the rows of empty sequences. Returns the number of rows that this core copies out."""
-    refs.run_top[...] = jnp.full_like(refs.run_top, lowest_top(plan))
+    refs.run_top[...] = jnp.full_like(refs.run_top, LOWEST)
     refs.run_sum[...] = jnp.zeros_like(refs.run_sum)
     refs.run_out[...] = jnp.zeros_like(refs.run_out)
     refs.no_output[...] = jnp.zeros_like(refs.no_output)
@@ -143,8 +142,8 @@ def _prepare(plan: Plan, refs: Refs, work: WorkList, core):
     if plan.has_sinks:
         for row in range(plan.H * plan.M):
             head = plan.head_of_row(row)
-            refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), refs.sinks[head] * _LOG2_E)
-        refs.sink[...] = jnp.maximum(refs.sink[...], lowest_top(plan))  # a sink of -inf is none
+            refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), refs.sinks[head])
+        refs.sink[...] = in_range(refs.sink[...])  # a sink of -inf is none
     if plan.return_lse:
         none = jnp.full((1, plan.Hq), -jnp.inf, jnp.float32)
         if plan.has_sinks:
@@ -259,7 +258,7 @@ class Body:
         return copies.cursor
 
     def score(self, c, tops, copies: Paced) -> None:
-        """Scores of step s's cell c, in base 2, to `refs.scores`; moves the running maxima in `tops`."""
+        """Scores of step s's cell c, to `refs.scores`; moves the running maxima in `tops`."""
         plan, refs = self.plan, self.refs
         cell = Cell.load(refs.cells, self.ring.cells, c, plan)
         live_rows = LiveRows.of(plan, refs, cell)
@@ -274,13 +273,13 @@ class Body:
             top = jnp.broadcast_to(top, (plan.M, LANES))
             if plan.tokens_per_row > 1:  # a row's tokens share their maximum, and so can be added up at the end
                 top = jnp.maximum(top, pltpu.roll(top, plan.M // plan.tokens_per_row, 0))
-            before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else lowest_top(plan), tops[g])
+            before = jnp.where(cell.is_first, refs.sink[g] if plan.has_sinks else LOWEST, tops[g])
             tops[g] = jnp.maximum(before, top)
             refs.top[c, g] = tops[g]
-            refs.decay[c, g] = jnp.exp2(before - tops[g])
+            refs.decay[c, g] = _exp(before - tops[g])
 
     def _masked_scores(self, c, g, cell: Cell, live_rows: LiveRows, part: pl.Slice):
-        """Scores of a part of step s's cell c, in base 2, [M, part.size]."""
+        """Scores of a part of step s's cell c, [M, part.size]."""
         plan, shape = self.plan, (self.plan.M, part.size)
         row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         token = plan.token_of_row(part.start + column)
@@ -290,10 +289,10 @@ class Body:
         q = self.refs.q[cell.b, g * plan.M : (g + 1) * plan.M, :]
         s = self._each_head(g, functools.partial(self._times_keys, c, cell, q, part), shape)
         if plan.soft_cap is None:
-            s = s * (plan.sm_scale * _LOG2_E)
+            s = in_range(s * plan.sm_scale)
         else:
-            s = (plan.soft_cap * _LOG2_E) * jnp.tanh(s * (plan.sm_scale / plan.soft_cap))
-        return jnp.where(live, s, DEFAULT_MASK_VALUE)
+            s = plan.soft_cap * jnp.tanh(s * (plan.sm_scale / plan.soft_cap))
+        return jnp.where(live, s, DEAD)
 
     def weigh(self):
         """Weights [M, T], one for each kv head of the group, the lanes' sums of them, decay and maximum [M, 128]:
@@ -307,7 +306,7 @@ class Body:
             for g in range(plan.H):
                 top = refs.top[c, g]
                 scores = [refs.scores[c, g, :, t : t + LANES] for t in range(0, plan.T, LANES)]
-                parts = [jnp.exp2(score - top) for score in scores]
+                parts = [_exp(score - top) for score in scores]
                 each = [parts]
                 if plan.is_quantized:
                     heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
@@ -316,7 +315,7 @@ class Body:
                     # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
                     each = [
                         [
-                            jnp.where(score == DEFAULT_MASK_VALUE, 0.0, part * x)
+                            jnp.where(score == DEAD, 0.0, part * x)
                             for score, part, x in zip(scores, parts, row, strict=True)
                         ]
                         for row in scales
@@ -353,7 +352,7 @@ class Body:
 
     def _sink_sum(self, g):
         """What group g's denominators start from: each lane's part of a sink's own weight, 1; once a query head."""
-        counts = self.refs.sink[g] > lowest_top(self.plan)
+        counts = self.refs.sink[g] > LOWEST
         row = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
         return jnp.where(counts & (row < self.plan.M // self.plan.tokens_per_row), 1 / LANES, 0.0)
 
@@ -371,7 +370,7 @@ class Body:
             out = out / _widen(total if plan.Q == 1 else jnp.where(total > 0, total, 1.0), plan.W)
             refs.out_rows[cell.b, g * rows : (g + 1) * rows, :] = out[:rows, : plan.D].astype(refs.out_rows.dtype)
             if plan.return_lse:
-                lse = tops[g] * _LN_2 + jnp.log(total)
+                lse = tops[g] + jnp.log(total)
                 lse = jnp.where(total > 0, lse, -jnp.inf) if plan.Q > 1 else lse
                 _add_rows_to_lanes(lses, lse[:rows], g * rows)
         if plan.return_lse:
@@ -418,6 +417,11 @@ class Body:
         for t in range(1, plan.heads_per_group):
             merged = jnp.where(row < t * plan.rows_per_head, merged, product(g * plan.heads_per_group + t))
         return merged
+
+
+def _exp(x):
+    """exp(x) of a difference: a scale to base 2 before it would take a score out of f32's range."""
+    return jnp.exp2(x * _LOG2_E)
 
 
 def _sum(parts):

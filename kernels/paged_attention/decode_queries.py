@@ -10,18 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_dist.kernels._tiling import LANES, SUBLANES
-from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.paged_attention.decode_plan import Plan
 from paged_dist.kernels.paged_attention.decode_work import Cell, of_query
-
-
-def lowest_top(plan: Plan) -> float:
-    """What a row's running maximum starts from.
-
-    Beside other new tokens a row may have no live token, yet or ever: its weights, exp2(DEFAULT_MASK_VALUE - this),
-    are then 0, and so is their sum, which says so at the end.
-    """
-    return DEFAULT_MASK_VALUE if plan.Q == 1 else DEFAULT_MASK_VALUE / 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from paged_dist.kernels.paged_attention.descriptor import MultiPageAsyncCopyDescriptor
+from paged_dist.kernels.paged_attention.scores import LOWEST, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def paged_flash_attention_kernel(
       k_sems, v_sems: DMA semaphores [2].
       batch_size, pages_per_sequence: B, and the width of the block table.
       megacore_mode: 'batch' or 'kv_head' split these over the grid's leading axis of cores; None is one core.
-      mask_value: the finite negative number that a dead token's logit becomes, below every live one.
+      mask_value: what a dead token's logit becomes. Whatever it is, a dead token has weight 0.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap); None: they stay.
       sliding_window: attend to the last so many tokens; pages before them are not read.
       program_ids: (core, sequence, kv head, block) where it is called from another body.
@@ -247,7 +248,6 @@ class Body:
     batch_size: int
     pages_per_compute_block: int
     pages_per_sequence: int
-    mask_value: float
     attn_logits_soft_cap: float | None
     megacore_mode: str | None
     sliding_window: int | None
@@ -370,7 +370,8 @@ class Body:
         s = dot(q, k, 1, q.dtype) * self.sm_scale
         if self.attn_logits_soft_cap is not None:
             s = self.attn_logits_soft_cap * jnp.tanh(s / self.attn_logits_soft_cap)
-        s = jnp.where(live, s, self.mask_value)
+        # Dead tokens never raise the maximum: beside them a live score below theirs would have no weight.
+        s = jnp.where(live, in_range(s), LOWEST)
         m_next = jnp.maximum(m, s.max(axis=1, keepdims=True))
         # A select, for with every score of the block masked exp(s - m_next) is 1.
         weight = jnp.where(live, jnp.exp(s - m_next), 0.0)

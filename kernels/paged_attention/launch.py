@@ -14,7 +14,6 @@ from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, in_hbm
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import (
-    DEFAULT_MASK_VALUE,
     NUM_CORES,
     Problem,
     check_megacore,
@@ -40,7 +39,6 @@ def attend_pages_pallas(
     sm_scale=1.0,
     soft_cap=None,
     sliding_window=None,
-    mask_value=DEFAULT_MASK_VALUE,
     pages_per_compute_block=None,
     megacore_mode=None,
     inline_seq_dim=True,
@@ -65,7 +63,7 @@ def attend_pages_pallas(
         jnp.asarray, (query, key_pages, value_pages, lengths, block_tables)
     )
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
-    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
+    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     require(
         p.width == max(LANES, p.head_dim),
         "key_pages.shape",
@@ -89,7 +87,6 @@ def attend_pages_pallas(
         sm_scale=float(sm_scale),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
-        mask_value=float(mask_value),
         pages_per_compute_block=pages_per_compute_block,
         megacore_mode=megacore_mode,
         inline_seq_dim=inline_seq_dim,
@@ -113,7 +110,6 @@ def _launch(
     sm_scale,
     soft_cap,
     sliding_window,
-    mask_value,
     pages_per_compute_block,
     megacore_mode,
     inline_seq_dim,
@@ -143,7 +139,6 @@ def _launch(
         batch_size=p.batch,
         pages_per_compute_block=pages_per_compute_block,
         pages_per_sequence=p.pages_per_sequence,
-        mask_value=mask_value,
         attn_logits_soft_cap=soft_cap,
         megacore_mode=megacore_mode,
         sliding_window=sliding_window,

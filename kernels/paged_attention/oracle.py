@@ -67,6 +67,7 @@ def attention_oracle(
             if every.size == 0 or every.max() == -np.inf:
                 continue
             top = every.max()
-            lse[b, h] = top + np.log(np.exp(every - top).sum())
-            output[b, h] = np.exp(logits - lse[b, h]) @ v
+            total = np.exp(every - top).sum()
+            lse[b, h] = top + np.log(total)
+            output[b, h] = (np.exp(logits - top) / total) @ v  # a large top swallows the logarithm in lse
     return output, lse

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_cache, check_options
+from paged_dist.kernels.paged_attention.scores import LOWEST, in_range
 
 
 def ref_paged_attention(
@@ -29,7 +29,7 @@ def ref_paged_attention(
       key_cache, value_cache: [Hkv, N, P, D] bf16 or f32.
       context_lens: [B] int32 live tokens, 0 allowed.
       block_tables: [B, S] int32 page ids; entries past a sequence's last page may hold anything.
-      mask_value: what a masked logit becomes.
+      mask_value: what a masked logit becomes, finite and negative. Whatever it is, a masked token has weight 0.
       attn_logits_soft_cap: logits become cap * tanh(logits / cap), before the mask.
       sliding_window: attend to the last so many tokens.
 
@@ -64,9 +64,12 @@ def ref_paged_attention(
     logits = jnp.einsum("bhgd,hbtd->bhgt", q, k, precision="highest")
     if attn_logits_soft_cap is not None:
         logits = attn_logits_soft_cap * jnp.tanh(logits / attn_logits_soft_cap)
-    weights = jax.nn.softmax(jnp.where(live[:, None, None], logits, mask_value), axis=-1)
-    # Selects, not products: an empty sequence's weights are uniform, and a dead row of V may hold NaN.
-    weights = jnp.where(live[:, None, None], weights, 0.0)
+    live_logits = live[:, None, None]
+    logits = jnp.where(live_logits, in_range(logits), LOWEST)
+    # Selects, not products: an empty sequence's logits are uniform, and a dead row of V may hold NaN.
+    weights = jnp.where(live_logits, jnp.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(total == 0.0, 1.0, total)
     v = jnp.where(live[None, :, :, None], v, 0.0)
     output = jnp.einsum("bhgt,hbtd->bhgd", weights, v, precision="highest")
     return output.reshape(query.shape).astype(query.dtype)

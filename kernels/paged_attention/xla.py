@@ -9,7 +9,6 @@ from jax import lax
 from paged_dist._compat import vary_like
 from paged_dist.kernels._dispatch import meant_dtype
 from paged_dist.kernels.paged_attention.checks import (
-    DEFAULT_MASK_VALUE,
     Problem,
     check_options,
     check_output_dtype,
@@ -17,6 +16,7 @@ from paged_dist.kernels.paged_attention.checks import (
     check_starts,
 )
 from paged_dist.kernels.paged_attention.queries import as_rows, from_rows
+from paged_dist.kernels.paged_attention.scores import LOWEST, in_range
 
 # A step takes so many tokens of a sequence, and of as many sequences side by side as make up so many elements of K:
 # 1 MB of K as bf16 and 2 MB of V as f32 stay cached from gather to product. On two cores, at 8 kv heads of 128, twice
@@ -38,7 +38,6 @@ def attend_pages_xla(
     sm_scale=1.0,
     soft_cap=None,
     sliding_window=None,
-    mask_value=DEFAULT_MASK_VALUE,
     key_scales=None,
     value_scales=None,
     output_dtype=None,
@@ -62,7 +61,7 @@ def attend_pages_xla(
       layer: int32 scalar, may be traced; None is 0.
       starts: [B] int32, the first token that each sequence attends to; below 0 counts as 0, at its length or
         beyond leaves nothing. None is 0. With a sliding window the later of the two holds.
-      sm_scale, soft_cap, sliding_window, mask_value: Python numbers.
+      sm_scale, soft_cap, sliding_window: Python numbers.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of int8 and fp8 pages, as `pack_scales` stores them.
         They multiply scores and weights, G a token, not pages, D a token.
       output_dtype: of the output, bf16 or f32; None for the query's.
@@ -81,7 +80,7 @@ def attend_pages_xla(
     problem = check_pools(
         query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales, takes_queries=True
     )
-    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window, mask_value=mask_value)
+    check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     p, batch = problem, problem.batch
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     check_output_dtype(output_dtype)
@@ -129,7 +128,6 @@ def attend_pages_xla(
             *(x[member] for x in spans),
             sm_scale=sm_scale,
             soft_cap=soft_cap,
-            mask_value=mask_value,
         )
 
     output, lse = lax.map(attend, padded)
@@ -152,9 +150,7 @@ def _step_shape(p: Problem) -> tuple[int, int]:
     return chunk, max(1, min(rows, _MOST_ROWS, p.batch))
 
 
-def _attend_rows(
-    p: Problem, chunk: int, q, pools, layer, lengths, starts, tables, *spans, sm_scale, soft_cap, mask_value
-):
+def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, tables, *spans, sm_scale, soft_cap):
     """(output f32 [M, Hkv, G, D], lse [M, Hkv, G]) of q [M, Hkv, G, D] over [starts, lengths), `chunk` pages a step.
 
     spans: with several new tokens, of which G then are Q * G rows, their own starts and lengths, both [M, Q].
@@ -193,7 +189,7 @@ def _attend_rows(
             s = s * k_scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
-        s = jnp.where(seen, s, mask_value)
+        s = jnp.where(seen, in_range(s), LOWEST)
         m_next = jnp.maximum(m, s.max(axis=-1, keepdims=True))
         weight = jnp.where(seen, jnp.exp(s - m_next), 0.0)
         keep = jnp.exp(m - m_next)
@@ -205,7 +201,7 @@ def _attend_rows(
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)
 
     stat = (*q.shape[:-1], 1)
-    start = jnp.full(stat, mask_value), jnp.zeros(stat), jnp.zeros(q.shape)
+    start = jnp.full(stat, LOWEST), jnp.zeros(stat), jnp.zeros(q.shape)
     start = tuple(vary_like(x.astype(jnp.float32), q, *pools, lengths, starts, tables, layer) for x in start)
     m, l, acc = lax.fori_loop(0, (jnp.max(chunks) + chunk - 1) // chunk, step, start)
     empty = l == 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -95,23 +97,51 @@ def dequantize_kv(
     return (x if smoothing is None else x * smoothing.astype(jnp.float32)).astype(dtype)
 
 
-def calibrate_key_smoothing(keys: jax.Array) -> jax.Array:
-    """A per-channel divisor of keys, [Hkv, D] f32, from a sample of them [..., Hkv, D] (a few hundred tokens do).
+def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -> jax.Array:
+    """A divisor of keys for each channel, from a sample of them: keys that are divided by it lose less in 8 bits.
 
-    It is each channel's root mean square, in units of the head's geometric mean: channels come out alike, so that
-    none loses its bits to a large one, as a token's scale has to follow its largest channel. The idea of SmoothQuant
-    (arXiv:2211.10438) with its exponent at 1: for given queries no other divisor of the same largest quotient has
-    less error. Channels that are zero throughout get 1.
+    Each channel's divisor is its root mean square, in units of the head's geometric mean: channels come out alike, so
+    that none loses its bits to a large one, as a token's scale has to follow its largest channel. The idea of
+    SmoothQuant (arXiv:2211.10438) with its exponent at 1: for given queries no other divisor of the same largest
+    quotient has less error.
+
+    A sample may show a channel smaller than it will be, and a channel divided by too little takes all others' bits. So
+    root mean squares are bounded, by their head's quartiles: far below the rest (by two interquartile ranges of their
+    logarithms, and under a quarter of the upper quartile) counts as that far below. None counts as less than 1/1024
+    of the upper quartile, or as more than 1024 of it. Channels that are zero throughout get 1.
+
+    Args:
+      keys: [..., Hkv, D], any float dtype, as they go to `append_kv`: all axes before Hkv are tokens, a few hundred of
+        them do. With `num_layers` [L, ..., Hkv, D].
+      num_layers: L of a cache with stacked layers, each of which then gets its own; `spec.num_layers` is right for
+        every cache. None: keys are of one layer.
+
+    Returns:
+      [Hkv, D] f32, or [L, Hkv, D] with `num_layers`; finite and positive.
 
     Raises:
-      ValueError: fewer than three axes.
+      ValueError: too few axes, no token, another number of layers; keys that are not finite in f32 (inside a jit,
+        where that cannot be seen, the head they are in becomes NaN).
     """
-    keys = jnp.asarray(keys)
-    require(keys.ndim >= 3, "keys.shape", keys.shape, "must be [..., Hkv, D], at least one token")
-    size = jnp.sqrt(jnp.mean(jnp.square(keys.astype(jnp.float32)), axis=tuple(range(keys.ndim - 2))))
-    live = size > 0
-    log = jnp.log(jnp.where(live, size, 1.0))
-    mean = jnp.sum(log, axis=-1, keepdims=True) / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    keys = jnp.asarray(keys).astype(jnp.float32)
+    layered = num_layers is not None
+    shape, rule = keys.shape, f"must be [{'num_layers, ' * layered}..., Hkv, D], at least one token"
+    require(keys.ndim >= 3 + layered and 0 not in shape, "keys.shape", shape, rule)
+    require(not layered or shape[0] == num_layers, "num_layers", num_layers, f"keys.shape is {shape}: {rule}")
+    if not isinstance(keys, jax.core.Tracer):
+        odd = int(jnp.sum(~jnp.isfinite(keys)))
+        require(odd == 0, "keys", f"{odd} of {keys.size} not finite in f32", "must be finite", "leave those tokens out")
+    tokens = tuple(range(1 if layered else 0, keys.ndim - 2))
+    # In units of the largest, whose square might not be a number.
+    largest = jnp.max(jnp.abs(keys), axis=tokens, keepdims=True)
+    live = largest >= float(jnp.finfo(jnp.float32).tiny)
+    size = jnp.sqrt(jnp.mean(jnp.square(keys / jnp.where(live, largest, 1.0)), axis=tokens, keepdims=True))
+    live, log = (jnp.squeeze(x, tokens) for x in (live, jnp.log(jnp.where(live, size * largest, 1.0))))
+    low, high = (jnp.nanquantile(jnp.where(live, log, jnp.nan), q, axis=-1, keepdims=True) for q in (0.25, 0.75))
+    least = jnp.clip(low - 2 * (high - low), high - math.log(1024.0), high - math.log(4.0))
+    log = jnp.clip(log, least, high + math.log(1024.0))
+    mean = jnp.sum(jnp.where(live, log, 0.0), axis=-1, keepdims=True)
+    mean = mean / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
     return jnp.where(live, jnp.exp(log - mean), 1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -110,6 +111,27 @@ def check_batch(batch: int, mesh: Mesh | AbstractMesh, axes: MeshAxes, argument:
         f"rows must be a multiple of the mesh's data size {data}",
         "pad the batch with empty rows (length 0): they cost nothing",
     )
+
+
+def in_place(op: Callable) -> Callable:
+    """Jits `op(cache, *arrays, mesh=, axes=, implementation=) -> cache`, so that what it writes is donated, no more.
+
+    A key smoothing is only read. It goes in beside the pools, not donated, and the cache that comes out has the same
+    array: other caches may share it.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("mesh", "axes", "implementation"), donate_argnums=0)
+    def written(pools, key_smoothing, *arrays, mesh, axes, implementation):
+        cache = pools.with_smoothing(key_smoothing)
+        return op(cache, *arrays, mesh=mesh, axes=axes, implementation=implementation).without_smoothing()
+
+    @functools.wraps(op)
+    def call(cache, *arrays, **options):
+        pools = written(cache.without_smoothing(), cache.key_smoothing, *arrays, **options)
+        return pools.with_smoothing(cache.key_smoothing)
+
+    call.jitted = written
+    return call
 
 
 def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs, *args):

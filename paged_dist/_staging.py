@@ -83,11 +83,6 @@ def _copy_between(into, source, copies, counts, *, axes, implementation):
     return run_sharded(local, into.mesh, specs, pools, into, source, copies, counts)
 
 
-def without_smoothing(cache: PagedKVCache) -> PagedKVCache:
-    """The pages and scales alone."""
-    return dataclasses.replace(cache, key_smoothing=None)
-
-
 def zeros_like_cache(spec: CacheSpec, mesh: Mesh, axes: MeshAxes) -> PagedKVCache:
     """`PagedKVCache.create`, without its warnings: the cache it comes from had them."""
     made = PagedKVCache.abstract(spec, mesh, axes=axes)

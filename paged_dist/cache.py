@@ -69,11 +69,13 @@ class PagedKVCache:
 
         Args:
           spec, mesh, axes: what it holds, and where.
-          key_smoothing: [Hkv, D] or [L, Hkv, D], finite and positive, for int8 and fp8; stored as f32.
+          key_smoothing: [Hkv, D] or [L, Hkv, D], finite and positive, for int8 and fp8; stored as f32. The cache
+            gets a copy of it.
 
         Raises:
           ValueError: heads or pages that do not divide over `mesh`; a smoothing outside its rule.
         """
+        spec.check_mesh(mesh, axes)
         if spec.page_size < 64:
             warnings.warn(
                 f"CacheSpec(page_size={spec.page_size}): below 64 tokens a page the DMA engine, not HBM, sets "
@@ -140,8 +142,8 @@ class PagedKVCache:
           key_scales, value_scales: [Hkv, N, P] or [L, Hkv, N, P] f32, of int8 and fp8 pages; see `quantize_kv`.
           key_smoothing: what the keys were divided by, as in `create`.
           mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
-            NamedSharding if they have one. What is in place already is not copied: an eager write then takes
-            the caller's arrays over too.
+            NamedSharding if they have one. Pages and scales in place already are not copied: an eager write
+            then takes the caller's arrays over too.
 
         Raises:
           ValueError: arrays that disagree, or a shape or dtype that CacheSpec refuses; 8-bit pages without scales,
@@ -242,6 +244,14 @@ class PagedKVCache:
         """`key_smoothing` [Hkv, D] of one layer, or None."""
         return self.key_smoothing if self.key_smoothing is None or layer is None else self.key_smoothing[layer]
 
+    def without_smoothing(self) -> PagedKVCache:
+        """The pools and scales alone: what the ops write."""
+        return dataclasses.replace(self, key_smoothing=None)
+
+    def with_smoothing(self, key_smoothing: jax.Array | None) -> PagedKVCache:
+        """The cache with this `key_smoothing`, not copied."""
+        return dataclasses.replace(self, key_smoothing=key_smoothing)
+
     def with_pools(self, *arrays: jax.Array) -> PagedKVCache:
         """The cache with new contents, given as `stacked` and `stacked_scales` gave them: two pools, and scales."""
         if self.spec.num_layers is None:
@@ -273,15 +283,19 @@ def _require_quantized(spec: CacheSpec, key_smoothing) -> None:
 
 
 def _check_key_smoothing(spec: CacheSpec, key_smoothing) -> jax.Array | None:
-    """`key_smoothing` as f32. Raises ValueError for another shape, a cache without scales, or values out of range."""
+    """A copy of `key_smoothing` as f32, the cache's own: who donates the cache donates nothing of the caller's.
+
+    Raises ValueError for another shape, a cache without scales, or values out of range.
+    """
     if key_smoothing is None:
         return None
     shape = spec.key_smoothing_shape
     _require_quantized(spec, jnp.shape(key_smoothing))
-    require(
-        jnp.shape(key_smoothing) == shape, "key_smoothing.shape", jnp.shape(key_smoothing), f"must be {shape}, (Hkv, D)"
-    )
-    key_smoothing = jnp.asarray(key_smoothing, jnp.float32)
+    letters = "(Hkv, D)" if spec.num_layers is None else "(L, Hkv, D)"
+    works = f"calibrate_key_smoothing(sample, num_layers={spec.num_layers}) gives that"
+    given = jnp.shape(key_smoothing)
+    require(given == shape, "key_smoothing.shape", given, f"must be {shape}, {letters}", works)
+    key_smoothing = jnp.array(key_smoothing, jnp.float32, copy=True)
     if not isinstance(key_smoothing, jax.core.Tracer):
         for part in key_smoothing.addressable_shards:
             least, most = float(jnp.min(part.data)), float(jnp.max(part.data))

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from paged_dist._errors import require
-from paged_dist._shard import Implementation, check_shard, interpret_of, op_mesh, run_sharded
+from paged_dist._shard import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.kv_cache_update.copy import copy_stored_pages
 from paged_dist.mesh import MeshAxes
@@ -48,7 +48,7 @@ def copy_pages(
     return _copy_sharded(cache, copies, mesh=mesh, axes=axes, implementation=implementation)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axes", "implementation"), donate_argnames="cache")
+@in_place
 def _copy_sharded(cache, copies, *, mesh, axes, implementation):
     pools = cache.partition_specs(axes)
     local = functools.partial(_copy_local, axes=axes, implementation=implementation)

@@ -62,14 +62,17 @@ class MeshAxes:
         return self.names("data") + self.names("context")
 
     def size(self, mesh: Mesh | AbstractMesh, part: str) -> int:
-        """How many shards `part` has on `mesh`."""
+        """How many shards `part` has on `mesh`. Raises ValueError, as `check`, for a name that `mesh` has not."""
+        if not set(self.names(part)) <= set(mesh.axis_names):
+            self.check(mesh.axis_names)
         return math.prod(mesh.shape[name] for name in self.names(part))
 
-    def check(self, mesh_axes: Sequence[str], have: str = "the mesh has axes", works: str = "name one of them") -> None:
+    def check(self, mesh_axes: Sequence[str], have: str = "the mesh has axes", works: str | None = None) -> None:
         """Raises ValueError where a name is none of `mesh_axes`, or one axis plays two parts.
 
         `have` and `works` are the error's words for `mesh_axes` and for what would do.
         """
+        works = works or f"say which axis does what, for example axes={_example(tuple(mesh_axes))}"
         seen: dict[str, str] = {}
         for part in ("data", "context", "model"):
             for name in self.names(part):
@@ -78,7 +81,7 @@ class MeshAxes:
                         f"axes.{part}",
                         getattr(self, part),
                         f"{have} {tuple(mesh_axes)}",
-                        f"{works}, or pass MeshAxes({part}=None) where nothing is split so",
+                        f"{works}; MeshAxes({part}=None) where nothing is split so",
                     )
                 if name in seen:
                     raise bad_value(
@@ -88,6 +91,13 @@ class MeshAxes:
                         "one mesh axis plays one part",
                     )
                 seen[name] = part
+
+
+def _example(names: tuple[str, ...]) -> MeshAxes:
+    """A MeshAxes of a mesh with axes `names`, outermost first as `make_pod_mesh` has them."""
+    if len(names) < 2:
+        return MeshAxes(None, None, names[0] if names else None)
+    return MeshAxes(names[0], names[1] if len(names) > 2 else None, names[-1])
 
 
 def make_pod_mesh(

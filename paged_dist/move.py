@@ -7,6 +7,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -19,12 +20,12 @@ from paged_dist._staging import (
     page_shards,
     round_slots,
     staging_spec,
-    without_smoothing,
     zeros_like_cache,
 )
 from paged_dist.allocator import PageAllocator
 from paged_dist.cache import PagedKVCache
 from paged_dist.mesh import MeshAxes
+from paged_dist.spec import CacheSpec
 
 CHUNK_BYTES = 64 << 20  # of pages that are on their way at once, on each device
 
@@ -59,9 +60,9 @@ def resize(
         return _reshard(cache, spec, mesh, moves, axes, axes, CHUNK_BYTES), new
     lists = [moves[moves[:, 1] // there == r] - np.array([r * here, r * there], np.int32) for r in range(shards)]
     made = copy_between(
-        zeros_like_cache(spec, mesh, axes), without_smoothing(cache), lists, max(map(len, lists)), axes=axes
+        zeros_like_cache(spec, mesh, axes), cache.without_smoothing(), lists, max(map(len, lists)), axes=axes
     )
-    return dataclasses.replace(made, key_smoothing=cache.key_smoothing), new
+    return made.with_smoothing(_copied_smoothing(cache, mesh, spec, axes)), new
 
 
 def reshard(
@@ -147,14 +148,18 @@ def _reshard(cache, spec, mesh: Mesh, moves: np.ndarray, axes, new_axes, chunk_b
         leaving = [np.concatenate(slots(row, 0)) for row in part]
         arriving = [np.concatenate(slots([row[t] for row in part], 1))[:, ::-1] for t in range(T)]
         staged = zeros_like_cache(staging_spec(spec, S, T * q), cache.mesh, axes)
-        staged = copy_between(staged, without_smoothing(cache), leaving, T * q, axes=axes)
+        staged = copy_between(staged, cache.without_smoothing(), leaving, T * q, axes=axes)
         staged = _exchange(staged, mesh, S, T, q, axes, new_axes)
         made = copy_between(made, staged, arriving, S * q, axes=new_axes)
         jax.block_until_ready(made)  # or the next chunks' staging would pile up
-    smoothing = cache.key_smoothing
-    if smoothing is not None:
-        smoothing = jax.device_put(smoothing, NamedSharding(mesh, spec.key_smoothing_partition_spec(new_axes)))
-    return dataclasses.replace(made, key_smoothing=smoothing)
+    return made.with_smoothing(_copied_smoothing(cache, mesh, spec, new_axes))
+
+
+def _copied_smoothing(cache: PagedKVCache, mesh: Mesh, spec: CacheSpec, axes: MeshAxes) -> jax.Array | None:
+    """The key smoothing of `cache` for one of `spec` on `mesh`, which owns it: the old one may be donated."""
+    if cache.key_smoothing is None:
+        return None
+    return jax.device_put(jnp.copy(cache.key_smoothing), NamedSharding(mesh, spec.key_smoothing_partition_spec(axes)))
 
 
 def _exchange(staged: PagedKVCache, mesh: Mesh, S: int, T: int, q: int, axes, new_axes) -> PagedKVCache:
@@ -163,7 +168,7 @@ def _exchange(staged: PagedKVCache, mesh: Mesh, S: int, T: int, q: int, axes, ne
     An all-to-all between the source's page shards, W / S slots of every other to each, which leaves no more to do than
     another split of the same axes: left to XLA as one step it would gather all of a chunk on each device.
     """
-    apart = _leave(without_smoothing(staged), mesh=staged.mesh, axes=axes, shards=S)
+    apart = _leave(staged.without_smoothing(), mesh=staged.mesh, axes=axes, shards=S)
     specs = _slot_specs(staged, new_axes)
     there = jax.device_put(apart, jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), apart, specs))
     spec = staging_spec(staged.spec, T, S * q)

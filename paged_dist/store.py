@@ -28,7 +28,6 @@ from paged_dist._staging import (
     page_shards,
     round_slots,
     staging_spec,
-    without_smoothing,
     zeros_like_cache,
 )
 from paged_dist.allocator import PageAllocator
@@ -359,7 +358,7 @@ def _write_pages(stack, saved: _Saved, cache: PagedKVCache, allocator: PageAlloc
         part = [some[begin : begin + slots] for some in leaving]
         lists = [np.stack([some % each, np.arange(len(some))], axis=1) for some in part]
         staged = zeros_like_cache(staging_spec(cache.spec, shards, slots), mesh, axes)
-        staged = copy_between(staged, without_smoothing(cache), lists, slots, axes=axes)
+        staged = copy_between(staged, cache.without_smoothing(), lists, slots, axes=axes)
         for key, arrays in _host_parts(staged, saved, slots):
             for i, page in enumerate(part[key[0]]):
                 files[key].add(int(page), b"".join(np.ascontiguousarray(x[i]).tobytes() for x in arrays))

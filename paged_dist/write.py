@@ -15,6 +15,7 @@ from paged_dist._shard import (
     as_arrays,
     check_batch,
     check_shard,
+    in_place,
     interpret_of,
     local_pages,
     op_mesh,
@@ -70,7 +71,7 @@ def append_kv(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axes", "implementation"), donate_argnames="cache")
+@in_place
 def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, axes, implementation):
     data, model = axes.names("data") or None, axes.names("model") or None
     new = P(data, model, None) if key.ndim == 3 else P(data, None, model, None)
@@ -187,7 +188,7 @@ def write_prefill_kv(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "axes", "implementation"), donate_argnames="cache")
+@in_place
 def _prefill_sharded(cache, key, value, lengths, block_tables, starts, rows, layer, *, mesh, axes, implementation):
     data, model = axes.names("data") or None, axes.names("model") or None
     by_row = data if rows is None else None

@@ -98,9 +98,63 @@ def test_smoothing_evens_channels_out_and_lowers_the_error_of_logits():
     assert error(smoothing) < error(None) / 2
 
 
+def int8_error(keys, smoothing=None) -> float:
+    """Relative error of keys that go through int8, whole array."""
+    made = pd.dequantize_kv(*pd.quantize_kv(jnp.asarray(keys), "int8", smoothing=smoothing), smoothing=smoothing)
+    return float(np.linalg.norm(np.asarray(made, np.float64) - keys) / np.linalg.norm(keys))
+
+
+@pytest.mark.parametrize("quiet", [1e-6, 1e-30, 1e-42], ids=str)
+def test_a_channel_that_the_sample_shows_too_small_takes_little_from_the_others(quiet):
+    rng = np.random.default_rng(3)
+    sample, keys = (rng.standard_normal((n, 2, 128)).astype(np.float32) for n in (300, 100))
+    sample[:, 1, 7] *= quiet
+    smoothing = pd.calibrate_key_smoothing(jnp.asarray(sample))
+    assert int8_error(keys, smoothing) < 2 * int8_error(keys)
+    assert float(smoothing[1].min()) > 0.2 and float(smoothing[1].max()) < 1.5
+
+
+def test_whatever_the_sample_factors_are_finite_and_their_ratio_bounded():
+    rng = np.random.default_rng(4)
+    normal = rng.standard_normal((64, 2, 128)).astype(np.float32)
+    loud, half = np.ones((2, 128), np.float32), np.ones((2, 128), np.float32)
+    loud[0, 3], half[:, 64:] = 1e20, 1e-20
+    for scale in (1e25, 1e-25, 1e38 / np.abs(normal).max(), loud, half, 1e30 * half):
+        smoothing = np.asarray(pd.calibrate_key_smoothing(normal * np.float32(scale)), np.float64)
+        assert np.isfinite(smoothing).all() and (smoothing > 0).all()
+        assert (smoothing.max(axis=-1) / smoothing.min(axis=-1) < 1025 * 1024).all()
+    even = pd.calibrate_key_smoothing(jnp.asarray(normal * np.float32(1e25)))
+    np.testing.assert_allclose(even, pd.calibrate_key_smoothing(jnp.asarray(normal)), rtol=1e-4)
+    assert (pd.calibrate_key_smoothing(jnp.zeros((3, 2, 128))) == 1).all()
+
+
+def test_one_call_calibrates_stacked_layers_each_by_its_own_sample():
+    rng = np.random.default_rng(5)
+    keys = (rng.standard_normal((3, 40, 2, 128)) * rng.uniform(0.1, 10, (3, 1, 2, 128))).astype(np.float32)
+    mesh, spec = pod(shape=(1, 1, 1)), pd.CacheSpec(2, 128, 8, 128, "int8", 3)
+    smoothing = pd.calibrate_key_smoothing(keys, num_layers=spec.num_layers)
+    for layer, mine in enumerate(smoothing):
+        np.testing.assert_allclose(mine, pd.calibrate_key_smoothing(keys[layer]), rtol=1e-6)
+    assert pd.PagedKVCache.create(spec, mesh, key_smoothing=smoothing).key_smoothing.shape == (3, 2, 128)
+    says = r"key_smoothing\.shape=\(2, 128\): must be \(3, 2, 128\).*calibrate_key_smoothing\(sample, num_layers=3\)"
+    with pytest.raises(ValueError, match=says):
+        pd.PagedKVCache.create(spec, mesh, key_smoothing=pd.calibrate_key_smoothing(keys))
+    in_jit = jax.jit(lambda x: pd.calibrate_key_smoothing(x, num_layers=3))
+    np.testing.assert_allclose(in_jit(keys), smoothing, rtol=1e-5)
+
+
+ODD = np.where(np.arange(256).reshape(1, 2, 128) == 3, np.inf, np.float32(1))
+
+
 @pytest.mark.parametrize(
     ("call", "names"),
     [
+        (lambda: pd.calibrate_key_smoothing(ODD), r"keys='1 of 256 not finite in f32': must be finite; leave those"),
+        (lambda: pd.calibrate_key_smoothing(-ODD), "keys='1 of 256 not finite"),
+        (lambda: pd.calibrate_key_smoothing(np.where(ODD < 2, ODD, np.nan)), "keys='1 of 256 not finite"),
+        (lambda: pd.calibrate_key_smoothing(jnp.ones((0, 2, 4))), r"keys\.shape=\(0, 2, 4\).*one token"),
+        (lambda: pd.calibrate_key_smoothing(jnp.ones((3, 2, 4)), num_layers=3), r"keys\.shape=\(3, 2, 4\).*num_layers"),
+        (lambda: pd.calibrate_key_smoothing(jnp.ones((3, 5, 2, 4)), num_layers=2), "num_layers=2: keys"),
         (lambda: pd.quantize_kv(jnp.ones((2, 4)), "bfloat16"), "dtype='bfloat16'.*int8"),
         (lambda: pd.dequantize_kv(jnp.ones((2, 4)), jnp.ones(3)), r"scales\.shape=\(3,\).*\(2,\)"),
         (lambda: pd.calibrate_key_smoothing(jnp.ones((2, 4))), r"keys\.shape=\(2, 4\).*one token"),

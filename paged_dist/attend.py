@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from paged_dist._errors import require
+from paged_dist._head_dim import cut_heads, pad_heads
 from paged_dist._shard import (
     Implementation,
     as_arrays,
@@ -232,7 +233,7 @@ def _local(
         tables = jnp.clip(tables, 0, key_pages.shape[2] - 1)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
-        _smoothed(query, smoothing),
+        pad_heads(_smoothed(query, smoothing), cache.spec),
         key_pages,
         value_pages,
         lengths,
@@ -250,6 +251,7 @@ def _local(
             made = attend(lengths, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
             made = made if return_lse else (made,)
             output, *lse = (invariant_over_context(x, axes) for x in made)
+            output = cut_heads(output, cache.spec)
         return (output, *lse) if return_lse else output
 
     with jax.named_scope("attend"):
@@ -262,6 +264,7 @@ def _local(
         output, lse = attend(
             here(ends), starts=starts, sliding_window=None, return_lse=True, output_dtype=jnp.dtype("float32")
         )
+        output = cut_heads(output, cache.spec)  # before the merge: padding crosses no link
     with jax.named_scope("merge"):
         names, scatter = axes.names("context"), output_heads == "scattered"
         output, lse = merge_partials(output, lse, names, scatter=scatter)

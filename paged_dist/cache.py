@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
+from paged_dist._head_dim import cut_heads, pad_heads
 from paged_dist.kernels._dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype
 from paged_dist.kernels._tiling import LANES
 from paged_dist.kernels.paged_attention.checks import check_scales
@@ -37,7 +38,8 @@ class PagedKVCache:
     """The key and value pools of a model, sharded over a mesh: a pytree of two arrays, of four where they are 8-bit.
 
     A page of one head is stored as rows of 128 lanes or more: [P, D] from head_dim 128 on, two tokens a row
-    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. Scales are
+    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. Another
+    head_dim is stored as the next of these, with zeros behind the D elements of a token: 96 as [P, 128]. Scales are
     stored 128 to a row for the same reason (`pack_scales` says in which order). On CPU bf16 and fp8 are stored as
     their bits, uint16 and uint8: XLA's CPU back end (bf16 in jax 0.10, fp8 in 0.12 too) widens a whole pool, to f32
     or f16 and back, for every write into it.
@@ -138,12 +140,13 @@ class PagedKVCache:
         """A cache from pages in the kernels' layout: `from_pages(*cache.to_pages())` holds what `cache` did.
 
         Args:
-          key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16, f32, int8 or float8_e4m3fn.
+          key_pages, value_pages: [Hkv, N, P, D] or [L, Hkv, N, P, D], bf16, f32, int8 or float8_e4m3fn. D is the
+            model's: pages padded beforehand would make `spec.head_dim`, and so 1 / sqrt(D), that of the padding.
           key_scales, value_scales: [Hkv, N, P] or [L, Hkv, N, P] f32, of int8 and fp8 pages; see `quantize_kv`.
           key_smoothing: what the keys were divided by, as in `create`.
           mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
-            NamedSharding if they have one. Pages and scales in place already are not copied: an eager write
-            then takes the caller's arrays over too.
+            NamedSharding if they have one. Pages and scales in place already are not copied, unless D needs zeros
+            behind it: an eager write then takes the caller's arrays over too.
 
         Raises:
           ValueError: arrays that disagree, or a shape or dtype that CacheSpec refuses; 8-bit pages without scales,
@@ -166,7 +169,8 @@ class PagedKVCache:
         key_smoothing = _check_key_smoothing(spec, key_smoothing)
 
         pack = lambda x: pack_scales(x, spec.tokens_per_row)
-        store = lambda name, x: pack(x) if name.endswith("scales") else reshape_minor(x, spec.pool_shape)
+        rows = lambda x: reshape_minor(pad_heads(x, spec), spec.pool_shape)
+        store = lambda name, x: pack(x) if name.endswith("scales") else rows(x)
         arrays = {name: store(name, x) for name, x in arrays.items()}
         if key_smoothing is not None:
             arrays["key_smoothing"] = key_smoothing
@@ -185,9 +189,10 @@ class PagedKVCache:
         Of 8-bit pages (key_pages, value_pages, key_scales, value_scales), scales [Hkv, N, P] or [L, Hkv, N, P]. Keys
         are as stored: divided by `key_smoothing`, if any.
 
-        Pages are no copy on TPU from head_dim 128 on. Inside a `shard_map`, this shard's heads and pages.
+        Pages are no copy on TPU at head_dim 128 and its multiples. Inside a `shard_map`, this shard's heads and pages.
         """
-        pages = lambda x: reshape_minor(x, (*x.shape[:-2], self.spec.page_size, self.spec.head_dim))
+        spec = self.spec
+        pages = lambda x: cut_heads(reshape_minor(x, (*x.shape[:-2], spec.page_size, spec.stored_head_dim)), spec)
         made = tuple(map(pages, as_kernel_dtype(self.key_pages, self.value_pages)))
         if not self.spec.is_quantized:
             return made

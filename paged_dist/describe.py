@@ -263,10 +263,13 @@ def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list
     else:
         twice = "no K or V is stored twice"
     layers = "" if spec.num_layers is None else f", {_counted(spec.num_layers, 'layer')}"
+    padded = ""
+    if spec.stored_head_dim > spec.head_dim:
+        padded = f", head_dim {spec.head_dim} stored as {spec.stored_head_dim}"
     return [
         f"  heads: {why}; {each}, {twice}",
         f"  cache: {spec.num_pages} pages over data {data} x context {context}, "
-        f"{spec.num_pages // (data * context)} a {unit}: {_bytes(per_chip)} a {unit} in {spec.dtype}{layers}",
+        f"{spec.num_pages // (data * context)} a {unit}: {_bytes(per_chip)} a {unit} in {spec.dtype}{padded}{layers}",
     ]
 
 

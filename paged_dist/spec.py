@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from paged_dist._errors import require
-from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels._tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
 from paged_dist.mesh import MeshAxes
 
@@ -23,9 +23,10 @@ class CacheSpec:
 
     Attributes:
       num_kv_heads: Hkv, key/value heads of the model.
-      head_dim: D, 64 or a multiple of 128.
+      head_dim: D, the model's, of any size: 64 and multiples of 128 are stored as they are, others with zeros behind
+        them, see `stored_head_dim`. Keys, values, queries and outputs have D elements everywhere else.
       num_pages: N, pages in a layer's pool over all shards.
-      page_size: P, tokens a page: a multiple of 8, and of 16 at head_dim 64. With int8 and fp8 it divides 128 or is
+      page_size: P, tokens a page: a multiple of 8, and of 16 up to head_dim 64. With int8 and fp8 it divides 128 or is
         a multiple of it, and below 128 the pages of each shard fill whole rows of 128 scales.
       dtype: 'bfloat16', 'float32', 'int8' or 'float8_e4m3fn' (anything that `jnp.dtype` takes for them). The last
         two come with one f32 scale for each token and kv head, of keys and of values.
@@ -56,12 +57,6 @@ class CacheSpec:
             whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
             require(whole and value >= 1, field, value, "must be a whole number, at least 1")
             object.__setattr__(self, field, int(value))
-        require(
-            self.head_dim == 64 or self.head_dim % LANES == 0,
-            "head_dim",
-            self.head_dim,
-            "must be 64 or a multiple of 128",
-        )
         rule = SUBLANES * self.tokens_per_row
         require(
             self.page_size % rule == 0,
@@ -79,14 +74,22 @@ class CacheSpec:
         return is_quantized(self.dtype)
 
     @property
+    def stored_head_dim(self) -> int:
+        """Elements that a token and head take in the pools: D up to 64, or up to a multiple of 128, the rest zeros.
+
+        XLA would pad narrower rows anyway, and copy the pool for each kernel. 96 is stored as 128, 192 as 256.
+        """
+        return stored_head_dim(self.head_dim)
+
+    @property
     def tokens_per_row(self) -> int:
-        """Tokens that share one stored row: 2 at head_dim 64, else 1."""
-        return max(1, LANES // self.head_dim)
+        """Tokens that share one stored row: 2 up to head_dim 64, else 1."""
+        return max(1, LANES // self.stored_head_dim)
 
     @property
     def stored_page_shape(self) -> tuple[int, int]:
-        """(rows, lanes) of one page of one head as stored; rows x lanes = page_size x head_dim."""
-        return self.page_size // self.tokens_per_row, self.head_dim * self.tokens_per_row
+        """(rows, lanes) of one page of one head as stored; rows x lanes = page_size x stored_head_dim."""
+        return self.page_size // self.tokens_per_row, self.stored_head_dim * self.tokens_per_row
 
     @property
     def pool_shape(self) -> tuple[int, ...]:
@@ -109,18 +112,18 @@ class CacheSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token's K and V, all heads, all layers, scales counted."""
+        """Bytes of one token's K and V as stored, all heads, all layers, scales and padding counted."""
         scale = 4 if self.is_quantized else 0
-        one = self.head_dim * jnp.dtype(self.dtype).itemsize + scale
+        one = self.stored_head_dim * jnp.dtype(self.dtype).itemsize + scale
         return 2 * self.num_kv_heads * one * (self.num_layers or 1)
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of both pools, scales counted, over the whole pod."""
+        """Bytes of both pools, scales and padding counted, over the whole pod."""
         return self.bytes_per_token * self.page_size * self.num_pages
 
     def bytes_per_chip(self, mesh: Mesh | AbstractMesh, axes: MeshAxes = MeshAxes()) -> int:
-        """Bytes of both pools, scales counted, on each device of `mesh`."""
+        """Bytes of both pools, scales and padding counted, on each device of `mesh`."""
         self.check_mesh(mesh, axes)
         return self.bytes_total // math.prod(axes.size(mesh, part) for part in ("data", "context", "model"))
 

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from paged_dist._errors import require
+from paged_dist._head_dim import pad_heads
 from paged_dist._shard import (
     Implementation,
     as_arrays,
@@ -272,6 +273,9 @@ def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer
 
 def _write_local(cache, key, value, starts, ends, block_tables, layer, axes, implementation):
     smoothing = cache.layer_smoothing(layer)
+    key, value = (pad_heads(x, cache.spec) for x in (key, value))
+    if smoothing is not None:
+        smoothing = pad_heads(smoothing, cache.spec, fill=1)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
     written = write_kv_pages(

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
-from paged_dist.kernels._tiling import LANES, SUBLANES
+from paged_dist.kernels._tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.kernels.quantization import LARGEST, check_scale_rows, is_quantized, scale_rows
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
@@ -200,7 +200,9 @@ def _check(
         f"{q_name}.shape",
         query.shape,
         f"head_dim {head_dim} must be 64 or a multiple of {LANES}",
-        "pad heads with zeros",
+        f"a PagedKVCache takes {head_dim} and stores it as {stored_head_dim(head_dim)}; here pad pages with zeros to "
+        f"{stored_head_dim(head_dim)} once, when they are made, and the query on each call, and take sm_scale of the "
+        f"model's head_dim: {head_dim}**-0.5",
     )
     require(
         width % head_dim == 0 and width in (head_dim, LANES),

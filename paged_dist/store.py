@@ -1,7 +1,7 @@
 """Store: the live pages and their allocator in a folder, which is whole or not there.
 
-A folder holds `manifest.json` and, for each shard of pages and heads, a file of records, one a live page, with the
-digest of each record beside it. Records are read one by one and checked as they are read. Nothing in it is executed
+A folder holds a manifest (`_manifest`) and, for each shard of pages and heads, a file of records, one a live page, with
+the digest of each record beside it. Records are read one by one and checked as they are read. Nothing in it is executed
 or unpickled.
 """
 
@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 
 import jax
@@ -22,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from paged_dist._errors import bad_value, require
+from paged_dist import _manifest
+from paged_dist._errors import require
+from paged_dist._files import create, digest, digest_of_file, sync, write_all, write_file
 from paged_dist._staging import (
     copy_between,
     page_shards,
@@ -36,7 +36,6 @@ from paged_dist.mesh import MeshAxes
 from paged_dist.move import CHUNK_BYTES, mesh_of
 from paged_dist.spec import CacheSpec
 
-FORMAT = "paged-dist cache 1"
 _ARRAYS = ("key_pages", "value_pages", "key_scales", "value_scales")
 
 
@@ -51,68 +50,51 @@ def save(
 ) -> None:
     """Writes the live pages, and the sequences and cached prefixes that they belong to, for `restore`.
 
-    Every process calls it and writes its own shards, a chunk at a time, into FOLDER.saving; process 0 then names them
-    in the manifest and renames the folder. An interrupted call leaves FOLDER as it was, and at worst a FOLDER.saving,
-    which the next call removes. With `overwrite`, the old folder is FOLDER.replaced between two renames.
+    Every process calls it and writes its own shards, a chunk at a time, into a new folder in FOLDER; process 0 then
+    writes the manifest that names them, and with it the save is there. Until then the one before is, whole, whatever
+    interrupts the call, and what that leaves behind the next call removes. Nothing is renamed, so that FOLDER may be on
+    a mounted bucket. One save at a time goes to a folder. What else lies in FOLDER stays.
 
     Args:
-      folder: on a filesystem that all processes share.
+      folder: on a filesystem that all processes share. It is made where there is none; its parent must be there.
       cache, allocator: as they are. Copies that are due must be made first.
-      overwrite: whether a folder of that name is replaced.
+      overwrite: whether it may hold a save, which this one replaces, or other files.
       axes: which mesh axes are data, context and model.
       chunk_bytes: of pages that each device stages, and the host holds of each device, at once.
 
     Raises:
-      ValueError: an allocator of another cache, copies that are due, or a folder that exists.
-      OSError: it could not be written; on every process, whichever it was that could not.
+      ValueError: an allocator of another cache, copies that are due, a folder that exists, a file, or a symbolic link
+        (also with `overwrite`).
+      OSError: it could not be written; on every process, whichever it was that could not. Says what is there where that
+        is more than the save before.
     """
     mesh, folder = mesh_of(cache, allocator, axes), os.path.abspath(folder)
     state = allocator.to_state()
-    making, replaced = folder + ".saving", folder + ".replaced"
+    new = _manifest.NewSave(folder, _token())
+    saved = _Saved(folder, new.data, cache.spec, axes.size(mesh, "model"), page_shards(mesh, axes))
 
     def begin() -> None:
-        require(
-            overwrite or not os.path.lexists(folder), "folder", folder, "exists", "pass overwrite=True to replace it"
-        )
-        parent = os.path.dirname(folder)
-        require(os.path.isdir(parent), "folder", folder, f"{parent} is not a folder that this process sees")
-        if _is_first():
-            shutil.rmtree(making, ignore_errors=True)
-            os.mkdir(making)
+        _manifest.check_place(folder, overwrite)
+        new.begin(_is_first())
 
     def write() -> None:
-        saved = _Saved(making, cache.spec, axes.size(mesh, "model"), page_shards(mesh, axes))
         with contextlib.ExitStack() as stack:
             _write_pages(stack, saved, cache, allocator, axes, chunk_bytes)
 
     def write_smoothing() -> None:  # by itself: it gathers, and all processes must have come as far
         if cache.key_smoothing is not None:
-            _write_smoothing(os.path.join(making, "key_smoothing.bin"), cache.key_smoothing)
+            _write_smoothing(saved.path("key_smoothing.bin"), cache.key_smoothing)
 
-    def finish() -> None:
-        if not _is_first():
-            return
-        saved = _Saved(making, cache.spec, axes.size(mesh, "model"), page_shards(mesh, axes))
-        _write_manifest(saved, state, cache.key_smoothing is not None)
-        _sync_folder(making)
-        if os.path.lexists(folder):
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(folder, replaced)
-        try:
-            os.rename(making, folder)
-        except OSError:
-            if os.path.lexists(replaced):
-                os.rename(replaced, folder)
-            raise
-        _sync_folder(os.path.dirname(folder))
-        shutil.rmtree(replaced, ignore_errors=True)
+    def describe() -> dict | None:
+        return _made_manifest(saved, state, cache.key_smoothing is not None) if _is_first() else None
 
     try:
-        for step in (begin, write, write_smoothing, finish):
-            _together(step)
+        for step in (begin, write, write_smoothing, describe):
+            manifest = _together(step, otherwise=new.withdraw)
+        _together(lambda: new.commit(manifest) if _is_first() else None)
     except BaseException:
-        if _is_first():
-            shutil.rmtree(making, ignore_errors=True)
+        if _is_first():  # no other may where it cannot know whether the save has become valid
+            new.withdraw()
         raise
 
 
@@ -150,9 +132,9 @@ def restore(
 
 
 def _restore(folder, mesh, num_pages, num_sequences, axes, chunk_bytes):
-    manifest = _read_manifest(folder)
+    data, manifest = _manifest.read(folder)
     spec = CacheSpec(**manifest["spec"])
-    saved = _Saved(folder, spec, manifest["model"], manifest["page_shards"])
+    saved = _Saved(folder, data, spec, manifest["model"], manifest["page_shards"])
     saved.check_files(manifest["files"])
     old = PageAllocator.from_state(manifest["allocator"], spec)
     new_spec = spec if num_pages is None else dataclasses.replace(spec, num_pages=num_pages)
@@ -189,7 +171,8 @@ class _Saved:
     of 8-bit pages [L, heads, P] f32 of their scales.
     """
 
-    folder: str
+    folder: str  # as the user names it
+    data: str  # the folder in it where the files are
     spec: CacheSpec
     model: int
     page_shards: int
@@ -200,7 +183,7 @@ class _Saved:
 
     def path(self, name: str) -> str:
         """A file's path."""
-        return os.path.join(self.folder, name)
+        return os.path.join(self.data, name)
 
     @functools.cached_property
     def heads(self) -> int:
@@ -224,11 +207,13 @@ class _Saved:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts.values())
 
     def check_files(self, files: dict[str, dict]) -> None:
-        """Raises ValueError where a file that the manifest names is missing, or longer or shorter than it says."""
+        """Raises ValueError where a file that the manifest names is missing or, by size or digest, not what it says."""
         for name, told in files.items():
             path = self.path(name)
             require(os.path.isfile(path), "folder", self.folder, f"{name} is missing")
             size = os.path.getsize(path)
+            intact = "digest" not in told or digest_of_file(path) == told["digest"]
+            require(intact, "folder", self.folder, f"{name} is damaged: it is not what was written")
             require(
                 size == told["bytes"], "folder", self.folder, f"{name} is damaged: {size} bytes, not {told['bytes']}"
             )
@@ -248,10 +233,10 @@ class _Saved:
     def read_record(self, file, shard: int, part: int, page: int) -> dict[str, np.ndarray]:
         """A page's part of each array. Raises ValueError where it is not what was written."""
         name = self.name(shard, part)
-        place, digest = self.index(name)[page]
+        place, told = self.index(name)[page]
         file.seek(place * self.record_bytes)
         record = file.read(self.record_bytes)
-        require(_digest(record) == digest, "folder", self.folder, f"{name} is damaged: the record of page {page}")
+        require(digest(record) == told, "folder", self.folder, f"{name} is damaged: the record of page {page}")
         found, at = {}, 0
         for array, (shape, dtype) in self.parts.items():
             size = math.prod(shape) * dtype.itemsize
@@ -264,19 +249,8 @@ class _Saved:
         return np.fromfile(self.path("key_smoothing.bin"), np.float32).reshape(self.spec.key_smoothing_shape)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _digest_of_file(path: str) -> str:
-    h = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
-
-
-def _write_manifest(saved: _Saved, state: dict, has_smoothing: bool) -> None:
+def _made_manifest(saved: _Saved, state: dict, has_smoothing: bool) -> dict:
+    """The manifest of files that are all there; FileNotFoundError where one is not."""
     files = {}
     for shard in range(saved.page_shards):
         for part in range(saved.model):
@@ -289,8 +263,7 @@ def _write_manifest(saved: _Saved, state: dict, has_smoothing: bool) -> None:
             files[name + ".json"] = _told(saved.path(name + ".json"))
     if has_smoothing:
         files["key_smoothing.bin"] = _told(saved.path("key_smoothing.bin"))
-    manifest = {
-        "format": FORMAT,
+    return {
         "spec": dataclasses.asdict(saved.spec),
         "model": saved.model,
         "page_shards": saved.page_shards,
@@ -298,41 +271,10 @@ def _write_manifest(saved: _Saved, state: dict, has_smoothing: bool) -> None:
         "allocator": state,
         "files": files,
     }
-    text = json.dumps(manifest, sort_keys=True)
-    _write_file(saved.path("manifest.json"), json.dumps({"digest": _digest(text.encode()), "manifest": text}).encode())
 
 
 def _told(path: str) -> dict:
-    return {"bytes": os.path.getsize(path), "digest": _digest_of_file(path)}
-
-
-def _read_manifest(folder: str) -> dict:
-    """The manifest, and the small files that it has digests of, checked."""
-    path = os.path.join(folder, "manifest.json")
-    if not os.path.isfile(path):
-        replaced = os.path.join(folder + ".replaced", "manifest.json")
-        works = f"{folder}.replaced is the save before, rename it back" if os.path.isfile(replaced) else None
-        raise bad_value("folder", folder, "holds no finished save: there is no manifest.json", works)
-    damaged = lambda name, what: bad_value("folder", folder, f"{name} is damaged: {what}")
-    try:
-        with open(path, "rb") as f:
-            outer = json.loads(f.read())
-        text, digest = outer["manifest"], outer["digest"]
-        intact = _digest(text.encode()) == digest
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise damaged("manifest.json", f"it cannot be read ({type(e).__name__})") from e
-    if not intact:
-        raise damaged("manifest.json", "it is not what was written")
-    manifest = json.loads(text)
-    require(
-        manifest.get("format") == FORMAT, "folder", folder, f"is of format {manifest.get('format')!r}, not {FORMAT!r}"
-    )
-    for name, told in manifest["files"].items():
-        path = os.path.join(folder, name)
-        require(os.path.isfile(path), "folder", folder, f"{name} is missing")
-        if "digest" in told and _digest_of_file(path) != told["digest"]:
-            raise damaged(name, "it is not what was written")
-    return manifest
+    return {"bytes": os.path.getsize(path), "digest": digest_of_file(path)}
 
 
 # Pages between devices and files
@@ -373,38 +315,21 @@ class _Writer:
         self._path, self._index = path, []
 
     def __enter__(self):
-        self._file = open(self._path, "xb")
+        self._file = create(self._path)
         return self
 
     def add(self, page: int, record: bytes) -> None:
         """Appends a page's record."""
-        self._file.write(record)
-        self._index.append([page, _digest(record)])
+        write_all(self._file, record)
+        self._index.append([page, digest(record)])
 
     def finish(self) -> None:
         """Everything is on the disk when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        _write_file(self._path + ".json", json.dumps(self._index).encode())
+        sync(self._file)
+        write_file(self._path + ".json", json.dumps(self._index).encode())
 
     def __exit__(self, *error):
-        self._file.close()
-
-
-def _write_file(path: str, data: bytes) -> None:
-    with open(path, "xb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync_folder(path: str) -> None:
-    """The names in a folder are on the disk when this returns."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        os.close(self._file)
 
 
 def _own_shards(cache: PagedKVCache, saved: _Saved) -> list[tuple[int, int]]:
@@ -496,7 +421,7 @@ def _write_smoothing(path: str, smoothing: jax.Array) -> None:
     several = jax.process_count() > 1
     host = multihost_utils.process_allgather(smoothing, tiled=True) if several else np.asarray(smoothing)
     if _is_first():
-        _write_file(path, np.ascontiguousarray(host, np.float32).tobytes())
+        write_file(path, np.ascontiguousarray(host, np.float32).tobytes())
 
 
 # All processes together
@@ -506,8 +431,22 @@ def _is_first() -> bool:
     return jax.process_index() == 0
 
 
-def _together(step: Callable):
-    """`step()` on every process; where it raised on any, all raise, and none waits for another that gave up."""
+def _token() -> bytes:
+    """Random bytes that name a save, process 0's on every process."""
+    token = os.urandom(_manifest.TOKEN_BYTES)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        token = np.asarray(multihost_utils.process_allgather(np.frombuffer(token, np.uint8)))[0].tobytes()
+    return token
+
+
+def _together(step: Callable, otherwise: Callable = lambda: None):
+    """`step()` on every process; where it raised on any, all raise, and none waits for another that gave up.
+
+    They call `otherwise()` then. Where the processes cannot reach each other, so that one may think that all failed and
+    another that none did, nobody does.
+    """
     error, made = None, None
     try:
         made = step()
@@ -521,5 +460,6 @@ def _together(step: Callable):
             who = ", ".join(map(str, np.flatnonzero(failed)))
             error = OSError(f"process {who} could not go on; what it was, it says itself")
     if error is not None:
+        otherwise()
         raise error
     return made

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 
 folder, address, processes, index, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
@@ -41,6 +42,23 @@ for step in steps.split(","):
         tell(cache, pages)
     elif step == "reshard":
         tell(*pd.reshard(cache, pages, on((1, 4, 2)), chunk_bytes=1 << 20))
+    elif step.startswith("die"):
+        pages.free(0)
+        tell(cache, pages)
+        died, left = map(int, step.split("-")[1:])
+        if index == died:
+
+            def killed(_):
+                global left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+
+            os.fsync = killed
+        try:
+            pd.save(os.path.join(folder, "saved"), cache, pages, overwrite=True)
+        finally:
+            os._exit(1)  # JAX would wait for the other
     elif step == "fail":
         if index == 1:
 

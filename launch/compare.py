@@ -68,33 +68,35 @@ def _finite(text: str) -> float | None:
 
 
 def read_rows(path: str) -> tuple[list[dict], str | None]:
-    """The rows of a file of JSON lines, and a warning where its last line was broken and is left out.
+    """The rows of a file of JSON lines, and a warning where lines are broken and left out.
 
-    Blank lines are skipped; NaN and infinities, which are no JSON, are read as null.
+    A run that was killed, or a full disk, leaves a broken line. Blank lines are skipped; NaN and infinities, which are
+    no JSON, are read as null.
 
     Raises:
-      ValueError: the file cannot be read, holds no row, a line before the last is broken, or any is no object.
+      ValueError: the file cannot be read, holds no row, or a line is JSON and no object.
     """
     try:
         with open(path, "rb") as file:
             lines = [(n, line) for n, line in enumerate(file.read().split(b"\n"), 1) if line.strip()]
     except OSError as e:
         raise ValueError(f"{path}: cannot be read: {e.strerror or e}") from e
-    rows, warning = [], None
+    rows, broken = [], []
     for n, line in lines:
         try:
             row = json.loads(line.decode(), parse_constant=lambda _: None, parse_float=_finite)
-        except (ValueError, RecursionError) as e:
-            if n != lines[-1][0]:
-                raise ValueError(f"{path}: line {n}: is not JSON") from e
-            warning = f"{path}: line {n}: the last, is not JSON (half-written?), left out"
+        except (ValueError, RecursionError):
+            broken.append(n)
             continue
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {n}: is JSON, but no object")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: holds no row" if lines else f"{path}: is empty")
-    return rows, warning
+    if not broken:
+        return rows, None
+    some = ", ".join(map(str, broken[:5])) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+    return rows, f"{path}: line {some}: not JSON (half-written?), left out"
 
 
 def _flat(value, name: str = "") -> Iterator[tuple[str, object]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -12,12 +14,14 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
+from paged_dist._files import write_all
 from paged_dist.launch.chips import chip_of
 from paged_dist.launch.engine import ERROR_BOUNDS, Measured
 from paged_dist.launch.workload import Request, sequences_that_fit
@@ -270,21 +274,47 @@ def append_output(name: str, path: str | None, record: dict) -> bool:
 def append_json_line(path: str, record: dict) -> None:
     """Appends `record` as one line of JSON, in one write, so that no reader and no other run sees half a line.
 
-    Folders on the way are made. A last line that an earlier writer left unfinished is ended first.
+    Folders on the way are made. A last line that an earlier writer left unfinished is ended first. Where a write takes
+    a part only, as on a full disk, the rest is tried too; what cannot be written leaves a broken line, which
+    readers leave out. Nothing that is in the file is ever changed: others may have written after it.
+
+    Raises:
+      OSError: the line could not be written.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON's null
-    line = json.dumps(finite, sort_keys=True, allow_nan=False) + "\n"
+    data = json.dumps(finite, sort_keys=True, allow_nan=False).encode() + b"\n"
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        is_locked = _lock(fd)
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":
-            line = "\n" + line
-        data = line.encode()
+            data = b"\n" + data
         written = os.write(fd, data)
-        if written != len(data):
-            os.ftruncate(fd, os.fstat(fd).st_size - written)
-            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written")
+        if written < len(data) and is_locked:
+            write_all(fd, data[written:])
+        elif written < len(data):  # another's line may have come: the whole line once more, on a line of its own
+            data = b"\n" + data.lstrip(b"\n")
+            if os.write(fd, data) < len(data):
+                raise OSError(errno.ENOSPC, "a part of the line only could be written", path)
     finally:
         os.close(fd)
+
+
+_LOCK_SECONDS = 10  # a writer holds it for one write
+
+
+def _lock(fd: int) -> bool:
+    """Locks a file against others that append to it, until it is closed; False where that cannot be had."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        except OSError:  # a network mount or a device that has no locks
+            return False

@@ -180,16 +180,17 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
     return points
 
 
-def rows_of(path: str | None) -> list[dict]:
-    """The rows of sweeps in a file of JSON lines; what is half-written or of others is passed over."""
+def rows_of(path: str | None, say=lambda line: None) -> list[dict]:
+    """The rows of sweeps in a file of JSON lines; rows of others are passed over, half-written ones with a note."""
     if path is None or not os.path.isfile(path):  # a device has no end
         return []
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                say(f"warning: {path}: line {n}: not JSON (half-written?), left out")
                 continue
             if isinstance(row, dict) and row.get("benchmark") == "scaling":
                 rows.append(row)
@@ -214,7 +215,7 @@ class Sweep:
         self.points, self._say = points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
         self._keys = {p: p.key(origin) for p in points}
-        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value) if _counts(r)}
+        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value, say) if _counts(r)}
         self.done = {p: known[key] for p, key in self._keys.items() if key in known}
 
     def due(self) -> list[Point]:

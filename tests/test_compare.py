@@ -437,13 +437,14 @@ def test_checksums_of_other_work_are_not_compared(run):
 @pytest.mark.parametrize(
     "tail", ['{"tokens_per_s": 1', '{"a": "\u00e9'.encode()[:-1], b"\0\0\0", '{"a": 1,}\n', "[" * 5000]
 )
-def test_a_broken_last_line_is_left_out_with_a_warning(run, tail):
+@pytest.mark.parametrize("where", [0, 2, 4])
+def test_a_broken_line_is_left_out_with_a_warning(run, tail, where):
     tail = tail if isinstance(tail, bytes) else tail.encode()
     a = rows([1000] * 4)
-    code, out, err = run(lines(a).encode() + b"\n" + tail, a)
+    text = lines(a).encode().splitlines(keepends=True)
+    code, out, err = run(b"".join([*text[:where], tail.rstrip(), b"\n", *text[where:]]), a)
     assert code == 0 and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
-    assert err.startswith("paged-dist-compare: warning: a.jsonl: line 6: the last, is not JSON")
-    assert err.count("\n") == 1
+    assert err == f"paged-dist-compare: warning: a.jsonl: line {where + 1}: not JSON (half-written?), left out\n"
 
 
 def test_a_last_line_without_its_newline_counts_and_blank_lines_do_not(run):
@@ -458,7 +459,6 @@ GOOD = lines(rows([1]))
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (GOOD + '{"benchmark": \n' + GOOD, "b.jsonl: line 2: is not JSON"),
         (GOOD + "[1, 2]\n" + GOOD, "b.jsonl: line 2: is JSON, but no object"),
         (GOOD + "\n7", "b.jsonl: line 3: is JSON, but no object"),
         ("", "b.jsonl: is empty"),

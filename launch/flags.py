@@ -147,7 +147,7 @@ _GROUPS = {
     "Mesh": ("data", "context", "model", "model_parallelism", "topology", "num_slices"),
     "Model and cache": (
         *("layers", "num_q_heads", "num_kv_heads", "head_dim", "width", "kv_dtype", "soft_cap", "sliding_window"),
-        *("implementation", "batch", "page_size", "num_pages", "pages_per_sequence", "hbm_gib"),
+        *("mlp_width", "implementation", "batch", "page_size", "num_pages", "pages_per_sequence", "hbm_gib"),
     ),
     "Work": (
         *(
@@ -210,9 +210,11 @@ def _in_80_columns(text: str) -> str:
 
 def _flag_line(flag: flags.Flag) -> str:
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
-    default = flag.default_as_str
+    default, text = flag.default_as_str, flag.help
+    if flag.default is not None:  # a launcher's own, where the shared text has another
+        text = re.sub(r"\s*\bDefault: .*", "", text, flags=re.DOTALL)
     said = f" (default: {default.strip(chr(39))})" if default is not None and not flag.boolean else ""
-    return _fill(f"{name}: {flag.help}{said}", 80, initial_indent="  ", subsequent_indent="      ")
+    return _fill(f"{name}: {text}{said}", 80, initial_indent="  ", subsequent_indent="      ")
 
 
 def _end(name: str, message: str, code: int = 2) -> NoReturn:

@@ -15,16 +15,22 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable, Mapping
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
-from paged_dist.launch import workload_flags
-from paged_dist.launch.chips import Chip, chip_of_topology
-from paged_dist.launch.workload import Request, pages_needed, sequences_on_shards, whole_pool
+from paged_dist.launch import sizing, workload_flags
+from paged_dist.launch.chips import Chip, chip_of_topology, slice_of
+from paged_dist.launch.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
+from paged_dist.launch.workload import Request, sequences_on_shards
 
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "The slice: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, chips along each axis."
+    "topology",
+    None,
+    "The slice: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, chips along each axis. Or its accelerator "
+    "type: v4-128, v5litepod-256, v5p-1024, v6e-256, tpu7x-128, whose number counts the TensorCores of v4, v5p and "
+    "tpu7x, two a chip, and the chips of v5e and v6e; of several shapes it is the one nearest a cube.",
 )
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "So many slices of that shape; data alone runs between them.")
 MODEL_PARALLELISM = flags.DEFINE_integer(
@@ -33,7 +39,13 @@ MODEL_PARALLELISM = flags.DEFINE_integer(
     "Devices to a sequence: model takes what divides the kv heads, context the rest. Default: model alone.",
 )
 WIDTH = flags.DEFINE_integer(
-    "width", 0, "Width of the model, to have the projections before and after attention in the step; 0: without."
+    "width",
+    0,
+    "Width of the model, to have the projections before and after attention in the step, split as in README's layer. "
+    "0: no weights.",
+)
+MLP_WIDTH = flags.DEFINE_integer(
+    "mlp_width", 0, "Hidden width of a gated MLP, three matrices, to have it in the step too; with --width. 0: none."
 )
 
 flags.adopt_module_key_flags(workload_flags)
@@ -63,43 +75,6 @@ _TAKEN = (
 for _name in _TAKEN:
     flags.declare_key_flag(_name)
 
-_KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
-_ROWS_A_SHARD = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to plan. B rows over the pod, Hq, Hkv, D, P; None where the pod decides."""
-
-    topology: str
-    num_slices: int
-    data: int | None
-    context: int | None
-    model: int | None
-    model_parallelism: int | None
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    soft_cap: float | None
-    sliding_window: int | None
-    width: int
-    batch: int | None
-    page_size: int
-    num_pages: int | None
-    pages_per_sequence: int | None
-    context_tokens: int | None
-    hbm_gib: float | None
-    requests: tuple[Request, ...]
-    workload: str
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of the attention's projections, all layers, bf16."""
-        heads = 2 * self.num_q_heads + 2 * self.num_kv_heads
-        return 2 * self.num_layers * self.width * heads * self.head_dim
-
 
 def settings_from_flags(topology: str | None = None) -> Settings:
     """The settings that the flags name; of `topology` where that is given, and other launchers' flags then pass.
@@ -111,22 +86,27 @@ def settings_from_flags(topology: str | None = None) -> Settings:
         shared.refuse_others(_TAKEN)
         topology = TOPOLOGY.value
     require(topology is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
-    chip_of_topology(topology)
+    topology, chip = slice_of(topology)
     f = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
     sizes += ("num_pages", "pages_per_sequence", "sliding_window", "model_parallelism", "num_slices", "context_tokens")
     shared.at_least(1, **{name: f[name].value for name in sizes})
-    shared.at_least(0, width=WIDTH.value)
+    shared.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
+    hidden = MLP_WIDTH.value
+    require(WIDTH.value > 0 or hidden == 0, "--mlp_width", hidden, "needs the model's width", "give --width too")
     q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     cap = f["soft_cap"].value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
-    shared.check_hbm_gib()
+    check_hbm_gib(chip)
     shared.check_output(shared.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()
+    tokens = shared.CONTEXT_TOKENS.value
+    if tokens is not None and not workload_flags.are_given():  # what was asked is counted, not what nobody asked
+        requests, workload = [], ""
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
     same += ("batch", "page_size", "num_pages", "pages_per_sequence")
-    same += ("num_slices", "model_parallelism", "width", "context_tokens", "hbm_gib")
+    same += ("num_slices", "model_parallelism", "width", "mlp_width", "context_tokens", "hbm_gib")
     return Settings(
         **{name: f[name].value for name in same},
         topology=topology,
@@ -134,6 +114,19 @@ def settings_from_flags(topology: str | None = None) -> Settings:
         dtype=shared.kv_dtype(shared.KV_DTYPE.value),
         requests=tuple(requests),
         workload=workload,
+    )
+
+
+def check_hbm_gib(chip: Chip) -> None:
+    """Raises ValueError where --hbm_gib is none of such a chip, or more than it gives a program."""
+    shared.check_hbm_gib()
+    gib, most = shared.HBM_GIB.value, chip.hbm_gib * chip.devices
+    require(
+        gib is None or gib <= most,
+        "--hbm_gib",
+        gib,
+        f"a {chip.name} chip gives a program {most:g} GiB",
+        f"leave it out, or --hbm_gib={most:g} fits",
     )
 
 
@@ -155,93 +148,6 @@ def mesh_of(s: Settings):
         topology=s.topology,
         num_slices=s.num_slices,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the pod makes of the settings: the cache, the rows, and what they take of a device's HBM."""
-
-    spec: object
-    batch: int
-    pages_per_sequence: int
-    context_tokens: int  # live tokens of each row
-    hbm_bytes: int  # of a device
-    weights_bytes: int  # on a device
-
-
-def sizes_of(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes:
-    """Sizes the cache to the pod's HBM, or checks the one that was asked for against it.
-
-    `kept`: bytes of a device's HBM that cache and weights leave to the program; default 2%.
-
-    Raises:
-      ValueError: what does not fit, by which limit, and the nearest that does.
-    """
-    from paged_dist import CacheSpec
-
-    data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
-    shards = data * context
-    hbm = chip.device_hbm_bytes if s.hbm_gib is None else int(s.hbm_gib * 2**30) // chip.devices
-    weights = s.weights_bytes // model
-    require(s.num_q_heads % model == 0, "--num_q_heads", s.num_q_heads, f"must be a multiple of model {model}")
-    batch = s.batch or _ROWS_A_SHARD * data
-    up = -(-batch // data) * data
-    require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}", f"{up} works")
-    page = CacheSpec(
-        s.num_kv_heads, s.head_dim, whole_pool(1, s.page_size, s.dtype), s.page_size, s.dtype, s.num_layers
-    )
-    page_bytes = page.bytes_per_token * s.page_size // model  # on each device that holds it
-    unit = whole_pool(1, s.page_size, s.dtype)
-    fit = lambda room: max(room, 0) // page_bytes // unit * unit * shards
-    longest = max(s.context_tokens or 0, *(r.tokens for r in s.requests))
-    columns = s.pages_per_sequence or pages_needed(longest, s.page_size)
-    mean = sum(r.context + r.generated / 2 for r in s.requests) / len(s.requests)
-    tokens = s.context_tokens or round(mean)
-    require(
-        tokens <= columns * s.page_size,
-        "--context_tokens",
-        tokens,
-        f"a row's {columns} pages hold {columns * s.page_size}",
-        f"give --pages_per_sequence={pages_needed(tokens, s.page_size)}",
-    )
-    a_row = pages_needed(pages_needed(tokens, s.page_size), context)  # pages on each context shard
-    rows = batch // data
-    most = fit(hbm - weights - (int(hbm * _KEPT) if kept is None else kept))
-    if most == 0:
-        pages_of_rows = -(-rows * a_row // unit) * unit
-        layers = int(hbm * (1 - _KEPT)) * s.num_layers // (weights + page_bytes * pages_of_rows)
-        raise bad_value(
-            "--width" if weights else "--page_size",
-            s.width if weights else s.page_size,
-            f"{_gib(weights)} of weights and the program leave no room for a page of {s.num_layers} layers in the "
-            f"{_gib(hbm)} of a device's HBM",
-            f"--layers={layers} fit" if layers else "give a larger --model or a larger slice",
-        )
-    pages = s.num_pages or most
-    if s.num_pages is not None:
-        CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, s.dtype, s.num_layers).check_mesh(mesh)
-        require(
-            pages <= fit(hbm - weights),
-            "--num_pages",
-            pages,
-            f"a cache of {_gib(pages // shards * page_bytes)} a device"
-            + (f" and {_gib(weights)} of weights" if weights else "")
-            + f", where its HBM gives a program {_gib(hbm)}",
-            f"{most} pages fit",
-        )
-    rows_that_fit = pages // shards // a_row
-    require(
-        rows * a_row <= pages // shards,
-        "--batch",
-        batch,
-        f"{rows} rows of {tokens} tokens on a data shard take {rows * a_row} pages on each device, which has "
-        f"{pages // shards}",
-        f"--batch={rows_that_fit * data} fits"
-        if rows_that_fit
-        else f"--batch={data} --context_tokens={pages // shards * context * s.page_size} fit",
-    )
-    spec = CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, s.dtype, s.num_layers)
-    return Sizes(spec, batch, columns, tokens, hbm, weights)
 
 
 def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict]) -> dict:
@@ -268,8 +174,42 @@ def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict
     }
 
 
-def compile_what_fits(s: Settings, mesh, chip: Chip) -> tuple[Sizes, tuple]:
+def checked_sizes(
+    s: Settings, mesh, chip: Chip, kept: int | None = None, fits: Callable[[Mapping[str, int]], bool] | None = None
+) -> Sizes:
+    """`sizing.sizes_of`, of what a launch of the kernels holds; the arguments are its.
+
+    Raises:
+      ValueError: what does not fit, with the nearest that does.
+    """
+    from paged_dist.launch import pod_step
+
+    def holds(changes: Mapping[str, int]) -> bool:
+        changed = dataclasses.replace(s, **changes)
+        try:
+            pod_step.launch_of(changed, sizes_of(changed, mesh, chip, kept), mesh)
+        except ValueError:
+            return False
+        return fits is None or fits(changes)
+
+    sizes = sizes_of(s, mesh, chip, kept, holds)
+    try:
+        pod_step.launch_of(s, sizes, mesh)
+    except ValueError as e:
+        given = [name for name in ("context_tokens", "pages_per_sequence") if getattr(s, name)]
+        if not given:  # the requests, or the shapes: no number of ours would help
+            raise
+        ways = tuple(Way(name, getattr(s, name)) for name in given)
+        raise Refused(f"--{given[0]}", getattr(s, given[0]), str(e), ways).error(holds) from e
+    return sizes
+
+
+def compile_what_fits(
+    s: Settings, mesh, chip: Chip, fits: Callable[[Mapping[str, int]], bool] | None = None
+) -> tuple[Sizes, tuple]:
     """The sizes and `pod_step.compile_step` of them; the cache is made smaller where the program needs its room.
+
+    `fits`: as in `sizing.sizes_of`.
 
     Raises:
       ValueError: --num_pages leaves the program too little room: names the most pages that compile.
@@ -277,9 +217,8 @@ def compile_what_fits(s: Settings, mesh, chip: Chip) -> tuple[Sizes, tuple]:
     """
     from paged_dist.launch import pod_step
 
-    sizes = sizes_of(s, mesh, chip)
+    sizes = checked_sizes(s, mesh, chip, None, fits)
     for _ in range(4):
-        pod_step.launch_of(s, sizes, mesh)  # refuses what no launch can hold
         try:
             compiled = pod_step.compile_step(s, sizes, mesh)
         except (ValueError, NotImplementedError):
@@ -290,23 +229,23 @@ def compile_what_fits(s: Settings, mesh, chip: Chip) -> tuple[Sizes, tuple]:
             if over is None:
                 raise RuntimeError(f"the compiler refused the program: {text[:500]}") from e
             needs, has = (float(x) * 2**30 for x in over.groups())
-            less = needs - has + _KEPT * sizes.hbm_bytes
+            less = needs - has + sizing.KEPT * sizes.hbm_bytes
             kept = sizes.hbm_bytes - sizes.weights_bytes - sizes.spec.bytes_per_chip(mesh) + int(less)
-            sizes = sizes_of(dataclasses.replace(s, num_pages=None), mesh, chip, kept)
+            sizes = checked_sizes(dataclasses.replace(s, num_pages=None), mesh, chip, kept, fits)
             continue
         require(
             s.num_pages in (None, sizes.spec.num_pages),
             "--num_pages",
             s.num_pages,
-            f"cache and step take more than the {_gib(sizes.hbm_bytes)} that a device's HBM gives a program",
-            f"{sizes.spec.num_pages} pages fit",
+            f"cache and step take more than the {gib(sizes.hbm_bytes)} that a device's HBM gives a program",
+            f"--num_pages={sizes.spec.num_pages} fits",
         )
         return sizes, compiled
     raise RuntimeError("the compiler refused the program for want of HBM, with four sizes of the cache")
 
 
-def plan(s: Settings) -> dict:
-    """The plan as one flat record; a pod's program is compiled on the way.
+def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -> dict:
+    """The plan as one flat record; a pod's program is compiled on the way. `fits`: as in `sizing.sizes_of`.
 
     Raises:
       ValueError, NotImplementedError: settings that do not fit the pod, each with what does.
@@ -320,11 +259,14 @@ def plan(s: Settings) -> dict:
     start = time.perf_counter()
     mesh = mesh_of(s)
     mesh_s = time.perf_counter() - start
-    sizes, (compiled, lower_s, compile_s) = compile_what_fits(s, mesh, chip)
+    sizes, (compiled, lower_s, compile_s) = compile_what_fits(s, mesh, chip, fits)
     launch = pod_step.launch_of(s, sizes, mesh)
     found = pod_step.read_program(s, sizes, mesh, compiled)
     spec, devices = sizes.spec, mesh.devices.size
-    settings = {k: v for k, v in dataclasses.asdict(s).items() if k != "requests"}
+    counted, workload = s.requests, s.workload
+    if not counted:
+        counted, workload = (Request(0, sizes.context_tokens, 0),), f"{sizes.context_tokens} tokens"
+    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("requests", "times")}
     return {
         "benchmark": "plan",
         "projected": True,
@@ -340,13 +282,16 @@ def plan(s: Settings) -> dict:
         "devices": report.device_counts(mesh),
         "mesh": dict(mesh.shape),
         "axes": dataclasses.asdict(mesh_facts(mesh))["axes"],
-        "mesh_text": describe_mesh(mesh, spec, num_q_heads=s.num_q_heads, batch=sizes.batch),
-        "workload": s.workload,
-        "requests": len(s.requests),
+        "mesh_text": describe_mesh(
+            mesh, spec, num_q_heads=s.num_q_heads, batch=sizes.batch, output_heads=sizing.output_heads(s, mesh)
+        ),
+        "output_heads": sizing.output_heads(s, mesh),
+        "workload": workload,
+        "requests": len(counted),
         "hbm_bytes": sizes.hbm_bytes,
         "bytes_per_token": spec.bytes_per_token,
         "tokens": spec.num_pages * spec.page_size,
-        "sequences": sequences_on_shards(s.requests, spec.num_pages, spec.page_size, mesh.shape["data"]),
+        "sequences": sequences_on_shards(counted, spec.num_pages, spec.page_size, mesh.shape["data"]),
         **found,
         "launch": launch,
         "floor": floor_of(s, sizes, mesh, chip, found["collectives"]),
@@ -364,12 +309,12 @@ def dry_text(s: Settings) -> str:
     from paged_dist.launch.report import wrap
 
     mesh = mesh_of(s)
-    sizes = sizes_of(s, mesh, chip_of_topology(s.topology))
+    sizes = checked_sizes(s, mesh, chip_of_topology(s.topology))
     spec = sizes.spec
     lines = [
         ("mesh", " x ".join(f"{name} {size}" for name, size in mesh.shape.items()) + f" of {s.topology}"),
         ("cache", f"{spec.num_pages} pages of {spec.page_size} tokens in {spec.dtype}, {spec.num_layers} layers"),
-        ("", f"{_gib(spec.bytes_per_chip(mesh))} of the {_gib(sizes.hbm_bytes)} of a device's HBM"),
+        ("", f"{gib(spec.bytes_per_chip(mesh))} of the {gib(sizes.hbm_bytes)} of a device's HBM"),
         ("step", f"{sizes.batch} rows of {sizes.context_tokens} tokens, tables of {sizes.pages_per_sequence} pages"),
         ("dry run", "nothing was compiled or written"),
     ]
@@ -382,14 +327,10 @@ def problems(r: dict) -> list[str]:
     if r["pool_copies"]:
         found.append(f"{len(r['pool_copies'])} values as large as a layer's pool: {'; '.join(r['pool_copies'])[:200]}")
     if r["aliased_bytes"] < r["cache_bytes"]:
-        found.append(f"only {_gib(r['aliased_bytes'])} of the cache's {_gib(r['cache_bytes'])} are written in place")
+        found.append(f"only {gib(r['aliased_bytes'])} of the cache's {gib(r['cache_bytes'])} are written in place")
     if r["used_bytes"] > r["hbm_bytes"]:
-        found.append(f"it takes {_gib(r['used_bytes'])} of a device's {_gib(r['hbm_bytes'])}: give fewer --num_pages")
+        found.append(f"it takes {gib(r['used_bytes'])} of a device's {gib(r['hbm_bytes'])}: give fewer --num_pages")
     return found
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def table(r: dict) -> str:
@@ -421,15 +362,16 @@ def table(r: dict) -> str:
         None,
         (
             "HBM",
-            f"{_gib(r['used_bytes'])} of {_gib(r['hbm_bytes'])} a {unit}: cache {_gib(r['cache_bytes'])}, weights "
-            f"{_gib(r['weights_bytes'])}, temp {size(r['temp_bytes'])}, program {size(r['program_bytes'])}",
+            f"{gib(r['used_bytes'])} of {gib(r['hbm_bytes'])} a {unit}: cache {gib(r['cache_bytes'])}, weights "
+            f"{gib(r['weights_bytes'])}, temp {size(r['temp_bytes'])}, program {size(r['program_bytes'])}",
         ),
+        ("weights", _weights_text(r)),
         (
             "fits",
             f"{r['tokens']} tokens, {r['sequences']} sequences of {r['workload']} ({s['num_pages']} pages, "
             f"{r['bytes_per_token']} B a token)",
         ),
-        ("pools", f"{len(r['pool_copies'])} copies, {_gib(r['aliased_bytes'])} written in place"),
+        ("pools", f"{len(r['pool_copies'])} copies, {gib(r['aliased_bytes'])} written in place"),
         *_traffic_lines(r),
         *(("kernel", f"{k['name']}: {_kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
         (
@@ -453,6 +395,21 @@ def table(r: dict) -> str:
         *(("PROBLEM", text) for text in problems(r)),
     ]
     return "\n".join(wrap(*line) if line else "" for line in lines)
+
+
+def _weights_text(r: dict) -> str:
+    """Which weights are counted, and which are not."""
+    s = r["settings"]
+    others = ["norms", "embeddings", *([] if s["mlp_width"] else ["the MLP (--mlp_width)"])]
+    if not s["width"]:
+        return "none are counted: --width and --mlp_width count the layers'"
+    whole = "" if r["output_heads"] == "scattered" else " alone, for its heads do not divide over context too"
+    wo = "" if r["mesh"]["context"] == 1 else f", wo over model{whole or ' x context'}"
+    mlp = f"; the MLP's of {s['mlp_width']} over model x context" if s["mlp_width"] else ""
+    return (
+        f"counted are attention's projections, wq, wk and wv over model{wo}{mlp}. Not counted are "
+        f"{', '.join(others[:-1])} and {others[-1]}: leave them room by --hbm_gib"
+    )
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:

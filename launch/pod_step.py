@@ -1,6 +1,6 @@
 """The decode step of `plan`: built, compiled for the absent pod, and what is read from the compiled program.
 
-`s` is a `plan.Settings`, `sizes` the `plan.Sizes` that a pod makes of it.
+`s` is a `sizing.Settings`, `sizes` the `sizing.Sizes` that a pod makes of it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ from paged_dist.kernels.paged_attention import decode_plan
 from paged_dist.kernels.paged_attention.checks import check_pools
 from paged_dist.kernels.paged_attention.megacore import Target
 from paged_dist.launch import compiled as read
+from paged_dist.launch import sizing
 from paged_dist.launch.synthetic import input_dtype
 from paged_dist.launch.workload import pages_needed
 
 _TORUS = {"x", "y", "z"}
 
 if TYPE_CHECKING:
-    from paged_dist.launch.plan import Settings, Sizes
+    from paged_dist.launch.sizing import Settings, Sizes
 
 
 def decode_step(s: Settings, mesh):
     """`step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: appends a token and attends, layer by layer.
 
     Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
-    query; with it x [B, width] and the projections [L, width, Hq, D], 2 x [L, width, Hkv, D] and [L, Hq, D, width].
+    query; with it x [B, width] and the projections [L, width, Hq, D], 2 x [L, width, Hkv, D] and [L, Hq, D, width],
+    with an MLP of hidden width F also 2 x [L, width, F] and [L, F, width]: `sizing.weights`.
     """
 
     def attend(cache, query, key, value, lengths, tables, layer):
@@ -54,6 +56,7 @@ def decode_step(s: Settings, mesh):
             sm_scale=s.head_dim**-0.5,
             soft_cap=s.soft_cap,
             sliding_window=s.sliding_window,
+            output_heads=sizing.output_heads(s, mesh),
             mesh=mesh,
         )
         return cache, output
@@ -68,10 +71,14 @@ def decode_step(s: Settings, mesh):
     def projected(cache, lengths, tables, x, *weights):
         def one(carry, layer_and_weights):
             cache, x = carry
-            layer, to_query, to_key, to_value, back = layer_and_weights
+            layer, to_query, to_key, to_value, back, *mlp = layer_and_weights
             new = (jnp.einsum("bw,whd->bhd", x, w) for w in (to_query, to_key, to_value))
             cache, output = attend(cache, *new, lengths, tables, layer)
-            return (cache, x + jnp.einsum("bhd,hdw->bw", output, back)), None
+            x = x + jnp.einsum("bhd,hdw->bw", output, back)
+            if mlp:
+                gate, up, down = mlp
+                x = x + (jax.nn.silu(x @ gate) * (x @ up)) @ down
+            return (cache, x), None
 
         return lax.scan(one, (cache, x), (jnp.arange(s.num_layers, dtype=jnp.int32), *weights))[0]
 
@@ -82,18 +89,17 @@ def step_arguments(s: Settings, sizes: Sizes, mesh) -> tuple:
     """The abstract arguments of `decode_step`, each in its sharding."""
     dtype = jnp.dtype(input_dtype(s.dtype))
     of = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
-    batch, layers, width, d = sizes.batch, s.num_layers, s.width, s.head_dim
+    batch, d = sizes.batch, s.head_dim
     first = (
         PagedKVCache.abstract(sizes.spec, mesh),
         of((batch,), jnp.int32, "data"),
         of((batch, sizes.pages_per_sequence), jnp.int32, "data", None),
     )
-    heads = (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)
-    if not width:
+    if not s.width:
+        heads = (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)
         return *first, *(of((batch, n, d), dtype, "data", "model", None) for n in heads)
-    into = (of((layers, width, n, d), dtype, None, None, "model", None) for n in heads)
-    back = of((layers, s.num_q_heads, d, width), dtype, None, "model", None, None)
-    return *first, of((batch, width), dtype, "data", None), *into, back
+    weights = (of(shape, dtype, *split) for shape, split in sizing.weights(s, mesh).values())
+    return *first, of((batch, s.width), dtype, "data", None), *weights
 
 
 def compile_step(s: Settings, sizes: Sizes, mesh):

@@ -27,10 +27,10 @@ import zlib
 
 from paged_dist._devices import place_of
 from paged_dist._errors import bad_value, require
-from paged_dist.launch import decode, plan, workload_flags
+from paged_dist.launch import decode, plan, sizing, workload_flags
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
-from paged_dist.launch.chips import chip_of_topology
+from paged_dist.launch.chips import chip_of_topology, slice_of
 from paged_dist.launch.local_pod import dies_with_parent, launcher_command
 from paged_dist.launch.workload import Request, repeated
 
@@ -51,13 +51,13 @@ _NOT_TAKEN = ("data", "num_pages", "profile_dir")
 for _flag in flags.FLAGS.get_key_flags_for_module(decode):
     if _flag.name not in _NOT_TAKEN:
         flags.declare_key_flag(_flag.name)
-for _name in ("num_slices", "width", "context_tokens"):
+for _name in ("num_slices", "width", "mlp_width", "context_tokens"):
     flags.declare_key_flag(_name)
 
 _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
 _NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace", "trace_format")  # of a trace its requests count
-_OF_PLANS = ("num_slices", "width", "context_tokens")
+_OF_PLANS = ("num_slices", "width", "mlp_width", "context_tokens")
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
 
@@ -123,8 +123,9 @@ def check_flags() -> None:
     for name in ("processes", "devices"):
         if flags.FLAGS[name].present and (PLAN.value or SIZES.value):
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is of local pods", "not with --plan or --sizes")
-    for topology in PLAN.value or ():
-        chip_of_topology(topology, "--plan")
+    if PLAN.value is not None:
+        chips = [chip_of_topology(topology, "--plan") for topology in PLAN.value]
+        plan.check_hbm_gib(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
     shared.check_output(shared.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
@@ -159,24 +160,28 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
             model if shared.MODEL.value else context,
             f"context x model = {context} x {model} must divide each size, and {size} devices are one",
         )
-    largest = sizes[-1][0] // (context * model)
-    points = []
+    largest, by_mode = sizes[-1][0] // (context * model), []  # (mode, devices, how often the work is done, what else)
     for mode in dict.fromkeys(SCALING.value):
         for size, more in sizes:
-            data = size // (context * model)
-            times = size // smallest if mode == "weak" else 1
             whole = mode == "strong" or size % smallest == 0
             require(whole, "--scaling", mode, f"{size} devices are no multiple of {smallest}")
-            rows = decode.ROWS_A_SHARD * (largest if mode == "strong" else smallest // (context * model))
-            batch = (shared.BATCH.value or rows) * times
-            require(
-                batch % data == 0,
-                "--batch",
-                shared.BATCH.value,
-                f"must be a multiple of every mesh's data size, also {data}",
-            )
-            point = Point(mode, (data, context, model), more.get("processes"), more.get("topology"), batch, times, 0)
-            points += [dataclasses.replace(point, repeat=i) for i in range(RUNS.value)]
+            by_mode.append((mode, size, size // smallest if mode == "weak" else 1, more))
+    data_of = lambda size: size // (context * model)
+    step = math.lcm(*(data_of(size) // math.gcd(data_of(size), times) for _, size, times, _ in by_mode))
+    batch = shared.BATCH.value
+    require(
+        batch is None or batch % step == 0,
+        "--batch",
+        batch,
+        "must be a multiple of every mesh's data size" + (f", so of {step}" if step > 1 else ""),
+    )
+    points = []
+    for mode, size, times, more in by_mode:
+        rows = decode.ROWS_A_SHARD * (largest if mode == "strong" else smallest // (context * model))
+        rows = -(-rows // step) * step if batch is None else batch
+        shape = data_of(size), context, model
+        point = Point(mode, shape, more.get("processes"), more.get("topology"), rows * times, times, 0)
+        points += [dataclasses.replace(point, repeat=i) for i in range(RUNS.value)]
     return points
 
 
@@ -441,20 +446,28 @@ def _sizes_here(devices: list) -> list[int]:
 # Plans
 
 
-def _settings_of(point: Point) -> plan.Settings:
+def _settings_of(point: Point) -> sizing.Settings:
     shape = dict(zip(("data", "context", "model"), point.mesh, strict=True))
-    return dataclasses.replace(plan.settings_from_flags(point.topology), **shape, batch=point.batch)
+    s = plan.settings_from_flags(point.topology)
+    return dataclasses.replace(s, **shape, batch=point.batch // point.times, times=point.times)
 
 
-def run_plans(settings: dict[Point, plan.Settings], say) -> int:
-    """Projects what is due."""
+def fits_all(settings: dict[Point, sizing.Settings], meshes: dict[Point, object]):
+    """Whether changed settings fit every point: what is advised of one must hold for the others."""
+    return lambda changes: all(
+        sizing.fits_with(s, meshes[p], chip_of_topology(p.topology), changes) for p, s in settings.items()
+    )
+
+
+def run_plans(settings: dict[Point, sizing.Settings], fits, say) -> int:
+    """Projects what is due; `fits`: as in `plan.plan`."""
     requests = next(iter(settings.values())).requests
     sweep = Sweep(list(settings), say, list(requests))
     for point in sweep.due():
         say(str(point))
         s = settings[point]
         try:
-            r = plan.plan(s)
+            r = plan.plan(s, fits)
         except (ValueError, NotImplementedError, RuntimeError) as e:
             say(f"error: {point}: {e}")
             return 1
@@ -505,12 +518,14 @@ def _main_of_plans(say) -> int:
     from paged_dist.topology import topology_devices
 
     shared.start_tpu_compiler()
-    names = dict.fromkeys(PLAN.value)
+    names = dict.fromkeys(slice_of(t, "--plan").topology for t in PLAN.value)
     points = points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
     settings = {p: _settings_of(p) for p in points}
+    meshes = {p: plan.mesh_of(s) for p, s in settings.items()}
+    fits = fits_all(settings, meshes)
     for p, s in settings.items():  # refused before anything is compiled
-        plan.sizes_of(s, plan.mesh_of(s), chip_of_topology(p.topology))
-    return _dry_run(points) if shared.DRY_RUN.value else run_plans(settings, say)
+        plan.checked_sizes(s, meshes[p], chip_of_topology(p.topology), None, fits)
+    return _dry_run(points) if shared.DRY_RUN.value else run_plans(settings, fits, say)
 
 
 def cli() -> None:

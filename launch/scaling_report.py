@@ -61,7 +61,10 @@ def series(rows: list[dict]) -> list[Series]:
 def _work(row: dict) -> str:
     """A digest of what a row served and with what model: points of a series differ in mesh, rows and requests alone."""
     names = ("layers", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "dtype", "page_size", "sliding_window")
-    settings = [row["settings"].get(name) for name in (*names, "soft_cap", "width", "implementation", "context_tokens")]
+    settings = [
+        row["settings"].get(name)
+        for name in (*names, "soft_cap", "width", "mlp_width", "implementation", "context_tokens")
+    ]
     kept = [settings, row["workload"].partition(", ")[0], row["mesh"]["context"], row["mesh"]["model"]]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:4]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -85,16 +86,25 @@ def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) 
 
 
 def sequences_on_shards(requests: Sequence[Request], num_pages: int, page_size: int, shards: int) -> int:
-    """`sequences_that_fit` where the pool is split over data shards: the requests are dealt to them one by one, and a
-    sequence's pages lie on one. (On context shards they are spread evenly.)"""
-    needs = np.array([pages_needed(r.tokens, page_size) for r in requests], np.int64)
-    cycle = len(needs) // math.gcd(len(needs), shards)
-    total = 0
-    for d in range(shards):
-        ends = np.cumsum(needs[(d + shards * np.arange(cycle)) % len(needs)])
-        rounds, rest = divmod(num_pages // shards, int(ends[-1]))
-        total += rounds * cycle + int(np.searchsorted(ends, rest, side="right"))
-    return total
+    """How many of the sequences an allocator places into a pool of `num_pages` pages over `shards` data shards.
+
+    In the requests' order, and from the first one again where they end, each with all of its pages on the data shard
+    that has the most free, up to the first that finds no shard with room: what `PageAllocator.place` does. (On context
+    shards a sequence's pages are spread evenly.)
+    """
+    needs = [pages_needed(r.tokens, page_size) for r in requests]
+    there, largest = num_pages // shards, max(needs)
+    # While the pool has the largest sequence's room on every shard, all are placed: those are counted, not placed one
+    # by one, but for the last ones, with which the shards fill unevenly.
+    count = sequences_that_fit(requests, shards * (there - 2 * largest), page_size) if there > 2 * largest else 0
+    rounds, more = divmod(count, len(needs))
+    left = num_pages // shards * shards - rounds * sum(needs) - sum(needs[:more])
+    free = [-(left // shards) - (d < left % shards) for d in range(shards)]  # negative: the first is the most
+    heapq.heapify(free)
+    while free[0] + needs[count % len(needs)] <= 0:
+        heapq.heapreplace(free, free[0] + needs[count % len(needs)])
+        count += 1
+    return count
 
 
 def whole_pool(pages: int, page_size: int, dtype, shards: int = 1) -> int:

@@ -31,6 +31,11 @@ REPEAT_REQUESTS = flags.DEFINE_integer("repeat_requests", 1, "Serve the requests
 _DRAWN_REQUESTS = 96
 
 
+def are_given() -> bool:
+    """Whether a flag says which requests are meant."""
+    return any(flags.FLAGS[f.name].present for f in flags.FLAGS.get_flags_for_module(__name__))
+
+
 def requests_from_flags() -> tuple[list[Request], str]:
     """The requests that the flags name, and what to call them in a report.
 

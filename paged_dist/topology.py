@@ -37,7 +37,8 @@ def topology_devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ..
 
     Args:
       topology: `platform:shape` as libtpu names it, e.g. `v5p:8x8x8`: the chips along each physical axis.
-        One device is one chip, but on `tpu7x` one core (two a chip). v4 chips are taken as megacore.
+        One device is one chip, but on `tpu7x` one core (two a chip). v4 chips are taken as megacore. Hosts have
+        2x2x1 chips; a slice of one chip, such as `v6e:1x1`, is a host of its own.
       num_slices: so many slices of that shape, joined by the data-centre network. Programs for their devices compile
         as on real ones: what crosses it becomes a send and a receive of libtpu's multi-slice runtime.
 
@@ -58,7 +59,9 @@ def _described(topology: str, num_slices: int) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     _keep_libtpu_offline()
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options: dict = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if set(topology.partition(":")[2].split("x")) == {"1"}:  # libtpu of jax 0.10 takes hosts of 2x2x1 for granted
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if num_slices > 1:  # libtpu refuses a 1
         options["num_slices"] = num_slices
     try:

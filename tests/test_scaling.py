@@ -47,7 +47,8 @@ def test_strong_points_do_the_same_work_and_weak_ones_the_same_a_device():
         ([2, 6], ["--model=4", "--num_kv_heads=4"], "--model=4: context x model = 1 x 4 must divide each size"),
         ([2, 3], ["--context=2"], "--context=2: context x model = 2 x 1 must divide each size, and 3"),
         ([2, 3], ["--model=1", "--batch=6"], "3 devices are no multiple of 2"),
-        ([1, 4], ["--batch=6"], "--batch=6: must be a multiple of every mesh's data size, also 4"),
+        ([1, 4], ["--batch=6"], "--batch=6: must be a multiple of every mesh's data size, so of 4"),
+        ([2, 4, 6], ["--batch=8", "--model=2", "--scaling=strong"], "every mesh's data size, so of 6"),
     ],
 )
 def test_a_sweep_that_does_not_divide_is_refused(sizes, arguments, message):

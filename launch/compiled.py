@@ -77,6 +77,9 @@ _BYTES = {
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 
 
+_LAID_OUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
+
+
 def _array_bytes(types: str) -> list[int]:
     """Bytes of each array in an HLO type, a tuple's elements one by one."""
     found = _ARRAY.findall(types)
@@ -101,6 +104,37 @@ def values_as_large_as(hlo: str, size: int) -> list[str]:
             continue
         made.append(f"{op} {name} {types}")
     return made
+
+
+class Made(NamedTuple):
+    """A value that a compiled program writes to HBM."""
+
+    name: str
+    array: str  # 'bf16[80,8,128,8192]', of one device
+    bytes: int
+    loops: int  # loops that it stands in
+
+
+def made_in_hbm(hlo: str, size: int) -> list[Made]:
+    """The values of `size` bytes or more that a compiled program writes to HBM, kernels' in-place results apart.
+
+    What a fusion has inside is not written, nor what another computation hands on; an asynchronous pair is one.
+    """
+    loops, large = loop_depths(hlo), {x.split()[1] for x in values_as_large_as(hlo, size)}
+    inner = {
+        called
+        for _, _, _, op, rest in _instructions(hlo)
+        for role, names in _CALLED.findall(rest)
+        if not (op in ("while", "conditional") and role != "condition")
+        for called in re.findall(r"[\w.\-]+", names)
+    }
+    return [
+        Made(name, f"{dtype}[{dims}]", count, loops.get(inside, 0))
+        for inside, name, types, op, _ in _instructions(hlo)
+        if name in large and inside not in inner and not op.endswith("-start")
+        for (dtype, dims, layout), count in zip(_LAID_OUT.findall(types), _array_bytes(types), strict=True)
+        if count >= size and "S(" not in layout
+    ]
 
 
 class Collective(NamedTuple):

@@ -150,22 +150,25 @@ def mesh_of(s: Settings):
     )
 
 
-def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict]) -> dict:
+def floor_of(s: Settings, sizes: Sizes, mesh, chip: Chip, collectives: list[dict], copies: list[dict]) -> dict:
     """The least seconds of a step: HBM and ICI apart, one after the other, for a layer's merge waits for its attention.
 
-    HBM: live K and V (those inside the window) and weights, each read once, over the peak bandwidth. ICI: what a ring
+    HBM: live K and V (those inside the window) and weights, each read once, and what the program copies besides, read
+    and written, over the peak bandwidth. ICI: what a ring
     sends, over both directions of each physical axis that the mesh axis runs over, all at once; what stays between the
     cores of a chip costs nothing. Latency is not in it, nor is anything sent over DCN.
     """
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     live = min(sizes.context_tokens, s.sliding_window or sizes.context_tokens)
     kv_bytes = sizes.batch // data * live * sizes.spec.bytes_per_token // (model * context)
-    hbm_s = (kv_bytes + sizes.weights_bytes) / chip.device_hbm_bytes_per_s
+    copied = 2 * sum(c["bytes"] * c["times"] for c in copies)
+    hbm_s = (kv_bytes + sizes.weights_bytes + copied) / chip.device_hbm_bytes_per_s
     over_ici = [c for c in collectives if c["links"] == "ici" and c["torus_axes"]]
     sent = sum(c["bytes_sent"] for c in over_ici)
     ici_s = sum(c["bytes_sent"] / (2 * c["torus_axes"] * chip.link_bytes_per_s) for c in over_ici)
     return {
         "live_kv_bytes": kv_bytes,
+        "copied_bytes": copied,
         "hbm_s": hbm_s,
         "ici_bytes_sent": sent,
         "ici_s": ici_s,
@@ -294,7 +297,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         "sequences": sequences_on_shards(counted, spec.num_pages, spec.page_size, mesh.shape["data"]),
         **found,
         "launch": launch,
-        "floor": floor_of(s, sizes, mesh, chip, found["collectives"]),
+        "floor": floor_of(s, sizes, mesh, chip, found["collectives"], found["other_copies"]),
         "mesh_s": mesh_s,
         "lower_s": lower_s,
         "compile_s": compile_s,
@@ -372,6 +375,7 @@ def table(r: dict) -> str:
             f"{r['bytes_per_token']} B a token)",
         ),
         ("pools", f"{len(r['pool_copies'])} copies, {gib(r['aliased_bytes'])} written in place"),
+        *(("copies", f"{c['times']} x {c['array']}, {size(c['bytes'])}, in each step") for c in r["other_copies"]),
         *_traffic_lines(r),
         *(("kernel", f"{k['name']}: {_kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
         (
@@ -389,7 +393,8 @@ def table(r: dict) -> str:
         (
             "",
             f"HBM {1e3 * floor['hbm_s']:.3f} ms: {size(floor['live_kv_bytes'])} of live KV a {unit}, "
-            f"{size(r['weights_bytes'])} of weights",
+            f"{size(r['weights_bytes'])} of weights"
+            + (f", {size(floor['copied_bytes'])} for copies" if floor["copied_bytes"] else ""),
         ),
         ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {size(floor['ici_bytes_sent'])} sent in a ring"),
         *(("PROBLEM", text) for text in problems(r)),

@@ -41,8 +41,8 @@ def decode_step(s: Settings, mesh):
     """`step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: appends a token and attends, layer by layer.
 
     Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
-    query; with it x [B, width] and the projections [L, width, Hq, D], 2 x [L, width, Hkv, D] and [L, Hq, D, width],
-    with an MLP of hidden width F also 2 x [L, width, F] and [L, F, width]: `sizing.weights`.
+    query; with it x [B, width] and the projections, with an MLP of hidden width F its three matrices too, as
+    `sizing.weights` has them: [L, width, Hq or Hkv, D] and [L, width, F / 128, 128].
     """
 
     def attend(cache, query, key, value, lengths, tables, layer):
@@ -68,16 +68,19 @@ def decode_step(s: Settings, mesh):
 
         return lax.scan(one, (cache, query), jnp.arange(s.num_layers, dtype=jnp.int32))[0]
 
+    into = lambda x, w: jnp.tensordot(x, w, 1)  # [B, width], [width, ...] -> [B, ...]
+    out_of = lambda y, w: jnp.tensordot(y, w, 2 * (tuple(range(1, w.ndim)),))  # and back
+
     def projected(cache, lengths, tables, x, *weights):
         def one(carry, layer_and_weights):
             cache, x = carry
             layer, to_query, to_key, to_value, back, *mlp = layer_and_weights
-            new = (jnp.einsum("bw,whd->bhd", x, w) for w in (to_query, to_key, to_value))
+            new = (into(x, w) for w in (to_query, to_key, to_value))
             cache, output = attend(cache, *new, lengths, tables, layer)
-            x = x + jnp.einsum("bhd,hdw->bw", output, back)
+            x = x + out_of(output, back)
             if mlp:
                 gate, up, down = mlp
-                x = x + (jax.nn.silu(x @ gate) * (x @ up)) @ down
+                x = x + out_of(jax.nn.silu(into(x, gate)) * into(x, up), down)
             return (cache, x), None
 
         return lax.scan(one, (cache, x), (jnp.arange(s.num_layers, dtype=jnp.int32), *weights))[0]
@@ -136,6 +139,7 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
         + alone,
         "aliased_bytes": memory.alias_size_in_bytes,
         "pool_copies": copies,
+        "other_copies": other_copies(s, sizes, mesh, text, copies),
         "collectives": [_collective(c, s, mesh, torus) for c in read.collectives(text)],
         "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in read.crossings(text)],
         "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in read.kernels(text)],
@@ -156,6 +160,21 @@ def pool_copies(spec, mesh, text: str) -> list[str]:
         for (rows, lanes), size in pools
         for value in read.values_as_large_as(text, size)
         if f",{rows},{lanes}]" in value
+    ]
+
+
+def other_copies(s: Settings, sizes: Sizes, mesh, text: str, of_pools: list[str]) -> list[dict]:
+    """What a step makes in HBM that is as large as a layer's pool or the smallest stack of weights, pools apart.
+
+    XLA may store weights anew in other tiles, say: that is read and written in each step, beside the weights' own read.
+    """
+    itemsize = jnp.dtype(input_dtype(s.dtype)).itemsize
+    stacks = [itemsize * math.prod(shape) for shape in sizing.weight_shards(s, mesh)]
+    least = min(stacks, default=sizes.spec.bytes_per_chip(mesh) // (2 * s.num_layers))
+    return [
+        {"array": value.array, "bytes": value.bytes, "times": s.num_layers**value.loops}
+        for value in read.made_in_hbm(text, least)
+        if not any(value.name in copy.split()[1:2] for copy in of_pools)
     ]
 
 

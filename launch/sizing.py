@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from paged_dist._errors import bad_value
+from paged_dist.kernels._tiling import LANES
 from paged_dist.launch.chips import Chip
 from paged_dist.launch.workload import Request, pages_needed, whole_pool
 
@@ -72,6 +73,9 @@ def weights(s: Settings, mesh) -> dict[str, Weight]:
 
     The projections before attention lie on every context shard, each of which needs all heads of its model shard. The
     one behind it is split over model x context where the heads divide over both, the MLP always.
+
+    All are [layers, width, n, lanes], wo and w_down too, the hidden width in rows of 128 where each device has whole
+    ones: of [layers, n, width] in a loop over layers XLA makes a copy in other tiles, in every step, for v7x.
     """
     if not s.width:
         return {}
@@ -79,22 +83,25 @@ def weights(s: Settings, mesh) -> dict[str, Weight]:
     heads = {"wq": s.num_q_heads, "wk": s.num_kv_heads, "wv": s.num_kv_heads}
     found = {name: Weight((layers, width, n, d), (None, None, "model", None)) for name, n in heads.items()}
     over = _SEQUENCE if output_heads(s, mesh) == "scattered" else "model"
-    found["wo"] = Weight((layers, s.num_q_heads, d, width), (None, over, None, None))
+    found["wo"] = Weight((layers, width, s.num_q_heads, d), (None, None, over, None))
     if s.mlp_width:
-        into = Weight((layers, width, s.mlp_width), (None, None, _SEQUENCE))
-        found |= {"w_gate": into, "w_up": into}
-        found["w_down"] = Weight((layers, s.mlp_width, width), (None, _SEQUENCE, None))
+        parts = math.prod(mesh.shape[name] for name in _SEQUENCE)
+        rows = (s.mlp_width // LANES, LANES) if s.mlp_width % (parts * LANES) == 0 else (s.mlp_width,)
+        mlp = Weight((layers, width, *rows), (None, None, _SEQUENCE, None)[: 2 + len(rows)])
+        found |= {"w_gate": mlp, "w_up": mlp, "w_down": mlp}
     return found
 
 
 def weights_bytes(s: Settings, mesh) -> int:
     """Bytes of the weights on each device, in the dtype of the step's inputs."""
     itemsize = 4 if s.dtype == "float32" else 2
-    size = 0
-    for shape, split in weights(s, mesh).values():
-        names = [name for axes in split if axes for name in (axes if isinstance(axes, tuple) else (axes,))]
-        size += itemsize * math.prod(shape) // math.prod(mesh.shape[name] for name in names)
-    return size
+    return sum(itemsize * math.prod(shape) for shape in weight_shards(s, mesh))
+
+
+def weight_shards(s: Settings, mesh) -> list[tuple[int, ...]]:
+    """The shape of each weight on a device, in the step's order."""
+    over = lambda axes: math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
+    return [tuple(n // over(axes) for n, axes in zip(*w, strict=True)) for w in weights(s, mesh).values()]
 
 
 @dataclasses.dataclass(frozen=True)

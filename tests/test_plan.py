@@ -327,7 +327,7 @@ def test_the_floor_is_live_bytes_and_weights_over_hbm_and_what_a_ring_sends_over
     mesh = AbstractMesh((4, 2, 2), AXIS_NAMES)
     talk = [dict(bytes_sent=9e6, links="ici", torus_axes=1), dict(bytes_sent=9e9, links="dcn", torus_axes=0)]
     talk += [dict(bytes_sent=8e6, links="ici", torus_axes=2), dict(bytes_sent=9e9, links="ici", torus_axes=0)]
-    found = plan.floor_of(s, sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk)
+    found = plan.floor_of(s, sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk, [])
     live = 16 * 1024 * 4 * 2 * 3 * 128 * 2 // 4  # rows, tokens, heads, K and V, layers, channels, bytes; devices
     weights = 2 * 3 * 4096 * 128 * ((16 + 4 + 4) // 2 + 16 // 4)
     assert found["live_kv_bytes"] == live

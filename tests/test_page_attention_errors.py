@@ -144,6 +144,28 @@ def test_options_outside_their_rule_are_refused(name):
         Call(**change).trace(page_attention, **options)
 
 
+BESIDE_SCALES = [
+    (dict(pages_per_compute_block=2), "pages_per_compute_block=2: must be None beside key_scales and value_scales"),
+    (
+        dict(megacore_mode="batch"),
+        "megacore_mode='batch': must be None beside key_scales and value_scales, for another",
+    ),
+    (dict(inline_seq_dim=False), "inline_seq_dim=False: must be True beside key_scales and value_scales"),
+    (dict(mask_value=1.0), "mask_value=1.0: must be a finite negative number"),
+    (dict(attn_logits_soft_cap=-1.0), "attn_logits_soft_cap=-1.0: must be None or a positive number"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BESIDE_SCALES, ids=[next(iter(x[0])) for x in BESIDE_SCALES])
+def test_what_shapes_the_seed_s_kernels_is_refused_beside_scales(options, message):
+    pages = dict(key=(2, 4, 32, 128), value=(2, 4, 32, 128), key_dtype="int8", value_dtype="int8")
+    scales = jnp.ones((2, 4, 32))
+    attend = lambda *x, **o: page_attention(*x, key_scales=scales, value_scales=scales, **o)
+    assert Call(**pages).trace(attend, mask_value=-1.0).shape == (4, 4, 128)  # it changes no result
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Call(**pages).trace(attend, **options)
+
+
 def test_a_traced_option_is_refused_by_name():
     with pytest.raises(ValueError, match=r"sm_scale=.*must be a Python number.*static_argnames"):
         jax.eval_shape(lambda scale, *x: page_attention(*x, sm_scale=scale), 1.0, *Call().arrays)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from paged_dist._errors import not_yet
+from paged_dist._errors import not_yet, require
 from paged_dist.kernels._dispatch import Interpret, dispatch
 from paged_dist.kernels._tiling import LANES, SUBLANES
 from paged_dist.kernels.paged_attention.checks import (
@@ -94,7 +94,15 @@ def page_attention(
                 f"{name} as a QuantizedTensor",
                 f"pass its weight as {name}, and its scales[..., 0] / 127.5 as {name.split('_')[0]}_scales",
             )
+    check_options(
+        sm_scale=sm_scale,
+        soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        mask_value=mask_value,
+        soft_cap_name="attn_logits_soft_cap",
+    )
     if key_scales is not None or value_scales is not None:
+        _check_no_shape_of_the_seed(pages_per_compute_block, megacore_mode, inline_seq_dim)
         return paged_decode_attention(
             query,
             key_cache,
@@ -112,13 +120,6 @@ def page_attention(
         jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
     )
     problem = check_cache(query, key_cache, value_cache, context_lens, block_tables)
-    check_options(
-        sm_scale=sm_scale,
-        soft_cap=attn_logits_soft_cap,
-        sliding_window=sliding_window,
-        mask_value=mask_value,
-        soft_cap_name="attn_logits_soft_cap",
-    )
     check_interpret(interpret)
     check_megacore(problem, megacore_mode)
     interpret = simulation(megacore_mode, interpret)
@@ -142,6 +143,17 @@ def page_attention(
         inline_seq_dim=bool(inline_seq_dim),
         interpret=interpret,
     )
+
+
+def _check_no_shape_of_the_seed(pages_per_compute_block, megacore_mode, inline_seq_dim) -> None:
+    """Raises ValueError for what says how the seed-level kernels work, where the decode kernel does the work."""
+    for name, value, default, works in (
+        ("pages_per_compute_block", pages_per_compute_block, None, "paged_decode_attention takes block_sizes"),
+        ("megacore_mode", megacore_mode, None, "both cores work anyway where a device has two"),
+        ("inline_seq_dim", bool(inline_seq_dim), True, "leave it out"),
+    ):
+        rule = f"must be {default} beside key_scales and value_scales, for another kernel does the work"
+        require(value is default, name, value, rule, works)
 
 
 @functools.partial(

@@ -23,6 +23,7 @@ from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_
 from paged_dist.mesh import MeshAxes, make_pod_mesh  # noqa: E402
 from paged_dist.move import reshard, resize  # noqa: E402
 from paged_dist.store import restore, save  # noqa: E402
+from paged_dist.tables import check_block_tables  # noqa: E402
 from paged_dist.watchdog import Disagreement, Watchdog  # noqa: E402
 from paged_dist.write import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local  # noqa: E402
 
@@ -40,6 +41,7 @@ __all__ = [
     "append_kv",
     "append_kv_local",
     "calibrate_key_smoothing",
+    "check_block_tables",
     "copy_pages",
     "copy_pages_local",
     "dequantize_kv",

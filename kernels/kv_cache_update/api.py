@@ -47,7 +47,7 @@ def write_kv_pages(
       ends: [B] int32, one past the last token to write; at most starts + T are.
       block_tables: [B, S] int32 page ids; a page whose id lies outside [0, N), or a position past S pages, is
         not written.
-      layer: int32 scalar, traced or not, below L; None is 0.
+      layer: int32 scalar, traced or not; None is 0. Outside [0, L) nothing is written.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pools, as `pack_scales` stores them.
       key_smoothing: [Hkv, D], divides the keys before they are quantised.
       stripes: which pages the table's columns are, where a sequence's pages lie on several chips: starts and ends

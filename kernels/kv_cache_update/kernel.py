@@ -72,6 +72,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
     tile_tokens = tile_rows * shape.tokens_per_row
     unit = scale_unit(shape)
     layer = plan.layer[0]
+    is_layer = (layer >= 0) & (layer < shape.layers)
 
     def stored(pool: _Pool, item) -> jax.Ref:
         row = pl.multiple_of(plan.row[item], tile_rows)
@@ -85,7 +86,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
         return plan.leader[item] if shared else c
 
     def touched(item):
-        return plan.last[item] > plan.first[item]
+        return is_layer & (plan.last[item] > plan.first[item])
 
     def whole(item):  # every token is new: nothing to read, and the new rows go out as they came in
         return plan.last[item] - plan.first[item] == tile_tokens

@@ -29,7 +29,8 @@ def write_tiles_xla(
     tile_rows = 1 if new_tokens == 1 else pool.rows
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
     mask = tiles.blend_mask(tile_rows, tokens_per_row, pool.lanes)
-    target = jnp.where(tiles.last > tiles.first, tiles.page, pool.pages)  # out of range: dropped
+    writes = (tiles.last > tiles.first) & (layer >= 0) & (layer < pool.layers)
+    target = jnp.where(writes, tiles.page, pool.pages)  # out of range: dropped
 
     def write(pages: jax.Array, new: jax.Array) -> jax.Array:
         new = as_rows(new, pool)

@@ -88,7 +88,9 @@ class Copies:
 
     @property
     def _layer(self):
-        return 0 if self.refs.layer is None else self.refs.layer[0]
+        # A layer that there is, whatever the caller says: bounds are not checked.
+        layers = self.plan.problem.num_layers
+        return 0 if self.refs.layer is None else jnp.clip(self.refs.layer[0], 0, layers - 1)
 
     def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> Paced:
         plan = self.plan

@@ -145,6 +145,8 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
     if plan.tokens_per_row > 1:
         q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.rows_per_head, plan.D)
         q = block_diagonal(q, plan.tokens_per_row).reshape(plan.B, plan.H * plan.M, plan.W)
+    if plan.clamps_before:
+        block_tables = jnp.clip(block_tables, 0, plan.problem.num_pages - 1)
     table = block_tables.T if plan.table_is_transposed else block_tables
     layer = None if plan.problem.num_layers == 1 else layer.reshape(1)
     if plan.Q > 1:  # flat, for scalar memory pads what is not
@@ -189,7 +191,7 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[result_in_hbm(x, query, interpret) for x in results.values()],
-        # Page ids are the caller's promise; Mosaic's check of each copy's bounds takes longer than issuing it.
+        # Page ids are clamped, and the layer; Mosaic's check of each copy's bounds takes longer than issuing it.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,

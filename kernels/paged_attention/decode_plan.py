@@ -25,6 +25,10 @@ _QUANTIZED_TOKENS = (1024, 4096)
 _QUANTIZED_TOKENS_CORE_BOUND = (2048, 8192)
 _FEW_TOKENS = 64
 _PART_ROWS = 512
+# Tokens a page from which on the kernel clamps page ids, an instruction for each copy. Below, where copies' scalar work
+# is all of the time, it costs a tenth of it; clamping the table before is an operation of a microsecond, of which a
+# program whose layers share a table has one.
+_CLAMPED_TOKENS = 64
 # Of several new tokens a sequence: registers that a step's scores take at most, and steps ahead at most, to have as
 # many bytes in flight in shorter steps.
 _SCORE_REGISTERS = 256
@@ -115,6 +119,7 @@ class Plan:
     is_quantized = property(lambda self: self.problem.is_quantized)
     cache_may_hold_nan = property(lambda self: self.cache_dtype != jnp.int8)
     scale_rows_per_page = property(lambda self: max(1, self.page_size // LANES))  # pages of less than 128 share one
+    clamps_before = property(lambda self: self.page_size < _CLAMPED_TOKENS)  # page ids, in XLA and not in the kernel
     table_is_transposed = property(lambda self: xla_transposes(self.B, self.S))
 
     @property

@@ -16,9 +16,6 @@ from jax.experimental import pallas as pl
 
 from paged_dist.kernels.paged_attention.decode_plan import NUM_FIELDS, Plan
 
-# Tokens from which on a page id outside the pool, which only a wrong table has, reads the pool's last page. Below, the
-# one instruction that this takes for each copy costs a tenth of the time.
-_PAGE_CLAMPED = 64
 _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn costs some 20 cycles by itself
 
 
@@ -187,14 +184,17 @@ class WorkList:
         return cell, (jnp.where(more, j, j + 1), jnp.where(more, done + plan.pages_per_cell, 0))
 
     def page_id(self, cell: Cell, p: int | jax.Array):
-        """The id of the cell's page p; of some page of the table where the cell has fewer."""
+        """The id of the cell's page p; of some page of the table where the cell has fewer.
+
+        An id outside the pool, which only a wrong table has, becomes the pool's last page.
+        """
         plan, b, column = self.plan, jnp.minimum(cell.b, self.plan.B - 1), cell.column + p
         if plan.has_starts or plan.S % plan.pages_per_cell:
             column = jnp.minimum(column, plan.S - 1)
         table = self.refs.table
         # .at[b][column] takes half the scalar work of [b, column].
         page = table[column, b] if plan.table_is_transposed else table.at[b][column]
-        if plan.page_size < _PAGE_CLAMPED:
+        if plan.clamps_before:
             return page
         last = jnp.uint32(plan.problem.num_pages - 1)
         return jnp.minimum(page.astype(jnp.uint32), last).astype(jnp.int32)

@@ -82,7 +82,7 @@ def attend_pages_xla(
     )
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     p, batch = problem, problem.batch
-    layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
+    layer = jnp.int32(0) if layer is None else jnp.clip(jnp.asarray(layer, jnp.int32), 0, p.num_layers - 1)
     check_output_dtype(output_dtype)
     starts = check_starts(starts, *lengths.shape)
     has_queries, output_dtype = query.ndim == 4, query.dtype if output_dtype is None else output_dtype

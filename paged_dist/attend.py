@@ -26,9 +26,10 @@ from paged_dist._shard import (
 )
 from paged_dist.cache import PagedKVCache
 from paged_dist.collectives import OUTPUT_HEADS
-from paged_dist.kernels.paged_attention.checks import check_options, check_queries, check_sinks
+from paged_dist.kernels.paged_attention.checks import check_options, check_queries, check_sinks, check_starts
 from paged_dist.kernels.paged_attention.decode import add_sinks, decode_stored_pages
 from paged_dist.kernels.paged_attention.queries import causal_spans
+from paged_dist.kernels.paged_attention.window import later_starts, split_window
 from paged_dist.merge import merge_partials, my_heads
 from paged_dist.mesh import MeshAxes
 
@@ -42,7 +43,8 @@ def sharded_paged_attention(
     layer: jax.Array | int | None = None,
     sm_scale: float = 1.0,
     soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: jax.Array | int | None = None,
+    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     output_heads: str = "replicated",
@@ -67,11 +69,16 @@ def sharded_paged_attention(
       block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
         anything. Row b's pages are on its data shard b // (B / data), and its page i on context shard (o + i) mod C,
         as `PageAllocator` places them: column 0 alone says where a sequence begins, so that a page freed behind a
-        window leaves an id of its shard there. Other tables give wrong numbers, not an error. P(data, None).
+        window leaves an id of its shard there. Other tables give wrong numbers, not an error: `check_block_tables`
+        names the first entry that is wrong. P(data, None).
       layer: int32 scalar, traced or not, for a cache with stacked layers; the kernel's DMA takes it.
       sm_scale: factor on q . k (1.0, as in JAX's paged attention: scale the query or pass 1 / sqrt(D)).
       soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
-      sliding_window: attend to the last `sliding_window` tokens only; pages wholly before them are not read.
+      sliding_window: attend to the last `sliding_window` tokens only; pages wholly before them are not read. A number
+        of the program, or an int32 scalar, traced or not, 0 or less for none: layers with different windows go through
+        one `lax.scan`.
+      starts: [B] int32, the first token that each row attends to; None for 0. With a window the later of the two
+        holds. Pages wholly before it are not read. P(data).
       sinks: [Hq] f32 logits, each added to its head's softmax denominator. P(model).
       return_lse: also return the natural log of the softmax denominator, sinks included.
       output_heads: 'replicated' gives every context shard all heads of its model shard; 'scattered' gives each
@@ -91,10 +98,11 @@ def sharded_paged_attention(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
-    query, lengths, block_tables, sinks = as_arrays(query, lengths, block_tables, sinks)
+    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
-    _check(query, cache, lengths, block_tables, sinks, implementation)
+    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
     context, model = axes.size(mesh, "context"), axes.size(mesh, "model")
@@ -106,6 +114,8 @@ def sharded_paged_attention(
         block_tables,
         layer,
         sinks,
+        starts,
+        window,
         **options,
         return_lse=return_lse,
         output_heads=output_heads,
@@ -121,7 +131,7 @@ def sharded_paged_attention(
         "sm_scale", "soft_cap", "sliding_window", "return_lse", "output_heads", "mesh", "axes", "implementation",
     ),
 )  # fmt: skip
-def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, **options):
+def _sharded(query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options):
     data, model = axes.names("data") or None, axes.names("model") or None
     local = functools.partial(_local, axes=axes, **options)
     pools = cache.partition_specs(axes)
@@ -136,6 +146,8 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
         P(data, None),
         None if layer is None else P(),
         None if sinks is None else P(model),
+        None if starts is None else P(data),
+        None if window is None else P(),
     )
     if options["output_heads"] == "scattered":
         model = (axes.names("model") + axes.names("context")) or None
@@ -153,6 +165,8 @@ def _sharded(query, cache, lengths, block_tables, layer, sinks, *, mesh, axes, *
         block_tables,
         layer,
         sinks,
+        starts,
+        window,
     )
 
 
@@ -165,7 +179,8 @@ def paged_attention_local(
     layer: jax.Array | int | None = None,
     sm_scale: float = 1.0,
     soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: jax.Array | int | None = None,
+    starts: jax.Array | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     output_heads: str = "replicated",
@@ -180,6 +195,7 @@ def paged_attention_local(
       lengths: [B / data] int32.
       block_tables: [B / data, pages_per_sequence] int32 page ids, global as outside: this shard's offset is
         subtracted here.
+      starts: [B / data] int32.
       sinks: [Hq / model] f32.
       Everything else as in `sharded_paged_attention`.
 
@@ -190,9 +206,10 @@ def paged_attention_local(
     Raises:
       ValueError: as `sharded_paged_attention`; no `shard_map` around the call, or one with another part of the cache.
     """
-    query, lengths, block_tables, sinks = as_arrays(query, lengths, block_tables, sinks)
+    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
     check_shard(cache, axes)
-    _check(query, cache, lengths, block_tables, sinks, implementation)
+    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     _check_output_heads(output_heads, query.shape[-2], context_size(axes))
     return _local(
@@ -202,6 +219,8 @@ def paged_attention_local(
         block_tables,
         layer,
         sinks,
+        starts,
+        window,
         **options,
         return_lse=return_lse,
         output_heads=output_heads,
@@ -217,6 +236,8 @@ def _local(
     block_tables,
     layer,
     sinks,
+    starts,
+    window,
     *,
     sm_scale,
     soft_cap,
@@ -229,8 +250,6 @@ def _local(
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
-    if tables is not block_tables:  # an id of another shard may be read, but not past the pool
-        tables = jnp.clip(tables, 0, key_pages.shape[2] - 1)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
         pad_heads(_smoothed(query, smoothing), cache.spec),
@@ -245,10 +264,12 @@ def _local(
     )
     most, page_size = block_tables.shape[1] * cache.spec.page_size, cache.spec.page_size
     if query.ndim == 4:
-        lengths, _ = causal_spans(lengths, None, query.shape[1], most)  # [B, Q], each token's own
+        lengths, starts = causal_spans(lengths, starts, query.shape[1], most)  # [B, Q], each token's own
+    if window is not None:
+        starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
     if stripes is None:
         with jax.named_scope("attend"):
-            made = attend(lengths, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
+            made = attend(lengths, starts=starts, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
             made = made if return_lse else (made,)
             output, *lse = (invariant_over_context(x, axes) for x in made)
             output = cut_heads(output, cache.spec)
@@ -257,9 +278,11 @@ def _local(
     with jax.named_scope("attend"):
         here = lambda tokens: stripes.tokens_before(tokens, page_size)
         ends = jnp.clip(lengths, 0, most)
-        starts = None
         if sliding_window is not None and sliding_window < most:
-            starts = here(jnp.maximum(ends - sliding_window, 0))
+            starts = later_starts(ends, starts, sliding_window)
+        elif starts is not None:
+            starts = jnp.maximum(starts, 0)
+        starts = None if starts is None else here(starts)
         # f32: what is merged should not have been rounded.
         output, lse = attend(
             here(ends), starts=starts, sliding_window=None, return_lse=True, output_dtype=jnp.dtype("float32")
@@ -282,7 +305,7 @@ def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
-def _check(query, cache, lengths, block_tables, sinks, implementation) -> None:
+def _check(query, cache, lengths, block_tables, sinks, starts, implementation) -> None:
     """The checks that hold for whole arrays and for one shard's alike."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
@@ -306,6 +329,7 @@ def _check(query, cache, lengths, block_tables, sinks, implementation) -> None:
     for name, array in (("lengths", lengths), ("block_tables", block_tables)):
         require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
     check_sinks(sinks, heads)
+    check_starts(starts, batch)
 
 
 def _check_output_heads(output_heads: str, heads: int, context: int) -> None:

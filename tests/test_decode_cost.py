@@ -99,12 +99,21 @@ def dmas(monkeypatch):
 
 @pytest.mark.parametrize("case", SIMULATED, ids=lambda case: case.name)
 def test_the_count_is_what_the_simulated_kernel_copies(case, dmas):
+    check_count(case, case.sliding_window, dmas)
+
+
+def test_a_window_that_is_an_argument_of_the_program_spares_the_same_pages(dmas):
+    (case, *_) = SIMULATED
+    check_count(case, jnp.int32(case.sliding_window), dmas)
+
+
+def check_count(case, sliding_window, dmas):
     (query, k, v, lengths, tables), _ = make(case)
     width = max(128, case.D)
     k, v = (x.reshape(*x.shape[:2], -1, width) for x in (k, v))
     plan = plan_of(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
-    options = dict(sliding_window=case.sliding_window, block_sizes=plan.sizes, interpret=pltpu.InterpretParams())
+    options = dict(sliding_window=sliding_window, block_sizes=plan.sizes, interpret=pltpu.InterpretParams())
     jax.block_until_ready(paged_decode_attention(query, k, v, lengths, tables, starts=starts, **options))
     whole_query = query.size * query.dtype.itemsize * plan.tokens_per_row * plan.tokens_per_row
     dmas.remove(whole_query)

@@ -23,6 +23,7 @@ from paged_dist.kernels.paged_attention.decode_launch import decode_pages_pallas
 from paged_dist.kernels.paged_attention.decode_plan import BlockSizes
 from paged_dist.kernels.paged_attention.megacore import on_target
 from paged_dist.kernels.paged_attention.queries import causal_spans
+from paged_dist.kernels.paged_attention.window import later_starts, split_window
 from paged_dist.kernels.paged_attention.xla import attend_pages_xla
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
 
@@ -40,7 +41,7 @@ def paged_decode_attention(
     layer=None,
     sm_scale: float = 1.0,
     soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: jax.Array | int | None = None,
     sinks=None,
     return_lse: bool = False,
     block_sizes: BlockSizes | None = None,
@@ -62,7 +63,7 @@ def paged_decode_attention(
       lengths: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full table.
         They count the Q new ones: of a sequence of less than Q the first queries see nothing.
       block_tables: [B, S] int32 page ids. Entries past a sequence's last page, or before its first, may hold
-        anything. On a TPU the others are used unchecked: an id outside the pool reads outside it.
+        anything. Another id outside the pool, which only a wrong table has, reads some page of it.
       key_scales, value_scales: [Hkv, N, P] f32, or [L, Hkv, N, P], of int8 and fp8 pages (`quantize_kv`): a token's
         key and value are its elements times its scale. They multiply scores and weights, in f32. Read in place at
         P = 128; for other P the scales (3% of the pools) are copied on a TPU. A `PagedKVCache` is never copied.
@@ -71,6 +72,8 @@ def paged_decode_attention(
       sm_scale: logits are sm_scale * q.k.
       soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
       sliding_window: attend to the last so many tokens, each query up to itself; pages wholly before them are not read.
+        A number of the program, or an int32 scalar, traced or not, 0 or less for none: layers with different windows
+        go through one `lax.scan`.
       sinks: [Hq] f32 logits added to the softmax denominator.
       return_lse: also return the natural log of the softmax denominator, sinks included.
       block_sizes: a `BlockSizes`, which changes speed only; None picks by shape.
@@ -102,6 +105,7 @@ def paged_decode_attention(
         layer = layer.astype(jnp.int32)
     check_queries(query)
     starts, sinks = check_starts(starts, query.shape[0]), check_sinks(sinks, query.shape[-2])
+    sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_interpret(interpret)
     require(
@@ -110,10 +114,13 @@ def paged_decode_attention(
         block_sizes,
         "must be None or a BlockSizes",
     )
-    if query.ndim == 4:
+    if query.ndim == 4 or window is not None:
         most = block_tables.shape[-1] * (key_cache.shape[-2] * key_cache.shape[-1] // query.shape[-1])
         check_lengths(lengths, query.shape[0])
-        lengths, starts = causal_spans(lengths, starts, query.shape[1], most)
+        if query.ndim == 4:
+            lengths, starts = causal_spans(lengths, starts, query.shape[1], most)
+        if window is not None:
+            starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
     scales = _check_scales(key_cache, key_scales, value_scales)
     pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
     key_scales, value_scales = scales if layer is not None or scales[0] is None else (x[None] for x in scales)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist._compat import vary_like
+from paged_dist._compat import broadcasts, vary_like
 
 Interpret = bool | pltpu.InterpretParams | Literal["xla"] | None
 
@@ -27,6 +27,9 @@ def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: I
     leaves = jax.tree.leaves(operands)
     operands = jax.tree.map(lambda x: vary_like(x, *leaves), operands)
 
+    xla = broadcasts(xla)
+
+    @broadcasts
     def run_kernel(*operands, interpret):
         with jax.enable_x64(False):  # its scalars are int32, whatever a caller's Python numbers would become
             return kernel(*operands, interpret=interpret)

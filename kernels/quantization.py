@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from paged_dist._compat import reshape_minor
+from paged_dist._compat import broadcasts, reshape_minor
 from paged_dist._errors import require
 from paged_dist.kernels._tiling import LANES
 
@@ -19,6 +19,7 @@ def is_quantized(dtype) -> bool:
     return jnp.dtype(dtype).name in LARGEST
 
 
+@broadcasts
 def quantize_kv(x: jax.Array, dtype, *, smoothing: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Symmetric absmax quantisation of keys or values: `append_kv` and `write_prefill_kv` store just this.
 
@@ -75,6 +76,7 @@ def fp8_bits(x: jax.Array) -> jax.Array:
     return made | ((bits >> 24) & 0x80)
 
 
+@broadcasts
 def dequantize_kv(
     values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype=jnp.float32
 ) -> jax.Array:
@@ -97,6 +99,7 @@ def dequantize_kv(
     return (x if smoothing is None else x * smoothing.astype(jnp.float32)).astype(dtype)
 
 
+@broadcasts
 def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -> jax.Array:
     """A divisor of keys for each channel, from a sample of them: keys that are divided by it lose less in 8 bits.
 
@@ -134,14 +137,14 @@ def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -
     tokens = tuple(range(1 if layered else 0, keys.ndim - 2))
     # In units of the largest, whose square might not be a number.
     largest = jnp.max(jnp.abs(keys), axis=tokens, keepdims=True)
-    live = largest >= float(jnp.finfo(jnp.float32).tiny)
+    live = ~(largest < float(jnp.finfo(jnp.float32).tiny))  # NaN is, and shows
     size = jnp.sqrt(jnp.mean(jnp.square(keys / jnp.where(live, largest, 1.0)), axis=tokens, keepdims=True))
     live, log = (jnp.squeeze(x, tokens) for x in (live, jnp.log(jnp.where(live, size * largest, 1.0))))
     low, high = (jnp.nanquantile(jnp.where(live, log, jnp.nan), q, axis=-1, keepdims=True) for q in (0.25, 0.75))
     least = jnp.clip(low - 2 * (high - low), high - math.log(1024.0), high - math.log(4.0))
     log = jnp.clip(log, least, high + math.log(1024.0))
     mean = jnp.sum(jnp.where(live, log, 0.0), axis=-1, keepdims=True)
-    mean = mean / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    mean = mean / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
     return jnp.where(live, jnp.exp(log - mean), 1.0)
 
 

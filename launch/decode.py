@@ -15,7 +15,7 @@ import warnings
 import zlib
 
 from paged_dist._devices import memory_limit
-from paged_dist._errors import require
+from paged_dist._errors import BadValue, require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.launch import workload_flags
@@ -35,11 +35,11 @@ _MOST_ROWS = 1 << 16  # of a block table: beyond it a typo is likelier than a po
 
 
 @contextlib.contextmanager
-def _usage():
+def _usage(kinds: tuple[type[Exception], ...] = (ValueError, NotImplementedError)):
     """Bad values of this block end the run with one line: nothing is compiled or written in it."""
     try:
         yield
-    except (ValueError, NotImplementedError) as e:
+    except kinds as e:
         raise shared.UsageError(str(e)) from e
 
 
@@ -325,7 +325,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     if takes_part:
         m, requests = run.model, run.requests
         watch.phase("compile")
-        with _usage():
+        with _usage((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
             engine = Engine(m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
             allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
             checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared.SEED.value)

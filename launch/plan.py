@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from paged_dist._errors import require
+from paged_dist._errors import BadValue, require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.launch import sizing, workload_flags
@@ -224,7 +224,7 @@ def compile_what_fits(
     for _ in range(4):
         try:
             compiled = pod_step.compile_step(s, sizes, mesh)
-        except (ValueError, NotImplementedError):
+        except (BadValue, NotImplementedError):
             raise
         except Exception as e:
             text = " ".join(str(e).split())

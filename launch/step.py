@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paged_dist import append_kv, sharded_paged_attention, write_prefill_kv
+from paged_dist._compat import broadcasts
 from paged_dist.launch.synthetic import Kind, checksum_terms, input_dtype, keys_or_values, values
 
 
@@ -66,6 +67,7 @@ def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
     q_heads, kv_heads = np.arange(model.num_q_heads), np.arange(model.num_kv_heads)
     channels = np.arange(model.head_dim)
 
+    @broadcasts
     def step(cache, tally, rows, block_tables, pick):
         request, position, lengths = rows[:, 0], rows[:, 1], rows[:, 2]
         batch = rows.shape[0]
@@ -129,6 +131,7 @@ def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int, implementation: 
     heads_split = NamedSharding(mesh, P(None, None, "model", None))
     kv_heads, channels = np.arange(model.num_kv_heads), np.arange(model.head_dim)
 
+    @broadcasts
     def fill(cache, chunks, block_tables):
         request, row, start, stop = (chunks[:, i] for i in range(4))
         position = start[:, None] + jnp.arange(chunk_tokens, dtype=jnp.int32)  # [R, T]

@@ -13,7 +13,7 @@ import math
 import os
 import time
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import BadValue, bad_value, require
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.launch.workload import whole_pool
@@ -114,6 +114,7 @@ def make_forms(sizes: dict) -> dict:
     import numpy as np
 
     from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, quantize_kv, sharded_paged_attention
+    from paged_dist._compat import broadcasts
     from paged_dist.launch.synthetic import input_dtype
 
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
@@ -144,9 +145,10 @@ def make_forms(sizes: dict) -> dict:
         ("pages first", tuple(jnp.copy(x.swapaxes(0, 1)) for x in pools)),
     ):
         for f32_products in (True,) if dtype == "float32" else (False, True):
-            plain = jax.jit(
-                functools.partial(gather_everything, pages_first=layout == "pages first", f32_products=f32_products)
+            gather = functools.partial(
+                gather_everything, pages_first=layout == "pages first", f32_products=f32_products
             )
+            plain = jax.jit(broadcasts(gather))
             forms[f"{layout}, {'f32' if f32_products else 'bf16'}"] = lambda lengths, plain=plain, stored=stored: plain(
                 query, *stored[:2], lengths, tables, *stored[2:]
             )
@@ -235,7 +237,7 @@ def main(argv) -> int:
 
     try:
         forms = make_forms(sizes)
-    except ValueError as e:
+    except BadValue as e:
         raise shared.UsageError(str(e)) from e
     bound = ERROR_BOUNDS[sizes["dtype"]]
     results = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,20 @@ def vary_like(x: jax.Array, *like: jax.Array) -> jax.Array:
     """`x`, typed as varying over the mesh axes of `like` too: what a loop's first carry needs under `check_vma`."""
     missing = varying_axes(*like) - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def broadcasts(fn: Callable) -> Callable:
+    """`fn`, in which arrays of unequal ranks broadcast, whatever `jax_numpy_rank_promotion` says.
+
+    A caller who has it raise asks about the caller's own code; all of ours broadcasts on purpose.
+    """
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"):
+            return fn(*args, **kwargs)
+
+    return call
 
 
 def has_explicit_axes(mesh: Mesh) -> bool:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numbers
 
 
-def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> ValueError:
+class BadValue(ValueError):
+    """Bad input that was found by a check of ours, and not by what runs under it."""
+
+
+def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> BadValue:
     """A ValueError that reads `argument=value: rule; what would work`.
 
     `argument` is the public name as the caller wrote it (`"query.shape"` for an attribute of one), `rule` what
     must hold, `works` what to pass instead, left out where the rule says it already.
     """
-    return ValueError(f"{argument}={value!r}: {rule}" + (f"; {works}" if works else ""))
+    return BadValue(f"{argument}={value!r}: {rule}" + (f"; {works}" if works else ""))
 
 
 def require(holds: bool, argument: str, value: object, rule: str, works: str | None = None) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist._head_dim import cut_heads, pad_heads
 from paged_dist._shard import (
@@ -229,6 +230,7 @@ def paged_attention_local(
     )
 
 
+@broadcasts
 def _local(
     query,
     cache,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist._head_dim import pad_heads
 from paged_dist._shard import (
@@ -124,6 +125,7 @@ def append_kv_local(
     return _append_local(cache, key, value, positions, block_tables, layer, axes=axes, implementation=implementation)
 
 
+@broadcasts
 def _append_local(cache, key, value, positions, block_tables, layer, *, axes, implementation):
     if key.ndim == 3:
         key, value = key[:, None], value[:, None]
@@ -259,6 +261,7 @@ def write_prefill_kv_local(
     )
 
 
+@broadcasts
 def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer, *, axes, implementation):
     starts = jnp.zeros_like(lengths) if starts is None else starts
     if rows is not None:

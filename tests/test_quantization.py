@@ -141,6 +141,10 @@ def test_one_call_calibrates_stacked_layers_each_by_its_own_sample():
         pd.PagedKVCache.create(spec, mesh, key_smoothing=pd.calibrate_key_smoothing(keys))
     in_jit = jax.jit(lambda x: pd.calibrate_key_smoothing(x, num_layers=3))
     np.testing.assert_allclose(in_jit(keys), smoothing, rtol=1e-5)
+    for odd in (np.nan, np.inf):
+        keys[1, 3, 0, 5] = odd
+        shows = ~np.isfinite(in_jit(keys)).all(axis=-1)
+        assert shows.tolist() == [[False, False], [True, False], [False, False]], "a cache refuses such factors"
 
 
 ODD = np.where(np.arange(256).reshape(1, 2, 128) == 3, np.inf, np.float32(1))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from paged_dist._compat import broadcasts
 from paged_dist.kernels.paged_attention.descriptor import MultiPageAsyncCopyDescriptor
 from paged_dist.kernels.paged_attention.scores import LOWEST, in_range
 
@@ -131,6 +132,7 @@ def paged_flash_attention_kernel(
     attend_block(Body.of(core, locals()), b, h, i, o_ref, m_ref, l_ref)
 
 
+@broadcasts
 def attend_block(body: Body, b, h, i, o_ref, m_ref, l_ref) -> None:
     """One step of the grid with blocks in it; refs as in `paged_flash_attention_kernel`, but for `Body`'s packing."""
     b, h = body.place(b, h)
@@ -183,6 +185,7 @@ def paged_flash_attention_kernel_inline_seq_dim(
     attend_head(Body.of(core, locals()), b, h, o_ref, m_ref, l_ref)
 
 
+@broadcasts
 def attend_head(body: Body, b, h, o_ref, m_ref, l_ref) -> None:
     """One step of the grid without blocks in it: all of a head's; refs as in `attend_block`."""
     b, h = body.place(b, h)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist._compat import out_struct
+from paged_dist._compat import broadcasts, out_struct
 from paged_dist._errors import require
 from paged_dist.kernels._dispatch import Interpret, in_hbm
 from paged_dist.kernels._tiling import LANES
@@ -28,6 +28,7 @@ from paged_dist.kernels.paged_attention.kernel import Body, attend_block, attend
 from paged_dist.kernels.paged_attention.megacore import check_target, simulation
 
 
+@broadcasts
 def attend_pages_pallas(
     query,
     key_pages,

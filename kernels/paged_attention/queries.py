@@ -8,9 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from paged_dist._compat import broadcasts
 from paged_dist.kernels.paged_attention.checks import Problem
 
 
+@broadcasts
 def causal_spans(lengths, starts, num_queries: int, most: int) -> tuple[jax.Array, jax.Array | None]:
     """(lengths, starts), both [B, Q]: what the last Q tokens of each sequence attend to, causal among themselves.
 

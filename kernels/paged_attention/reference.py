@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from paged_dist._compat import broadcasts
 from paged_dist.kernels.paged_attention.checks import DEFAULT_MASK_VALUE, check_cache, check_options
 from paged_dist.kernels.paged_attention.scores import LOWEST, in_range
 
 
+@broadcasts
 def ref_paged_attention(
     query,
     key_cache,
@@ -57,7 +59,7 @@ def ref_paged_attention(
     )  # [Hkv, B, T, D]
     q = query.reshape(p.batch, p.num_kv_heads, p.group, p.head_dim).astype(jnp.float32)
 
-    token = jnp.arange(k.shape[2])
+    token = jnp.arange(k.shape[2], dtype=jnp.int32)
     live = token < context_lens[:, None]  # [B, T]
     if sliding_window is not None:
         live &= token >= context_lens[:, None] - sliding_window

@@ -31,6 +31,11 @@ def round_slots(spec: CacheSpec, slots: int) -> int:
     return -(-slots // unit) * unit
 
 
+def power_of_two(count: int) -> int:
+    """`count`, rounded up to a power of two: so few sizes of staging there are, whatever the number of live pages."""
+    return 1 << max(0, count - 1).bit_length()
+
+
 def staging_spec(spec: CacheSpec, shards: int, slots: int) -> CacheSpec:
     """The spec of a cache with `slots` pages on each shard."""
     return dataclasses.replace(spec, num_pages=shards * slots)
@@ -62,12 +67,14 @@ def copy_between(
 
     Args:
       lists: of each page shard [n, 2] int32, local ids: page of source, page of into.
-      length: the most that any shard's list may have, over all calls that are to share a program.
+      length: how many of a shard's list are copied at once. Calls with the same one share a program.
     """
-    copies, counts = pairs(lists, length)
     at = P(axes.pages or None)
-    copies, counts = (put(x, into.mesh, P(*at, *(None,) * (x.ndim - 1))) for x in (copies, counts))
-    return _copy_between(into, source, copies, counts, axes=axes, implementation=implementation)
+    for begin in range(0, max(map(len, lists)), length):
+        part = pairs([some[begin : begin + length] for some in lists], length)
+        copies, counts = (put(x, into.mesh, P(*at, *(None,) * (x.ndim - 1))) for x in part)
+        into = _copy_between(into, source, copies, counts, axes=axes, implementation=implementation)
+    return into
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "implementation"), donate_argnames="into")
@@ -85,6 +92,12 @@ def _copy_between(into, source, copies, counts, *, axes, implementation):
 
 def zeros_like_cache(spec: CacheSpec, mesh: Mesh, axes: MeshAxes) -> PagedKVCache:
     """`PagedKVCache.create`, without its warnings: the cache it comes from had them."""
+    return _zeros(spec, mesh, axes)()
+
+
+@functools.lru_cache(maxsize=8)
+def _zeros(spec: CacheSpec, mesh: Mesh, axes: MeshAxes):
+    """The program of `zeros_like_cache`, compiled once for all chunks."""
     made = PagedKVCache.abstract(spec, mesh, axes=axes)
     shardings = PagedKVCache.shardings(spec, mesh, axes=axes)
-    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made), out_shardings=shardings)()
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made), out_shardings=shardings)

@@ -6,15 +6,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist._shard import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.kv_cache_update.copy import copy_stored_pages
 from paged_dist.mesh import MeshAxes
+
+COPIES_AT_ONCE = 512  # pairs of a launch of an eager call
 
 
 def copy_pages(
@@ -42,10 +46,27 @@ def copy_pages(
     Raises:
       ValueError: copies of another shape or dtype; a cache that does not divide over the mesh.
     """
-    copies = jnp.asarray(copies)
+    copies = copies if isinstance(copies, jax.Array) else np.asarray(copies)
     mesh = op_mesh(cache, mesh, axes, implementation)
     _check_copies(copies)
-    return _copy_sharded(cache, copies, mesh=mesh, axes=axes, implementation=implementation)
+    for part in _parts(copies):
+        cache = _copy_sharded(cache, part, mesh=mesh, axes=axes, implementation=implementation)
+    return cache
+
+
+def _parts(copies: np.ndarray | jax.Array) -> list[jax.Array]:
+    """`copies` in parts of one shape, so that an eager call has one program for any number of them.
+
+    Those of a jit stay as they are. Of NumPy's, those that are due: without any there is nothing to run.
+    """
+    if isinstance(copies, jax.core.Tracer):
+        return [copies]
+    xp = np if isinstance(copies, np.ndarray) else jnp
+    if xp is np:
+        copies = copies[(copies >= 0).all(axis=1)]
+    missing = -len(copies) % COPIES_AT_ONCE
+    padded = xp.concatenate([copies, xp.full((missing, 2), -1, xp.int32)])
+    return [jnp.asarray(part) for part in padded.reshape(-1, COPIES_AT_ONCE, 2)]
 
 
 @in_place
@@ -76,6 +97,7 @@ def _check_copies(copies) -> None:
     require(copies.dtype == jnp.int32, "copies.dtype", str(copies.dtype), "must be int32")
 
 
+@broadcasts
 def _copy_local(cache, copies, *, axes, implementation):
     names, pages = axes.pages, cache.key_pages.shape[-3]
     shard = lax.axis_index(names) if names else 0

@@ -18,6 +18,7 @@ from paged_dist._shard import run_sharded
 from paged_dist._staging import (
     copy_between,
     page_shards,
+    power_of_two,
     round_slots,
     staging_spec,
     zeros_like_cache,
@@ -27,6 +28,7 @@ from paged_dist.cache import PagedKVCache
 from paged_dist.mesh import MeshAxes
 from paged_dist.spec import CacheSpec
 
+COPIES_AT_ONCE = 2048  # pages that one launch of `resize` copies on each shard, however many there are
 CHUNK_BYTES = 64 << 20  # of pages that are on their way at once, on each device
 
 
@@ -36,7 +38,8 @@ def resize(
     """The live pages in a pool of `num_pages`, on the same mesh: for more or fewer sequences than were planned.
 
     Page ids change, for shard r owns [r * n, (r + 1) * n): use the new allocator's tables. Each shard copies its own
-    pages, nothing crosses a link. Both pools are in memory until `cache` is dropped.
+    pages, nothing crosses a link. Both pools are in memory until `cache` is dropped. One program copies some pages at a
+    time, however many are live.
 
     Args:
       cache: as it is; its pages that no sequence holds and no prompt may begin with are left behind.
@@ -59,9 +62,7 @@ def resize(
     if (moves[:, 0] // here != moves[:, 1] // there).any():  # a prefix went to another context shard
         return _reshard(cache, spec, mesh, moves, axes, axes, CHUNK_BYTES), new
     lists = [moves[moves[:, 1] // there == r] - np.array([r * here, r * there], np.int32) for r in range(shards)]
-    made = copy_between(
-        zeros_like_cache(spec, mesh, axes), cache.without_smoothing(), lists, max(map(len, lists)), axes=axes
-    )
+    made = copy_between(zeros_like_cache(spec, mesh, axes), cache.without_smoothing(), lists, COPIES_AT_ONCE, axes=axes)
     return made.with_smoothing(_copied_smoothing(cache, mesh, spec, axes)), new
 
 
@@ -136,7 +137,7 @@ def _reshard(cache, spec, mesh: Mesh, moves: np.ndarray, axes, new_axes, chunk_b
     by_pair = [pairs[s * T : (s + 1) * T] for s in range(S)]
     longest = int(counts.max())
     a_page = [spec.bytes_per_token * spec.page_size // side[1].size(side[0], "model") for side in sides]
-    q = max(1, min(longest, chunk_bytes // max(T * a_page[0], S * a_page[1])))
+    q = max(1, min(power_of_two(longest), chunk_bytes // max(T * a_page[0], S * a_page[1])))
     unit = S // math.gcd(S, T)  # T * q slots are dealt out to S shards
     q = round_slots(spec, -(-q // unit)) * unit
     made = zeros_like_cache(spec, mesh, new_axes)

@@ -26,6 +26,7 @@ from paged_dist._files import create, digest, digest_of_file, sync, write_all, w
 from paged_dist._staging import (
     copy_between,
     page_shards,
+    power_of_two,
     round_slots,
     staging_spec,
     zeros_like_cache,
@@ -284,7 +285,7 @@ def _slots(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, longest: int, chunk_byte
     """Pages a shard in a chunk."""
     require(chunk_bytes >= 1, "chunk_bytes", chunk_bytes, "must be at least 1")
     a_page = spec.bytes_per_token * spec.page_size // axes.size(mesh, "model")
-    return round_slots(spec, max(1, min(longest, chunk_bytes // a_page)))
+    return round_slots(spec, max(1, min(power_of_two(longest), chunk_bytes // a_page)))
 
 
 def _write_pages(stack, saved: _Saved, cache: PagedKVCache, allocator: PageAllocator, axes, chunk_bytes: int) -> None:

@@ -14,6 +14,8 @@ from paged_dist._compat import out_struct
 from paged_dist.kernels._dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, in_hbm
 from paged_dist.kernels._tiling import LANES
 
+PAIRS_PER_STEP = 1024  # 8 KiB of scalar memory, twice; a step's copies are all in flight before one is waited for
+
 
 def copy_stored_pages(
     pools: tuple[jax.Array, ...],
@@ -26,8 +28,8 @@ def copy_stored_pages(
 ) -> tuple[jax.Array, ...]:
     """Copies pages onto others, all heads and layers, in place where the pools are donated.
 
-    On TPU each page goes from HBM to HBM, all copies in flight together, but scales that share their rows with those of
-    other pages, which XLA copies.
+    On TPU each page goes from HBM to HBM, a thousand copies in flight together, but scales that share their rows with
+    those of other pages, which XLA copies.
 
     Args:
       pools: two [L, Hkv, N, R, W] as they are stored, and of 8-bit pages two [L, Hkv, N * P / 128, 128] of scales.
@@ -54,8 +56,9 @@ def copy_stored_pages(
     return dispatch(kernel, xla, copies, count, *pools, *(sources or ()), interpret=interpret)
 
 
-def _copy_kernel(copies, count, *refs, rows: tuple[int, ...], has_sources: bool):
-    """`rows`: of each pool, how many of its third axis are a page."""
+def _copy_kernel(count, copies, *refs, pairs: int, rows: tuple[int, ...], has_sources: bool):
+    """One grid step: the next `pairs` copies, all in flight together. `rows`: of each pool, how many of its third axis
+    are a page."""
     *arrays, sem = refs
     pools = arrays[-len(rows) :]
     sources = arrays[len(rows) : 2 * len(rows)] if has_sources else pools
@@ -66,7 +69,7 @@ def _copy_kernel(copies, count, *refs, rows: tuple[int, ...], has_sources: bool)
                 at = lambda ref, page, n=n: ref.at[0, :, :, page if n == 1 else pl.ds(page * n, n)]
                 act(pltpu.make_async_copy(at(source, copies[2 * i]), at(pool, copies[2 * i + 1]), sem))
 
-        lax.fori_loop(0, count[0], visit, None)
+        lax.fori_loop(0, jnp.clip(count[0] - pl.program_id(0) * pairs, 0, pairs), visit, None)
 
     each(lambda copy: copy.start())
     each(lambda copy: copy.wait())
@@ -78,16 +81,26 @@ def _copy_by_dma(groups, copies, count, page_size: int, interpret: Interpret) ->
     name_rows = lambda x: x if x.ndim == 5 else x.reshape(*x.shape[:3], 1, LANES)
     stored = in_hbm(*(name_rows(x)[None] for group in groups for x in group), interpret=interpret)
     pools = groups[0]
-    operands = (copies.reshape(-1), count.reshape(1), *stored)
+    # Pairs come through scalar memory some at a time: all of a large pool's are more than it holds.
+    pairs = min(PAIRS_PER_STEP, copies.shape[0])
+    steps = pl.cdiv(copies.shape[0], pairs)
+    copies = jnp.pad(copies.reshape(-1), (0, 2 * (steps * pairs - copies.shape[0])))
+    operands = (count.reshape(1), copies, *stored)
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     made = pl.pallas_call(
         functools.partial(
-            _copy_kernel, rows=(1, 1, *(page_size // LANES for _ in pools[2:])), has_sources=len(groups) > 1
+            _copy_kernel,
+            pairs=pairs,
+            rows=(1, 1, *(page_size // LANES for _ in pools[2:])),
+            has_sources=len(groups) > 1,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(1,),
-            in_specs=[in_place for _ in stored],
+            num_scalar_prefetch=1,
+            grid=(steps,),
+            in_specs=[
+                pl.BlockSpec((2 * pairs,), lambda i, *_: (i,), memory_space=pltpu.SMEM),
+                *(in_place for _ in stored),
+            ],
             out_specs=[in_place for _ in pools],
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from paged_dist._apart import check_copies_apart, on_host
 from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist._shard import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
@@ -44,11 +45,14 @@ def copy_pages(
       The cache with the pages copied.
 
     Raises:
-      ValueError: copies of another shape or dtype; a cache that does not divide over the mesh.
+      ValueError: copies of another shape or dtype; a cache that does not divide over the mesh; two pairs of one page,
+        where the host has them (NumPy, lists, arrays on CPU; not in a jit).
     """
     copies = copies if isinstance(copies, jax.Array) else np.asarray(copies)
     mesh = op_mesh(cache, mesh, axes, implementation)
     _check_copies(copies)
+    if (seen := on_host(copies)) is not None:
+        check_copies_apart(cache.spec, mesh, axes, *seen)
     for part in _parts(copies):
         cache = _copy_sharded(cache, part, mesh=mesh, axes=axes, implementation=implementation)
     return cache

@@ -6,9 +6,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from paged_dist._apart import check_rows_apart, on_host
 from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist._head_dim import pad_heads
@@ -50,24 +52,31 @@ def append_kv(
       key, value: [B, Hkv, D], or [B, Q, Hkv, D] for Q tokens a sequence; any float dtype, cast to the cache's. An
         int8 or fp8 cache gets them as `quantize_kv` makes them, keys divided by `cache.key_smoothing` first, and
         their scales into the same pages' rows of scales, in the same pass.
-      positions: [B] int32, 0-based position of each row's (first) new token, `lengths - 1` after
-        `PageAllocator.grow(row)`. A negative one writes nothing of that row.
+      positions: [B] int32, 0-based position of each row's (first) new token, `lengths - Q` after
+        `PageAllocator.grow(row, Q)`. A negative one writes nothing of that row.
       block_tables: [B, pages_per_sequence] int32 global page ids, placed as in `sharded_paged_attention`. Positions
         outside the table are not written, nor are pages that are not on the shard where their place in the row puts
-        them.
+        them. Rows that get a token must not share the page that it goes into, or tokens are lost: forks get their own
+        by `PageAllocator.grow_all` and `copy_pages`. That is checked in NumPy, lists and arrays on CPU, not in a jit
+        nor on an accelerator.
       layer, mesh, axes, implementation: as in `sharded_paged_attention`.
 
     Returns:
       The cache with the tokens written.
 
     Raises:
-      ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
+      ValueError: shapes or dtypes that disagree, or that do not divide over the mesh; two rows that write one page.
     """
+    seen = on_host(positions, block_tables)
     key, value, positions, block_tables = as_arrays(key, value, positions, block_tables)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_append(cache, key, value, positions, block_tables, implementation)
     check_batch(key.shape[0], mesh, axes, "key.shape[0]")
+    if seen is not None:
+        starts, tables = seen
+        ends = starts.astype(np.int64) + (1 if key.ndim == 3 else key.shape[1])
+        check_rows_apart(cache.spec, mesh, axes, starts, ends, tables)
     return _append_sharded(
         cache, key, value, positions, block_tables, layer, mesh=mesh, axes=axes, implementation=implementation
     )
@@ -158,7 +167,7 @@ def write_prefill_kv(
       key, value: [R, T, Hkv, D], any float dtype, cast to the cache's, or quantised as in `append_kv`.
       lengths: [R] int32, one past the last token to write; at most starts[r] + T are.
       block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`), placed and
-        written as in `append_kv`.
+        written as in `append_kv`: no two of the R rows into one page.
       starts: [R] int32, position of key[r, 0]; None: 0. A negative one writes nothing.
       rows: [R] int32 indices into block_tables' rows, one twice only where its chunks share no page; a negative
         one, or one past B, writes nothing. key, value then are the same on every data shard. None: R = B, row r
@@ -169,13 +178,19 @@ def write_prefill_kv(
       The cache with the tokens written.
 
     Raises:
-      ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
+      ValueError: shapes or dtypes that disagree, or that do not divide over the mesh; two rows that write one page.
     """
+    seen = on_host(lengths, block_tables, *(x for x in (starts, rows) if x is not None))
     key, value, lengths, block_tables, starts, rows = as_arrays(key, value, lengths, block_tables, starts, rows)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
     _check_prefill(cache, key, value, lengths, block_tables, starts, rows, implementation)
     check_batch(block_tables.shape[0], mesh, axes, "block_tables.shape[0]")
+    if seen is not None:
+        ends, tables, *given = seen
+        begins = np.zeros_like(ends) if starts is None else given[0]
+        ends = np.minimum(ends, begins.astype(np.int64) + key.shape[1])
+        check_rows_apart(cache.spec, mesh, axes, begins, ends, tables, None if rows is None else given[-1])
     return _prefill_sharded(
         cache,
         key,

@@ -46,7 +46,7 @@ def write_kv_pages(
       starts: [B] int32, position of the first new token (0-based); a negative one writes nothing.
       ends: [B] int32, one past the last token to write; at most starts + T are.
       block_tables: [B, S] int32 page ids; a page whose id lies outside [0, N), or a position past S pages, is
-        not written.
+        not written. No two sequences may write one page in one call: tokens would be lost.
       layer: int32 scalar, traced or not; None is 0. Outside [0, L) nothing is written.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pools, as `pack_scales` stores them.
       key_smoothing: [Hkv, D], divides the keys before they are quantised.
@@ -55,7 +55,7 @@ def write_kv_pages(
       interpret: see `paged_dist.kernels._dispatch.dispatch`.
 
     Returns:
-      The two pools, and where they are 8-bit the two scales. Two sequences must not write the same page in one call.
+      The two pools, and where they are 8-bit the two scales.
 
     Raises:
       ValueError: shapes that disagree; 8-bit pools without scales, others with scales or a smoothing.

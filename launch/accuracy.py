@@ -100,7 +100,7 @@ def draw(s: Settings) -> dict[str, Data]:
     keys, values = (normal((s.batch, max(s.lengths), s.num_kv_heads, s.head_dim)) for _ in "kv")
     size = np.ones((s.num_kv_heads, s.head_dim), np.float32)
     for head in size:
-        head[rng.choice(s.head_dim, _OUTLIERS, replace=False)] = _OUTLIER_SIZE
+        head[rng.choice(s.head_dim, min(_OUTLIERS, s.head_dim), replace=False)] = _OUTLIER_SIZE
     sample = normal((_SAMPLE, s.num_kv_heads, s.head_dim)) * size
 
     def scaled(size):
@@ -232,13 +232,14 @@ def failures(results: list[dict]) -> list[str]:
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.report import wrap
+    from paged_dist.launch.report import head_dim_words, wrap
 
     s, results = record["settings"], record["results"]
     at = {(r["length"], r["dtype"], r["case"]): r for r in results}
     percent = lambda x: f"{100 * x:.2f}"
     shapes = (
-        f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, head_dim {s['head_dim']}, "
+        f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
+        f"{head_dim_words(s['head_dim'])}, "
         f"pages of {s['page_size']}, bf16 query"
     )
     columns = lambda cells: "".join(cell.rjust(9) for cell in cells)

@@ -353,14 +353,17 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
 def dry_text(run: Run) -> str:
     """What would run, as lines of at most 80 columns."""
     from paged_dist import describe_mesh
-    from paged_dist.launch.report import quantity, wrap
+    from paged_dist.launch.report import head_dim_words, quantity, wrap
 
     m, spec = run.model, run.spec
     head, *axes = describe_mesh(run.mesh).splitlines()
     lines = [
         ("mesh", head.removeprefix("mesh: ")),
         *(("", line.strip()) for line in axes),
-        ("model", f"{m.num_layers} layers, {m.num_q_heads} q heads, {m.num_kv_heads} kv heads, head_dim {m.head_dim}"),
+        (
+            "model",
+            f"{m.num_layers} layers, {m.num_q_heads} q heads, {m.num_kv_heads} kv heads, {head_dim_words(m.head_dim)}",
+        ),
         (
             "cache",
             f"{spec.num_pages} pages of {spec.page_size} tokens in {spec.dtype}, "

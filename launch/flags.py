@@ -28,7 +28,9 @@ MODEL = flags.DEFINE_integer(
 NUM_LAYERS = flags.DEFINE_integer("layers", 2, "Layers of attention.")
 NUM_Q_HEADS = flags.DEFINE_integer("num_q_heads", 16, "Query heads.")
 NUM_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 4, "Key/value heads.")
-HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "Elements of a head: 64 or a multiple of 128.")
+HEAD_DIM = flags.DEFINE_integer(
+    "head_dim", 128, "Elements of a head. Pages store 64, or a multiple of 128, the rest zeros."
+)
 KV_DTYPE = flags.DEFINE_string(
     "kv_dtype", "bf16", "Cache: bf16, f32, int8 or fp8. Query and output are bf16, with an f32 cache f32."
 )

@@ -130,7 +130,7 @@ def plan_of(s: Settings, target):
         scales = jax.ShapeDtypeStruct(spec.scales_shape, jnp.float32)
     batch = len(s.lengths)
     problem = check_pools(
-        jax.ShapeDtypeStruct((batch, s.num_q_heads, s.head_dim), input_dtype(s.dtype)),
+        jax.ShapeDtypeStruct((batch, s.num_q_heads, spec.stored_head_dim), input_dtype(s.dtype)),
         pool,
         pool,
         jax.ShapeDtypeStruct((batch,), jnp.int32),
@@ -150,13 +150,16 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from paged_dist import CacheSpec
+    from paged_dist._head_dim import cut_heads, pad_heads
     from paged_dist.kernels.paged_attention import decode_cost, decode_plan
     from paged_dist.kernels.paged_attention.decode import decode_stored_pages
     from paged_dist.kernels.quantization import scale_rows
     from paged_dist.launch.compiled import timed_compile
 
     p = plan.problem
-    query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, p.head_dim), p.query_dtype)
+    spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
+    query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, s.head_dim), p.query_dtype)
     pool = jax.ShapeDtypeStruct((1, p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
     lengths = jax.ShapeDtypeStruct((p.batch,), jnp.int32)
     table = jax.ShapeDtypeStruct((p.batch, p.pages_per_sequence), jnp.int32)
@@ -166,9 +169,10 @@ def report_ours(s: Settings, mesh, plan) -> dict:
         rows = scale_rows(p.num_pages, p.page_size)
         scales = 2 * (jax.ShapeDtypeStruct((1, p.num_kv_heads, rows, 128), jnp.float32),)
 
-    def attend(*arrays):
-        arrays, scales = arrays[:5], dict(zip(("key_scales", "value_scales"), arrays[5:], strict=False))
-        return decode_stored_pages(
+    def attend(query, *arrays):
+        arrays, scales = arrays[:4], dict(zip(("key_scales", "value_scales"), arrays[4:], strict=False))
+        output = decode_stored_pages(
+            pad_heads(query, spec),
             *arrays,
             **scales,
             sm_scale=1.0,
@@ -177,6 +181,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
             return_lse=False,
             block_sizes=sizes,
         )
+        return cut_heads(output, spec)
 
     rows = min(p.batch, decode_plan.rows_per_launch(plan))
     launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
@@ -268,11 +273,14 @@ def _kib(size: int | None) -> str:
 
 def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
+    from paged_dist.launch.report import head_dim_words
+
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
     scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
     lines = [
-        f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, head_dim {s.head_dim}, "
+        f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, "
+        f"{head_dim_words(s.head_dim)}, "
         f"{s.dtype}{scales}, pages of {s.page_size}{window}",
         f"lengths {min(s.lengths)} to {max(s.lengths)}, {sum(s.lengths)} tokens"
         + ("" if live is None else f", {live / 1e6:.2f} MB live")

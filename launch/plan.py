@@ -338,7 +338,7 @@ def problems(r: dict) -> list[str]:
 
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.report import quantity, wrap
+    from paged_dist.launch.report import head_dim_words, quantity, wrap
 
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
@@ -353,8 +353,8 @@ def table(r: dict) -> str:
         *(("", line) for line in kept),
         (
             "model",
-            f"{s['num_layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, head_dim "
-            f"{s['head_dim']}, cache {s['dtype']}{projections}",
+            f"{s['num_layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
+            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{projections}",
         ),
         (
             "step",

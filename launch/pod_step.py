@@ -231,7 +231,7 @@ def launch_of(s: Settings, sizes: Sizes, mesh) -> dict:
     scales = jax.ShapeDtypeStruct(local.scales_shape, jnp.float32) if spec.is_quantized else None
     columns = pages_needed(sizes.pages_per_sequence, context)
     problem = check_pools(
-        jax.ShapeDtypeStruct((rows, s.num_q_heads // model, s.head_dim), input_dtype(s.dtype)),
+        jax.ShapeDtypeStruct((rows, s.num_q_heads // model, spec.stored_head_dim), input_dtype(s.dtype)),
         pool,
         pool,
         jax.ShapeDtypeStruct((rows,), jnp.int32),

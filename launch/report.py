@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
 from paged_dist._files import write_all
+from paged_dist.kernels._tiling import stored_head_dim
 from paged_dist.launch.chips import chip_of
 from paged_dist.launch.engine import ERROR_BOUNDS, Measured
 from paged_dist.launch.workload import Request, sequences_that_fit
@@ -194,6 +195,12 @@ def _capacity_lines(found: dict) -> list[tuple[str, str]]:
     return lines
 
 
+def head_dim_words(head_dim: int) -> str:
+    """'head_dim 128', or 'head_dim 96 (stored as 128)' where pages are padded: their bytes count the padding."""
+    stored = stored_head_dim(head_dim)
+    return f"head_dim {head_dim}" + (f" (stored as {stored})" if stored > head_dim else "")
+
+
 def quantity(value: float, unit: str) -> str:
     """`value` with a decimal prefix, such as '1.50 GB'."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -213,7 +220,7 @@ def table(r: dict) -> str:
         (
             "model",
             f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-            f"head_dim {s['head_dim']}, {s['input_dtype']}",
+            f"{head_dim_words(s['head_dim'])}, {s['input_dtype']}",
         ),
         (
             "cache",

@@ -197,13 +197,14 @@ def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> di
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.report import wrap
+    from paged_dist.launch.report import head_dim_words, wrap
 
     s, results = record["settings"], record["results"]
     lines = [
         wrap(
             "shapes",
-            f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, head_dim {s['head_dim']}, "
+            f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
+            f"{head_dim_words(s['head_dim'])}, "
             f"pages of {s['page_size']}, tables of {s['table_tokens']} tokens, {s['dtype']}",
         ),
         wrap("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),

@@ -38,6 +38,15 @@ def test_errors_are_within_their_bounds_and_do_not_grow_with_length(results):
     assert accuracy.failures(results) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*page_size=")
+def test_heads_that_are_stored_padded_are_as_exact():
+    s = SETTINGS._replace(head_dim=96, lengths=(128,))
+    results = accuracy.measure(s)
+    assert accuracy.failures(results) == []
+    record = {"settings": s._asdict(), "results": results, "failures": [], "versions": {}}
+    assert "head_dim 96 (stored as 128), " in accuracy.table(record).replace("\n           ", " ")
+
+
 def test_outlier_channels_cost_int8_its_accuracy_and_smoothing_gives_it_back(results):
     assert min(of(results, "int8", "outliers")) > 2 * max(of(results, "int8", "smoothed"))
 
@@ -87,7 +96,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
         (dict(context_lengths=["0"]), "--context_lengths='0': must be whole numbers of tokens, at least 1"),
         (dict(page_size=48), "page_size=48: with int8 and fp8 must divide 128"),
         (dict(num_kv_heads=3), "--num_q_heads=8: must be a multiple of --num_kv_heads=3"),
-        (dict(head_dim=80), "head_dim=80: must be 64 or a multiple of 128"),
+        (dict(head_dim=0), "--head_dim=0: must be at least 1"),
         (dict(seed=-1), "--seed=-1: must be at least 0"),
     ],
 )

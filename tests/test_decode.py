@@ -197,6 +197,7 @@ CASES = [
     pytest.param(Model(3, 2, 2, 128, "float32", sliding_window=16), marks=pytest.mark.slow),
     pytest.param(Model(2, 4, 2, 64, "int8", sliding_window=100), marks=pytest.mark.slow),
     Model(1, 4, 2, 128, "float8_e4m3fn", soft_cap=3.0),
+    Model(2, 4, 2, 80, "bfloat16", sliding_window=40),
 ]
 
 
@@ -388,7 +389,7 @@ BAD_FLAGS = [
     (["--batch=7"], "--batch=7: must be a multiple of the mesh's data size 2"),
     (["--batch=100000000"], "--batch=100000000: must be at most"),
     (["--page_size=20"], "page_size=20"),
-    (["--head_dim=80"], "head_dim=80"),
+    (["--head_dim=0"], "--head_dim=0: must be at least 1"),
     (["--layers=0"], "--layers=0: must be at least 1"),
     (["--layers=none"], "--layers=none"),
     (["extra"], "'extra'"),

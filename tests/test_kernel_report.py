@@ -188,6 +188,18 @@ def settings_of(**values):
     return flagsaver.flagsaver(**{**kernel_report._DEFAULTS, **values})
 
 
+@needs_libtpu
+def test_padded_heads_are_counted_as_stored_with_what_pads_the_query():
+    s = kernel_report.Settings(("v6e",), (500, 20), 8, 2, 96, 64, None, "bfloat16", None, False, None)
+    mesh = compiled.one_chip_mesh("v6e")
+    plan = kernel_report.plan_of(s, Target.of(mesh.devices.flat[0]))
+    (ours,) = kernel_report.report_chip(s, "v6e", mesh, plan)
+    token = 2 * 2 * 128 * 2
+    assert ours["live_bytes"] == 520 * token and ours["bytes_read"] == (448 + 64 + 32) * token
+    assert ours["pool_copies"] == [] and any("pad" in op for op in ours["xla_ops"])
+    assert "head_dim 96 (stored as 128), bfloat16" in kernel_report.table(s, [ours], {})
+
+
 BAD_FLAGS = {
     "chip": (dict(chips=["v5e", "v9"]), "--chips='v9': must be some of v4, v5e, v5p, v6e, v7x"),
     "no_chip": (dict(chips=[]), "--chips='': must name some of v4"),
@@ -196,7 +208,7 @@ BAD_FLAGS = {
     "context_tokens": (dict(context_tokens=0), "--context_tokens=0: must be at least 1"),
     "window": (dict(sliding_window=0), "--sliding_window=0: must be at least 1"),
     "jax_block": (dict(jax_block_tokens=-1), "--jax_block_tokens=-1: must be at least 1"),
-    "head_dim": (dict(head_dim=80), "head_dim=80: must be 64 or a multiple of 128"),
+    "head_dim": (dict(head_dim=0), "--head_dim=0: must be at least 1"),
     "page_size": (dict(head_dim=64, page_size=24), "page_size=24: must be a multiple of 16 at head_dim 64"),
     "page_and_scales": (dict(kv_dtype="int8", page_size=48), "page_size=48: with int8 and fp8 must divide 128"),
     "dtype": (dict(kv_dtype="f16"), "--kv_dtype='f16': is no cache dtype"),

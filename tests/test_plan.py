@@ -336,6 +336,19 @@ def test_the_floor_is_live_bytes_and_weights_over_hbm_and_what_a_ring_sends_over
     assert found["tokens_per_s"] == pytest.approx(64 / (found["hbm_s"] + found["ici_s"]))
 
 
+def test_padded_heads_take_what_is_stored_of_them_and_their_projections_what_the_model_has():
+    shape = ["--num_kv_heads=4", "--layers=3", "--width=4096", "--batch=64", "--hbm_gib=20", "--context_tokens=1000"]
+    mesh, found = AbstractMesh((4, 4, 4), AXIS_NAMES), {}
+    for head_dim in (96, 128):
+        s = settings(*shape, f"--head_dim={head_dim}")
+        made = sizes(s)
+        assert made.weights_bytes == 2 * 3 * 4096 * 2 * (16 + 4) * head_dim // 4 and made.spec.head_dim == head_dim
+        assert made.spec.bytes_per_token == 2 * 3 * 4 * 128 * 2
+        assert made.spec.bytes_per_chip(mesh) + made.weights_bytes <= 0.98 * made.hbm_bytes
+        found[head_dim] = plan.floor_of(s, made, mesh, V5P, [])["live_kv_bytes"]
+    assert found[96] == found[128]  # padding is read
+
+
 def test_the_axes_of_a_collective_are_those_along_which_its_members_differ():
     mesh = make_pod_mesh(data=2, context=2, model=2)
     assert pod_step.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
@@ -395,6 +408,7 @@ def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_com
         ("v5e:4x4", 1, ["--kv_dtype=fp8", "--context_tokens=1000"]),
         ("v5p:4x4x4", 2, []),
         ("v6e:4x4", 1, ["--kv_dtype=int8"]),
+        pytest.param("v6e:4x4", 1, ["--head_dim=96"], marks=pytest.mark.slow),
         ("tpu7x:2x2x4", 1, []),
     ],
 )
@@ -530,7 +544,7 @@ BAD_FLAGS = [
     (["--topology=v5p:8x9x8"], "the nearest is v5p:8x8x8"),
     (["--topology=v6e:4x4", "--implementation=xla"], "--implementation='xla': is no flag of this launcher"),
     (["--topology=v6e:4x4", "--model=3"], "must divide"),
-    (["--topology=v6e:4x4", "--head_dim=96"], "head_dim=96"),
+    (["--topology=v6e:4x4", "--head_dim=0"], "--head_dim=0: must be at least 1"),
     (["--topology=v6e:4x4", "--trace=nowhere.csv"], "trace='nowhere.csv'"),
     (["--topology=v6e:4x4", "--output=/proc/x"], "--output='/proc/x'"),
 ]

@@ -58,7 +58,7 @@ def test_it_measures_every_form_and_they_agree(tmp_path, dtype, plain_forms):
         ("--live=0.5,2", "--live='2': must be shares between 0 and 1"),
         ("--live=", "--live"),
         ("--table_tokens=100", "--table_tokens=100: must be a multiple of --page_size=64"),
-        ("--head_dim=96", "head_dim=96: must be 64 or a multiple of 128"),
+        ("--head_dim=0", "--head_dim=0: must be at least 1"),
         ("--num_kv_heads=3", "--num_q_heads=4: must be a multiple of --num_kv_heads=3"),
         ("--kv_dtype=int4", "--kv_dtype='int4': is no cache dtype"),
         ("--repeats=0", "--repeats=0: must be at least 1"),
@@ -91,6 +91,12 @@ def test_the_plain_form_is_right(pages_first, dtype):
             query, *pools, lengths, tables, pages_first=pages_first, f32_products=f32_products
         )
         np.testing.assert_allclose(np.asarray(output, np.float64), expected, atol=case.tolerance, rtol=case.tolerance)
+
+
+def test_heads_that_are_stored_padded_agree_with_the_plain_forms():
+    shape = dict(batch=3, num_q_heads=4, num_kv_heads=2, head_dim=96, page_size=64, table_tokens=128, dtype="float32")
+    seconds, worst = xla_report.measure(xla_report.make_forms(shape), jnp.array([128, 5, 70], jnp.int32), 1)
+    assert len(seconds) == 3 and worst < 1e-5
 
 
 def test_a_form_that_disagrees_is_told():

@@ -141,6 +141,39 @@ def test_decode_loop_of_several_tokens_a_step_is_in_place(topology, shape, optio
     _assert_in_place(spec, pod_mesh(topology, data, model, context), new_tokens=(4,))
 
 
+# Pages that are padded behind each token's elements; the queries and new tokens are padded in XLA, on every call.
+PADDED = [
+    ("v6e:2x2", (1, 1, 1), dict(head_dim=96, num_layers=4)),
+    ("v5p:4x4x4", (4, 4, 4), dict(head_dim=192, dtype="int8", num_layers=4)),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("v4:4x4x4", (1, 1, 1), dict(head_dim=112, dtype="float8_e4m3fn", num_layers=4)),
+            ("v4:4x4x4", (8, 1, 8), dict(head_dim=96, num_layers=4)),
+            ("v5e:4x8", (1, 1, 1), dict(head_dim=48, page_size=64, dtype="int8")),
+            ("v5e:4x8", (2, 8, 2), dict(head_dim=80, num_layers=4)),
+            ("v5p:4x4x4", (1, 1, 1), dict(head_dim=192, dtype="float32", num_layers=4)),
+            ("v6e:8x8", (8, 1, 8), dict(head_dim=112, dtype="int8", num_layers=4)),
+            ("tpu7x:4x4x4", (1, 1, 1), dict(head_dim=80, num_layers=4)),
+            ("tpu7x:4x4x4", (4, 8, 4), dict(head_dim=192, dtype="float8_e4m3fn")),
+        )
+    ),
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "shape", "options"), PADDED, ids=str)
+def test_decode_loop_of_padded_heads_copies_no_pool_and_pads_nothing_but_new_tokens(topology, shape, options):
+    data, context, model = shape
+    mesh = pod_mesh(topology, data, model, context)
+    spec = pd.CacheSpec(2 * model, num_pages=1024 * data * context, **dict(page_size=128) | options)
+    text = _assert_in_place(spec, mesh)
+    layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
+    assert aot.values_as_large_as(text, layer_pool // 32) == []  # nor a part of one
+    for merge in aot.collectives(text):
+        assert not any(f",{spec.stored_head_dim}]" in array for array in merge.arrays), "padding crosses no link"
+
+
 QUANTIZED = [
     ("v5p:4x4x4", 8, 8, dict(dtype="int8")),
     ("v6e:8x8", 8, 8, dict(dtype="float8_e4m3fn", num_layers=8)),
@@ -190,8 +223,24 @@ def _assert_in_place(spec: pd.CacheSpec, mesh: Mesh, **arguments) -> str:
 )  # 2 and 8 MiB a layer's pool on a chip: such tempt XLA into VMEM
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
 def test_prompts_are_written_in_place(chip, pages, num_layers, some_rows):
+    _assert_prompts_in_place(chip, pages, num_layers, some_rows)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "head_dim"),
+    [
+        ("v6e", 96),
+        *(pytest.param(c, d, marks=pytest.mark.slow) for c in ("v4", "v5e", "v5p", "v7x") for d in (80, 192)),
+    ],
+)
+def test_prompts_of_padded_heads_are_written_in_place(chip, head_dim):
+    _assert_prompts_in_place(chip, 256, 4, False, head_dim)
+
+
+def _assert_prompts_in_place(chip, pages, num_layers, some_rows, head_dim=128):
     mesh = pod_mesh(aot.CHIPS[chip], 2, 1)
-    spec = pd.CacheSpec(1, 128, pages * 2, 128, num_layers=num_layers)
+    spec = pd.CacheSpec(1, head_dim, pages * 2, 128, num_layers=num_layers)
 
     def fill(cache, new, lengths, tables, rows):
         def write(cache, layer):
@@ -205,7 +254,7 @@ def test_prompts_are_written_in_place(chip, pages, num_layers, some_rows):
     def shape(dtype, *dims, split=not some_rows):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P("data" if split else None)))
 
-    new, int32 = shape(jnp.bfloat16, 4, 2048, 1, 128), functools.partial(shape, jnp.int32)
+    new, int32 = shape(jnp.bfloat16, 4, 2048, 1, head_dim), functools.partial(shape, jnp.int32)
     args = (pd.PagedKVCache.abstract(spec, mesh), new, int32(4), int32(4, 16, split=True), int32(4, split=False))
     compiled = aot.compile_on(mesh, fill, *args, donate_argnums=0)
     pool = ",".join(map(str, (*spec.pool_shape[:-3], pages, *spec.pool_shape[-2:])))

@@ -430,7 +430,7 @@ def test_bad_calls_are_refused_before_anything_compiles(changes, names):
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (dict(head_dim=80), "head_dim=80.*64 or a multiple of 128"),
+        (dict(head_dim=0), "head_dim=0: must be a whole number, at least 1"),
         (dict(page_size=12), "page_size=12.*multiple of 8"),
         (dict(head_dim=64, page_size=8), "page_size=8.*multiple of 16 at head_dim 64"),
         (dict(dtype="float16"), "dtype='float16'.*bfloat16"),

@@ -53,7 +53,8 @@ def page_attention(
     call; a `PagedKVCache` stores such heads packed and is never copied.
 
     Args:
-      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128.
+      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128 (a `PagedKVCache` pads others to
+        these; to do it here would copy the pages on each call).
       key_cache, value_cache: [Hkv, N, P, D] bf16 or f32, P tokens a page, a multiple of 8.
       context_lens: [B] int32 live tokens of each sequence, 0 allowed; more than the table holds counts as a full
         table.

@@ -54,9 +54,10 @@ def paged_decode_attention(
     sees the tokens up to itself.
 
     Args:
-      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128. Pages below f32 are multiplied
-        beside bf16 with f32 sums; an f32 query over them goes in as the sum of two bf16. Or [B, Q, Hq, D], Q new
-        tokens of each sequence, 1 <= Q <= 16, whose keys and values are in the pages.
+      query: [B, Hq, D] bf16 or f32, Hq a multiple of Hkv, D 64 or a multiple of 128 (a `PagedKVCache` pads others to
+        these; to do it here would copy the pages on each call). Pages below f32 are multiplied beside bf16 with f32
+        sums; an f32 query over them goes in as the sum of two bf16. Or [B, Q, Hq, D], Q new tokens of each sequence,
+        1 <= Q <= 16, whose keys and values are in the pages.
       key_cache, value_cache: [Hkv, N, P, D] bf16, f32, int8 or float8_e4m3fn, or [L, Hkv, N, P, D] with `layer`; P a
         multiple of 8, for 8 bits one that divides 128 or a multiple of it. At D = 64 two tokens of bf16 or f32 may
         share a row, [.., P / 2, 128], which is read in place; [.., P, 64] is copied on a TPU.

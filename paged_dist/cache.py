@@ -145,8 +145,8 @@ class PagedKVCache:
           key_scales, value_scales: [Hkv, N, P] or [L, Hkv, N, P] f32, of int8 and fp8 pages; see `quantize_kv`.
           key_smoothing: what the keys were divided by, as in `create`.
           mesh: where to put them, sharded; None leaves them where they are, and takes over the mesh of their
-            NamedSharding if they have one. Pages and scales in place already are not copied, unless D needs zeros
-            behind it: an eager write then takes the caller's arrays over too.
+            NamedSharding if they have one. Pages and scales in place already, and at their stored size, are not
+            copied: an eager write then takes the caller's arrays over too.
 
         Raises:
           ValueError: arrays that disagree, or a shape or dtype that CacheSpec refuses; 8-bit pages without scales,

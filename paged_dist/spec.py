@@ -75,9 +75,10 @@ class CacheSpec:
 
     @property
     def stored_head_dim(self) -> int:
-        """Elements that a token and head take in the pools: D up to 64, or up to a multiple of 128, the rest zeros.
+        """Elements that one head's token takes in the pools: 64 for D up to 64, else the next multiple of 128.
 
-        XLA would pad narrower rows anyway, and copy the pool for each kernel. 96 is stored as 128, 192 as 256.
+        Those behind D are zeros: 96 is stored as 128, 192 as 256. XLA would pad narrower rows anyway, or copy the pool
+        for each kernel.
         """
         return stored_head_dim(self.head_dim)
 

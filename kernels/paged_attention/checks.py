@@ -201,8 +201,8 @@ def _check(
         query.shape,
         f"head_dim {head_dim} must be 64 or a multiple of {LANES}",
         f"a PagedKVCache takes {head_dim} and stores it as {stored_head_dim(head_dim)}; here pad pages with zeros to "
-        f"{stored_head_dim(head_dim)} once, when they are made, and the query on each call, and take sm_scale of the "
-        f"model's head_dim: {head_dim}**-0.5",
+        f"{stored_head_dim(head_dim)} once, when they are made, pad the query and cut the output on each call, and "
+        f"take sm_scale of the model's head_dim: {head_dim}**-0.5",
     )
     require(
         width % head_dim == 0 and width in (head_dim, LANES),

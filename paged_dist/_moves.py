@@ -5,44 +5,94 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING
 
-from paged_dist._errors import require, whole_number
-from paged_dist._pages import Entry
+from jax.sharding import AbstractMesh
+
+from paged_dist._errors import bad_value, require, whole_number
+from paged_dist._pages import DIGEST_BYTES, Entry
 
 if TYPE_CHECKING:
     from paged_dist.allocator import PageAllocator
+    from paged_dist.cache import CacheSpec
 
 
-def load_state(to: PageAllocator, state: dict) -> None:
-    """Gives `to`, of which no row is held, what `PageAllocator.to_state` told.
+def load_state(kind: type[PageAllocator], state: dict, spec: CacheSpec) -> PageAllocator:
+    """The allocator that `PageAllocator.to_state` told of. Raises ValueError for a state that none can be in."""
+    try:
+        sizes = {name: state[name] for name in ("data", "context", "num_sequences", "pages_per_sequence")}
+        for name, value in sizes.items():
+            _holds(whole_number(name, value) >= 1, f"{name} {value!r}")
+        mesh = AbstractMesh((sizes["data"], sizes["context"], 1), ("data", "context", "model"))
+        made = kind(spec, mesh, sizes["num_sequences"], sizes["pages_per_sequence"])
+        place_of = _load_rows(made, state["rows"])
+        _load_prefixes(made, place_of, state["known"], state["cached"])
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise bad_value("state", f"{type(e).__name__}: {e}", "is not what to_state() gives") from e
+    return made
 
-    Raises ValueError where it contradicts itself, KeyError and the like where it is none.
-    """
-    holds = lambda condition, what: require(bool(condition), "state", what, "is not what to_state() gives")
-    holds(len(state["rows"]) == to.num_sequences, f"{len(state['rows'])} rows")
-    holders: collections.Counter[int] = collections.Counter()
-    C, each = to.num_context_shards, to._pages.per_shard
-    for row, held in enumerate(state["rows"]):
+
+def _holds(condition: bool, what: str) -> None:
+    require(bool(condition), "state", what, "is not what to_state() gives")
+
+
+def _load_rows(to: PageAllocator, rows: list) -> dict[int, int]:
+    """Gives `to` the sequences of a saved state. Returns where in its rows each page is."""
+    _holds(len(rows) == to.num_sequences, f"{len(rows)} rows")
+    C, each, place_of = to.num_context_shards, to._pages.per_shard, {}
+    for row, held in enumerate(rows):
         if held is None:
             continue
+        _holds(len(held) == 2, f"row {row}: {held}")
         length, pages = held
-        holds(0 <= length <= to.max_tokens and len(pages) == to.pages_for(length), f"row {row}: {held}")
+        length, pages = whole_number("state", length), [whole_number("state", page) for page in pages]
+        told = f"row {row} of {length} tokens with the pages {pages}"
+        _holds(0 <= length <= to.max_tokens and len(pages) == to.pages_for(length), told)
         base, first = row // to.rows_per_shard * C, pages[0] // each if pages else 0
-        turn = [base + (first - base + i) % C for i in range(len(pages))]
-        holds([page // each for page in pages] == turn, f"row {row} with the pages {pages}")
-        to._lengths[row], to._row_pages[row] = whole_number("state", length), [whole_number("state", p) for p in pages]
+        _holds([page // each for page in pages] == [base + (first - base + i) % C for i in range(len(pages))], told)
+        _holds(len(set(pages)) == len(pages), f"{told}: one twice")
+        for i, page in enumerate(pages):
+            where = place_of.setdefault(page, i)
+            _holds(where == i, f"{told}: page {page} is number {where} of another row")
+            to._pages.holders[page] += 1
+        to._lengths[row], to._row_pages[row] = length, pages
         to._table[row, : len(pages)] = pages
-        holders.update(pages)
-    known = {
-        whole_number("state", p): Entry(f, i, bytes.fromhex(d), bytes.fromhex(q)) for p, f, i, d, q in state["known"]
-    }
-    cached = state["cached"]
-    is_cached = set(cached)
-    for page, entry in known.items():
-        on_its_turn = 0 <= page < to.spec.num_pages and page // each % C == (entry.first + entry.index) % C
-        holds(on_its_turn and (page in holders) != (page in is_cached), f"page {page}, known as {entry}")
-    holds(len(is_cached) == len(cached) and is_cached <= known.keys(), f"cached pages {cached}")
-    to._pages.load(holders, known.items(), cached)
-    holds(len(to._pages.entries()) == len(known), "two pages of one content")
+    return place_of
+
+
+def _load_prefixes(to: PageAllocator, place_of: dict[int, int], known: list, cached: list) -> None:
+    """Gives `to`, whose sequences are there, what is known of the content of its pages."""
+    C, each, total = to.num_context_shards, to._pages.per_shard, to.spec.num_pages
+    cached = [whole_number("state", page) for page in cached]
+    _holds(all(len(told) in (5, 6) for told in known), f"known pages {known}")
+    entries = {whole_number("state", page): _read_entry(*told) for page, *told in known}
+    _holds(len(entries) == len(known), "a page that is known twice")
+    _holds(len(set(cached)) == len(cached) and entries.keys() >= set(cached), f"cached pages {cached}")
+    of_digest: dict[bytes, tuple] = {}
+    twins = collections.Counter((page // each // C, e.first, e.digest) for page, e in entries.items())
+    for page, entry in entries.items():
+        told, (first, index, digest, *rest) = f"page {page}, known as {entry}", entry
+        _holds(0 <= page < total and 0 <= first < C and 0 <= index < to.pages_per_sequence, told)
+        _holds(page // each % C == (first + index) % C and bool(entry.parent) == (index > 0), told)
+        _holds(of_digest.setdefault(digest, (index, *rest)) == (index, *rest), f"{told}: two contents of one digest")
+        if page in cached:
+            alone = twins[page // each // C, first, digest] == 1
+            _holds(page not in place_of and alone, f"{told}: cached, and held or held elsewhere")
+        else:
+            _holds(place_of.get(page) == index, f"{told}: number {place_of.get(page)} of its rows")
+    to._pages.load(entries.items(), cached)
+
+
+def _read_entry(first: int, index: int, digest: str, parent: str, namespace: str = "") -> Entry:
+    """An entry as `to_state` writes it; states from before there were namespaces have none."""
+    try:
+        entry = Entry(
+            whole_number("state", first),
+            whole_number("state", index),
+            *(bytes.fromhex(told) for told in (digest, parent, namespace)),
+        )
+    except ValueError as e:
+        raise bad_value("state", (first, index, digest, parent, namespace), "is not what to_state() gives") from e
+    _holds(len(entry.digest) == DIGEST_BYTES and len(entry.parent) in (0, DIGEST_BYTES), f"{entry}")
+    return entry
 
 
 def move_rows(old: PageAllocator, new: PageAllocator, came_from: dict[int, int]) -> None:
@@ -67,7 +117,7 @@ def move_rows(old: PageAllocator, new: PageAllocator, came_from: dict[int, int])
             p if p is not None and new._pages.shard_of(p) == r else None for p, r in zip(there, shards, strict=True)
         ]
         asked = collections.Counter(r for p, r in zip(there, shards, strict=True) if p is None)
-        new._check_room(asked, f"row {row} on")
+        new._check_room(asked, [row])
         for i, page in enumerate(pages):
             if there[i] is None:
                 there[i] = new._pages.take(shards[i])
@@ -110,7 +160,9 @@ def move_prefixes(old: PageAllocator, new: PageAllocator, came_from: dict[int, i
             for page, entry in missing:
                 gone_to[page] = new._pages.cache(place(entry), entry)
                 came_from[gone_to[page]] = page
-    for page in old._pages.cached():  # in the order in which they were used
+    cached = old._pages.cached()  # in the order in which they were used, and after them those that rows use
+    used = [page for page in reversed(gone_to) if not old._pages.is_cached(page)]  # a chain's end before its beginning
+    for page in (*cached, *used):
         if page in gone_to:
             new._pages.touch(gone_to[page])
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -13,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from paged_dist._errors import bad_value, require, whole_number
 from paged_dist._moves import load_state, move_prefixes, move_rows
 from paged_dist._pages import Entry, Pages, digests
+from paged_dist._prefixes import PrefixMatch, as_namespace, as_token_ids, find_prefix
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
 
@@ -25,34 +28,40 @@ class OutOfPages(RuntimeError):
       free: pages free on it; for `place`, the most on any data shard that has a free row (0: none has).
       shard: the data shard that ran out; None where `place` looked at all of them.
       context_shard: which of its context shards ran out; None where there is one only.
+      rows: the rows of that data shard that needed pages; empty where `place` looked for a row.
     """
 
-    def __init__(self, message: str, *, asked: int, free: int, shard: int | None, context_shard: int | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        asked: int,
+        free: int,
+        shard: int | None,
+        context_shard: int | None = None,
+        rows: Sequence[int] = (),
+    ):
         super().__init__(message)
         self.asked, self.free, self.shard, self.context_shard = asked, free, shard, context_shard
+        self.rows = tuple(rows)
 
     def __reduce__(self):  # keyword-only fields would be lost when a worker process sends it home
-        return _rebuild_out_of_pages, (str(self), self.asked, self.free, self.shard, self.context_shard)
+        told = dict(asked=self.asked, free=self.free, shard=self.shard, context_shard=self.context_shard)
+        return functools.partial(OutOfPages, **told, rows=self.rows), (str(self),)
 
 
-def _rebuild_out_of_pages(message: str, asked: int, free: int, shard, context_shard) -> OutOfPages:
-    return OutOfPages(message, asked=asked, free=free, shard=shard, context_shard=context_shard)
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixMatch:
-    """Cached pages that hold the first tokens of a prompt, see `PageAllocator.prefix_match`.
+class _RowPlan(NamedTuple):
+    """How a new row gets its pages.
 
     Attributes:
-      data_shard: where they are: only its rows can begin with them. None where nothing was found.
-      num_tokens: tokens that they hold, a multiple of page_size.
-      pages: their global ids, in the prompt's order.
+      shared: cached pages that it begins with.
+      shards: of the pages behind them.
+      lacks: the first of those shards that has not enough, and what is asked of it; None where all have.
     """
 
-    data_shard: int | None
-    num_tokens: int
-    pages: tuple[int, ...]
-    _entries: tuple[Entry, ...] = dataclasses.field(default=(), repr=False)
+    shared: tuple[int, ...]
+    shards: Sequence[int]
+    lacks: tuple[int, int] | None
 
 
 class PageAllocator:
@@ -71,9 +80,12 @@ class PageAllocator:
     `cache_prefix` and `prefix_match` let prompts begin with the full pages of others. A row never writes into a page
     that another holds: growth gives it one of its own, and a copy falls due, for each step to make first::
 
-        pages.grow_all(rows)
+        positions = pages.grow_all(rows)  # of the new tokens, -1 in rows that did not grow: those write nothing
         cache = copy_pages(cache, pages.take_copies())  # nothing where nothing was forked
-        cache = append_kv(cache, key, value, pages.lengths - 1, pages.block_tables)
+        cache = append_kv(cache, key, value, positions, pages.block_tables)
+
+    `lengths - 1` is no substitute for `positions`: in a row that is held and did not grow it is the last token's, which
+    would be written over, in a page that others may hold too.
 
     Args:
       spec: the cache whose pages are given out.
@@ -167,6 +179,9 @@ class PageAllocator:
         """Free pages of data shard `shard`, or of all; of one context shard there, or of all. Those that are only
         kept as cached prefixes count: they go when no other is left."""
         data, context = self.num_shards, self.num_context_shards
+        for name, value in (("shard", shard), ("context_shard", context_shard)):
+            if value is not None:
+                whole_number(name, value)
         require(shard is None or 0 <= shard < data, "shard", shard, f"there are {data} data shards")
         rule = f"there are {context} context shards"
         require(context_shard is None or 0 <= context_shard < context, "context_shard", context_shard, rule)
@@ -217,33 +232,33 @@ class PageAllocator:
     def place(self, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
         """A free row with room for a sequence of `num_tokens` tokens: it looks, `allocate` takes the row.
 
-        The row is on the data shard with the most free pages of those that have a free row and the room; the lowest
-        shard, then the lowest row, where several are alike. With a `prefix`, on its shard, and its pages need no room.
+        Of the data shards that have a free row and the room, the row is on the one with the most free pages; the lowest
+        shard, then the lowest row, where several are alike. With a `prefix` the shard where most of it is cached and
+        can be used comes first; where no such shard has a free row and the room, another one is taken without it.
+        `allocate` says how many tokens are cached there.
 
         Raises:
-          ValueError: num_tokens is negative or more than a block table holds; a prefix as in `allocate`.
+          ValueError: num_tokens is negative or more than a block table holds; a prefix that is longer, or of which a
+            page holds something else by now.
           OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
-            beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`; so may
-            another shard where a prefix was given.
+            beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
         """
-        asked = self._pages_asked(whole_number("num_tokens", num_tokens))
-        shards: Sequence[int] = range(self.num_shards)
-        if prefix is not None and prefix.pages:
-            self._check_prefix(prefix, prefix.data_shard, num_tokens)
-            shards = (prefix.data_shard,)
-        best, most = None, -1
-        for shard in shards:
+        num_tokens = whole_number("num_tokens", num_tokens)
+        asked = self._pages_asked(num_tokens)
+        self._check_prefix(prefix, num_tokens)
+        best, score, most = None, None, -1
+        for shard in range(self.num_shards):
             rows = range(shard * self.rows_per_shard, (shard + 1) * self.rows_per_shard)
             row = next((r for r in rows if self._row_pages[r] is None), None)
             if row is None:
                 continue
             free = self.free_pages(shard)
-            if free > most and self._has_room(shard, asked, prefix):
-                best = row
             most = max(most, free)
+            plan = self._plan_row(shard, asked, prefix)
+            if plan.lacks is None and (score is None or (len(plan.shared), free) > score):
+                best, score = row, (len(plan.shared), free)
         if most < 0:
-            of = f"all {self.num_sequences} are held" if prefix is None else f"all of data shard {shards[0]} are held"
-            raise OutOfPages(f"no free row: {of}", asked=asked, free=0, shard=None)
+            raise OutOfPages(f"no free row: all {self.num_sequences} are held", asked=asked, free=0, shard=None)
         if best is None:
             ever, turns = self.pages_per_shard, self.num_context_shards
             in_turn = f" in turn on its {turns} context shards" if turns > 1 else ""
@@ -256,16 +271,20 @@ class PageAllocator:
             )
         return best
 
-    def allocate(self, row: int, num_tokens: int, prefix: PrefixMatch | None = None) -> None:
+    def allocate(self, row: int, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
         """Takes the free row `row` for a sequence of `num_tokens` tokens (0 allowed), gives it their pages.
 
         Args:
-          prefix: what `prefix_match` found for the sequence's first tokens: the row begins with those pages, and
-            `write_prefill_kv(..., starts=)` goes on behind their tokens. An empty match is as none.
+          prefix: what `prefix_match` found for the sequence's first tokens: the row begins with those of the pages
+            that are on its data shard, or with none where none are, or where only other pages have the room.
+
+        Returns:
+          How many tokens the row begins with, a multiple of page_size: `write_prefill_kv(..., starts=)` goes on
+          behind them. 0 without a prefix.
 
         Raises:
           ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds; the
-            prefix is of another data shard or longer than num_tokens, or its pages hold something else by now.
+            prefix is longer than num_tokens, or a page of it on the row's shard holds something else by now.
           OutOfPages: the row's shard has too few pages free.
         """
         num_tokens = whole_number("num_tokens", num_tokens)
@@ -277,24 +296,25 @@ class PageAllocator:
                 f"is held by a sequence of {self._lengths[row]} tokens",
                 "free() it first, or let place() find a free row",
             )
-        count = self._pages_asked(num_tokens)
-        shared: tuple[int, ...] = ()
-        if prefix is not None and prefix.pages:
-            self._check_prefix(prefix, row // self.rows_per_shard, num_tokens)
-            shared = prefix.pages
-        asked = collections.Counter(self._pages.shard_of(page) for page in shared if self._pages.is_cached(page))
-        shards = self._next_shards(row, shared, count - len(shared), asked)
-        self._check_room(asked, f"row {row} on")
-        for page in shared:
+        count, shard = self._pages_asked(num_tokens), row // self.rows_per_shard
+        self._check_prefix(prefix, num_tokens, shard)
+        plan = self._plan_row(shard, count, prefix)
+        if plan.lacks is not None:
+            raise self._out_of_pages(*plan.lacks, [row])
+        for page in plan.shared:
             self._pages.hold(page)
-        self._row_pages[row] = list(shared)
-        self._table[row, : len(shared)] = shared
+        self._row_pages[row] = list(plan.shared)
+        self._table[row, : len(plan.shared)] = plan.shared
         self._table_out = None
-        self._give(row, shards)
+        self._give(row, plan.shards)
         self._set_length(row, num_tokens)
+        return len(plan.shared) * self._page_size
 
-    def grow(self, row: int, num_tokens: int = 1) -> None:
+    def grow(self, row: int, num_tokens: int = 1) -> int:
         """Adds `num_tokens` tokens to the sequence in `row`, and the pages they need.
+
+        Returns:
+          The position of the first of them, for `append_kv`; -1 where num_tokens is 0.
 
         Raises:
           ValueError: no such row, the row is free, num_tokens is negative, or the sum is more than a block
@@ -305,30 +325,56 @@ class PageAllocator:
         pages = self._held(row)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
-        length = self._lengths[row] + num_tokens
-        if self._changes_pages(pages, self._lengths[row], length):
-            self._grow((row,), num_tokens, f"row {row} on")
-        self._set_length(row, length)
+        start = self._lengths[row]
+        if self._changes_pages(pages, start, start + num_tokens):
+            self._grow((row,), num_tokens)
+        self._set_length(row, start + num_tokens)
+        return start if num_tokens else -1
 
-    def grow_all(self, rows: Iterable[int], num_tokens: int = 1) -> None:
+    def grow_all(self, rows: Iterable[int], num_tokens: int = 1) -> np.ndarray:
         """`grow(row, num_tokens)` for each of `rows` in turn, all of them or, where one is refused, none.
 
+        Returns:
+          [B] int32, read-only: the position of each row's first new token, -1 in all other rows. It is what
+          `append_kv` takes, which then writes the rows that grew and no other.
+
         Raises:
-          ValueError: as `grow`, or a row named twice.
-          OutOfPages: a shard has too few pages free for all its rows together.
+          ValueError: as `grow`, or a row named twice. It names the row.
+          OutOfPages: a shard has too few pages free for all its rows together. It names both.
         """
         num_tokens = whole_number("num_tokens", num_tokens)
         if num_tokens < 0:
             raise bad_value("num_tokens", num_tokens, "must not be negative", "truncate() shortens a sequence")
         rows = list(rows)
-        require(len(set(rows)) == len(rows), "rows", rows, "names a row twice")
         lengths, changes = self._lengths, self._changes_pages
         needy = [row for row in rows if changes(self._held(row), lengths[row], lengths[row] + num_tokens)]
-        self._grow(needy, num_tokens, "the rows of")
+        if len(set(rows)) != len(rows):
+            twice = next(row for row, count in collections.Counter(rows).items() if count > 1)
+            raise bad_value("rows", rows, f"names row {twice} twice")
+        self._grow(needy, num_tokens)
         for row in rows:
             lengths[row] += num_tokens
         if rows:
             self._lengths_out = None
+        return self._positions(rows, num_tokens)
+
+    def positions(self, rows: Iterable[int], num_tokens: int = 1) -> np.ndarray:
+        """What `grow_all` returned, for rows that were grown one by one: each of `rows` by `num_tokens` just now.
+
+        Returns:
+          [B] int32, read-only: lengths - num_tokens in `rows`, -1 in all other rows.
+
+        Raises:
+          ValueError: a row that is free or holds fewer tokens; num_tokens below 1.
+        """
+        num_tokens = whole_number("num_tokens", num_tokens)
+        require(num_tokens >= 1, "num_tokens", num_tokens, "must be at least 1")
+        rows = list(rows)
+        for row in rows:
+            self._held(row)
+            rule = f"must be at most the {self._lengths[row]} tokens of row {row}"
+            require(num_tokens <= self._lengths[row], "num_tokens", num_tokens, rule)
+        return self._positions(rows, num_tokens)
 
     def truncate(self, row: int, num_tokens: int) -> None:
         """Shortens the sequence in `row` to its first `num_tokens` tokens; pages wholly past them are freed.
@@ -371,7 +417,8 @@ class PageAllocator:
 
         Raises:
           ValueError: no such row, `row` is free, `new_row` is held, or it is on another data shard: pages are shared
-            within one.
+            within one. Or a copy into the row's last page is due: what the row has grown by is not written yet, and a
+            fork that grew would never get it.
         """
         pages = self._held(row)
         self._check_row(new_row)
@@ -385,6 +432,7 @@ class PageAllocator:
         )
         held = self._row_pages[new_row] is not None
         require(not held, "new_row", new_row, "is held by a sequence", "free() it first")
+        self._check_copied(row, pages)
         for page in pages:
             self._pages.hold(page)
         self._row_pages[new_row] = list(pages)
@@ -405,29 +453,40 @@ class PageAllocator:
         self._copies.clear()
         return made
 
-    def cache_prefix(self, row: int, token_ids: np.ndarray | Sequence[int]) -> int:
+    def cache_prefix(self, row: int, token_ids: np.ndarray | Sequence[int], namespace: bytes = b"") -> int:
         """Makes the full pages that hold the first tokens of `row` findable by `prefix_match`, once they are written.
 
-        They stay so when the sequence ends, until their space is needed: the least recently used go first.
+        They stay so when the sequence ends, until their space is needed: the least recently used go first. Of rows
+        that hold the same tokens each has its own pages; while one of them is left, the tokens are found.
 
         Args:
           token_ids: [n] integers, the row's first tokens; what of them fills no page, or lies past its length, is
             left out.
+          namespace: what else decides the pages' content, such as an adapter, an image's hash, a tenant or a version
+            of the weights. `prefix_match` finds them under the same one only.
 
         Returns:
           How many tokens of the row can be found now, a multiple of page_size.
 
         Raises:
-          ValueError: no such row, the row is free, token_ids are not integers in one dimension, or differ from those
-            that a page of the row was cached with.
+          ValueError: no such row, the row is free, token_ids are not integers in one dimension, or they and the
+            namespace differ from those that a page of the row was cached with. Or a copy into one of the pages is
+            due: `take_copies` and make it first.
         """
-        pages = self._held(row)
-        tokens = _token_ids(token_ids)[: self._lengths[row]]
+        pages, namespace = self._held(row), as_namespace(namespace)
+        tokens = as_token_ids(token_ids)[: self._lengths[row]]
         first = self._pages.shard_of(pages[0]) % self.num_context_shards if pages else 0
         entries, parent = [], b""
-        for i, digest in enumerate(digests(tokens, self._page_size)):
+        for i, digest in enumerate(digests(tokens, self._page_size, namespace)):
             known = self._pages.entry(pages[i])
-            entries.append(Entry(first, i, digest, parent))
+            entries.append(Entry(first, i, digest, parent, namespace))
+            require(
+                known is None or known.namespace == namespace,
+                "namespace",
+                namespace,
+                f"page {pages[i]} of row {row} was cached under {known.namespace if known else b''!r}",
+                "forget_prefixes() first, where the row holds what belongs to this one",
+            )
             require(
                 known is None or known.digest == digest,
                 "token_ids",
@@ -435,43 +494,56 @@ class PageAllocator:
                 f"differ, from token {i * self._page_size} on, from those that page {pages[i]} was cached with",
             )
             parent = digest
+        self._check_copied(row, pages[: len(entries)])
         for page, entry in zip(pages, entries, strict=False):
             self._pages.remember(page, entry)
         return len(entries) * self._page_size
 
-    def prefix_match(self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None) -> PrefixMatch:
+    def prefix_match(
+        self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None, namespace: bytes = b""
+    ) -> PrefixMatch:
         """The longest run of cached full pages that a prompt begins with; it looks, `allocate` takes them.
 
-        Pages are found by a hash of their tokens and all before (blake2b, 128 bits). To get logits at least one
-        token must be run, so leave the prompt's last out: `prefix_match(token_ids[:-1])`.
+        Pages are found by a hash of the namespace, their tokens and all before (blake2b, 128 bits). To get logits at
+        least one token must be run, so leave the prompt's last out. `allocate` says how many tokens are there::
+
+            match = pages.prefix_match(token_ids[:-1])
+            row = pages.place(len(token_ids), match)
+            num_cached = pages.allocate(row, len(token_ids), match)  # 0 where only shards without them had room
 
         Args:
           token_ids: [n] integers, the prompt.
           data_shard: where to look; None: everywhere, the lowest of those that hold the most.
+          namespace: what the pages were cached under, see `cache_prefix`.
 
         Returns:
           A PrefixMatch, of 0 tokens where nothing was found. It is good until the next call that changes the allocator.
 
         Raises:
-          ValueError: token_ids are not integers in one dimension, or no such data shard.
+          ValueError: token_ids are not integers in one dimension, no such data shard, or a namespace that is no bytes.
         """
         shards = range(self.num_shards) if data_shard is None else (whole_number("data_shard", data_shard),)
         rule = f"there are {self.num_shards} data shards"
         require(0 <= shards[0] < self.num_shards, "data_shard", data_shard, rule)
-        chain = list(digests(_token_ids(token_ids)[: self.max_tokens], self._page_size))
-        best = PrefixMatch(None, 0, ())
-        for shard in shards:
-            for first in range(self.num_context_shards):
-                pages = []
-                for digest in chain:
-                    page = self._pages.find(shard, first, digest)
-                    if page is None:
-                        break
-                    pages.append(page)
-                if len(pages) > len(best.pages):
-                    entries = tuple(map(self._pages.entry, pages))
-                    best = PrefixMatch(shard, len(pages) * self._page_size, tuple(pages), entries)
-        return best
+        tokens, namespace = as_token_ids(token_ids)[: self.max_tokens], as_namespace(namespace)
+        return find_prefix(self._pages, tokens, self._page_size, namespace, shards)
+
+    def forget_prefixes(self, namespace: bytes | None = None) -> int:
+        """Makes what `cache_prefix` published under a namespace, or under any, not findable any more.
+
+        For new weights, or an adapter that went. Rows keep their pages and tokens; `cache_prefix` may publish them
+        anew. Pages that no row holds are free at once.
+
+        Args:
+          namespace: whose pages; None: all.
+
+        Returns:
+          How many pages it was.
+
+        Raises:
+          ValueError: a namespace that is no bytes.
+        """
+        return self._pages.forget_all(None if namespace is None else as_namespace(namespace))
 
     # Elsewhere.
 
@@ -532,7 +604,10 @@ class PageAllocator:
             "data": self.num_shards,
             "context": self.num_context_shards,
             "rows": [None if pages is None else [length, list(pages)] for length, pages in held],
-            "known": [[p, e.first, e.index, e.digest.hex(), e.parent.hex()] for p, e in self._pages.entries()],
+            "known": [
+                [page, e.first, e.index, e.digest.hex(), e.parent.hex(), e.namespace.hex()]
+                for page, e in self._pages.entries()
+            ],
             "cached": self._pages.cached(),
         }
 
@@ -543,14 +618,7 @@ class PageAllocator:
         Raises:
           ValueError: a state that no allocator of `spec` can be in.
         """
-        try:
-            sizes = {name: state[name] for name in ("data", "context", "num_sequences", "pages_per_sequence")}
-            mesh = AbstractMesh((sizes["data"], sizes["context"], 1), ("data", "context", "model"))
-            made = cls(spec, mesh, sizes["num_sequences"], sizes["pages_per_sequence"])
-            load_state(made, state)
-        except (KeyError, TypeError, IndexError, AttributeError) as e:
-            raise bad_value("state", f"{type(e).__name__}: {e}", "is not what to_state() gives") from e
-        return made
+        return load_state(cls, state, spec)
 
     # How.
 
@@ -567,36 +635,40 @@ class PageAllocator:
             raise bad_value("row", row, "is free, no sequence has it", "allocate() it first")
         return pages
 
-    def _pages_asked(self, num_tokens: int, of_them_there: int = 0) -> int:
-        """The pages of `num_tokens` tokens, which must fit in a block table."""
-        if not 0 <= num_tokens <= self.max_tokens:
-            there = f" with the {of_them_there} there already" if of_them_there else ""
+    def _pages_asked(self, num_tokens: int, grown: int | None = None) -> int:
+        """The pages of `num_tokens` tokens more than the row `grown` has, or in all; they must fit in a block table."""
+        there = 0 if grown is None else self._lengths[grown]
+        if not 0 <= num_tokens + there <= self.max_tokens:
+            with_those = "" if grown is None else f" with the {there} there already in row {grown}"
             raise bad_value(
                 "num_tokens",
-                num_tokens - of_them_there,
-                f"must be between 0 and {self.max_tokens}{there}: pages_per_sequence "
+                num_tokens,
+                f"must be between 0 and {self.max_tokens}{with_those}: pages_per_sequence "
                 f"{self.pages_per_sequence} x page_size {self._page_size}",
+                None if grown is None else f"at most {self.max_tokens - there} for row {grown}",
             )
-        return self.pages_for(num_tokens)
+        return self.pages_for(num_tokens + there)
 
-    def _check_prefix(self, prefix: PrefixMatch, shard: int, num_tokens: int) -> None:
-        require(
-            prefix.data_shard == shard,
-            "prefix",
-            prefix,
-            f"is on data shard {prefix.data_shard}, the row on {shard}",
-            "place(num_tokens, prefix) finds a row there",
-        )
+    def _check_prefix(self, prefix: PrefixMatch | None, num_tokens: int, shard: int | None = None) -> None:
+        """Raises ValueError for a prefix that does not fit, or is out of date on `shard` (None: on any)."""
+        if prefix is None:
+            return
         require(
             prefix.num_tokens <= num_tokens, "prefix", prefix, f"must not be longer than the {num_tokens} tokens asked"
         )
         require(
-            all(self._pages.entry(p) == e for p, e in zip(prefix.pages, prefix._entries, strict=True)),
+            all(chain.is_current(self._pages) for chain in prefix.chains(shard)),
             "prefix",
             prefix,
             "is out of date: a page of it holds something else now",
             "prefix_match() again",
         )
+
+    def _check_copied(self, row: int, pages: Sequence[int]) -> None:
+        """Raises ValueError where a copy into one of the row's `pages` is due: nothing was written into it yet."""
+        due = next((page for page in pages if page in self._copies), None)
+        works = "make them, and write what the row has grown by"
+        require(due is None, "row", row, f"copies are due first: take_copies(), one into page {due} of the row", works)
 
     def _next_shards(
         self, row: int, pages: Sequence[int], count: int, asked: collections.Counter[int]
@@ -633,28 +705,43 @@ class PageAllocator:
         asked.update(shards)
         return shards
 
-    def _has_room(self, shard: int, count: int, prefix: PrefixMatch | None) -> bool:
-        """Whether a new sequence of `count` pages, some of them a prefix's, fits on a data shard."""
-        shared = prefix.pages if prefix is not None else ()
-        asked = collections.Counter(self._pages.shard_of(page) for page in shared if self._pages.is_cached(page))
-        self._next_shards(shard * self.rows_per_shard, shared, count - len(shared), asked)
-        return all(n <= self._pages.available(r) for r, n in asked.items())
+    def _plan_row(self, shard: int, count: int, prefix: PrefixMatch | None) -> _RowPlan:
+        """How a new row of a data shard gets its `count` pages: with the most cached pages that leave it room."""
+        first: _RowPlan | None = None
+        for shared in (*(chain.pages for chain in (prefix.chains(shard) if prefix is not None else ())), ()):
+            asked = collections.Counter(self._pages.shard_of(page) for page in shared if self._pages.is_cached(page))
+            shards = self._next_shards(shard * self.rows_per_shard, shared, count - len(shared), asked)
+            plan = _RowPlan(shared, shards, self._lacking(asked))
+            if plan.lacks is None:
+                return plan
+            first = first or plan
+        return first
 
-    def _check_room(self, asked: collections.Counter[int], who: str) -> None:
-        """Raises OutOfPages where a shard has not what is `asked` of it."""
-        for r, count in sorted(asked.items()):
-            free = self._pages.available(r)
-            if count > free:
-                shard, context_shard = divmod(r, self.num_context_shards)
-                several = self.num_context_shards > 1
-                where = f"{who} data shard {shard}" + (f", context shard {context_shard}" if several else "")
-                raise OutOfPages(
-                    f"{where}: {count} more pages needed, {free} of its {self._pages.per_shard} are free",
-                    asked=count,
-                    free=free,
-                    shard=shard,
-                    context_shard=context_shard if several else None,
-                )
+    def _lacking(self, asked: collections.Counter[int]) -> tuple[int, int] | None:
+        """(shard, pages asked of it) of the first shard that has not what is `asked` of it; None where all have."""
+        return next(((r, n) for r, n in sorted(asked.items()) if n > self._pages.available(r)), None)
+
+    def _out_of_pages(self, r: int, count: int, rows: Sequence[int]) -> OutOfPages:
+        """The error of `rows` that together ask `count` pages of shard r."""
+        free, (shard, context_shard) = self._pages.available(r), divmod(r, self.num_context_shards)
+        mine = [row for row in rows if row // self.rows_per_shard == shard]
+        who = f"row{'s' if len(mine) > 1 else ''} {', '.join(map(str, mine[:8]))}{', ...' if len(mine) > 8 else ''}"
+        several = self.num_context_shards > 1
+        where = f"{who} on data shard {shard}" + (f", context shard {context_shard}" if several else "")
+        return OutOfPages(
+            f"{where}: {count} more pages needed, {free} of its {self._pages.per_shard} are free",
+            asked=count,
+            free=free,
+            shard=shard,
+            context_shard=context_shard if several else None,
+            rows=mine,
+        )
+
+    def _check_room(self, asked: collections.Counter[int], rows: Sequence[int]) -> None:
+        """Raises OutOfPages where a shard has not what `rows` ask of it."""
+        lacks = self._lacking(asked)
+        if lacks is not None:
+            raise self._out_of_pages(*lacks, rows)
 
     def _changes_pages(self, pages: list[int], old: int, new: int) -> bool:
         """Whether growth from `old` to `new` tokens takes a page, or writes into one that is not the row's alone."""
@@ -662,14 +749,14 @@ class PageAllocator:
             return True
         return new > old and old % self._page_size != 0 and not self._pages.may_write(pages[-1])
 
-    def _grow(self, rows: Sequence[int], num_tokens: int, who: str) -> None:
+    def _grow(self, rows: Sequence[int], num_tokens: int) -> None:
         """Gives each of `rows` the pages for `num_tokens` more tokens, of which there is one at least."""
         asked: collections.Counter[int] = collections.Counter()
         holders: dict[int, int] = {}  # of last pages, as rows before leave them
         plan: list[tuple[int, bool, list[int]]] = []
         for row in rows:
             pages, old = self._row_pages[row], self._lengths[row]
-            count = self._pages_asked(old + num_tokens, old) - len(pages)
+            count = self._pages_asked(num_tokens, row) - len(pages)
             is_shared = False
             if old % self._page_size:
                 end = pages[-1]
@@ -679,7 +766,7 @@ class PageAllocator:
                     holders[end] = held - 1
                     asked[self._pages.shard_of(end)] += 1
             plan.append((row, is_shared, self._next_shards(row, pages, count, asked)))
-        self._check_room(asked, who)
+        self._check_room(asked, rows)
         for row, is_shared, shards in plan:
             if self._lengths[row] % self._page_size:
                 if is_shared:
@@ -692,10 +779,9 @@ class PageAllocator:
         """Gives the row a last page of its own, on the same shard, and notes the copy."""
         pages = self._row_pages[row]
         end = pages[-1]
-        source = self._copies.get(end, end)  # what is not copied yet is not there to be read
         page = self._pages.take(self._pages.shard_of(end))
-        self._pages.pin(source)
-        self._copies[page] = source
+        self._pages.pin(end)
+        self._copies[page] = end  # whose own copy is made: `fork` shares no page that one is due into
         pages[-1] = self._table[row, len(pages) - 1] = page
         self._table_out = None
         self._pages.release(end)
@@ -722,6 +808,13 @@ class PageAllocator:
         del pages[keep:]
         self._table_out = None
 
+    def _positions(self, rows: Sequence[int], num_tokens: int) -> np.ndarray:
+        positions = np.full(self.num_sequences, -1, np.int32)
+        if num_tokens and len(rows):
+            positions[rows] = [self._lengths[row] - num_tokens for row in rows]
+        positions.flags.writeable = False
+        return positions
+
     def _set_length(self, row: int, length: int) -> None:
         if self._lengths[row] != length:
             self._lengths[row] = length
@@ -732,13 +825,3 @@ def _check_same(old: CacheSpec, new: CacheSpec) -> None:
     """Raises ValueError unless two specs differ in their number of pages alone."""
     same = dataclasses.replace(new, num_pages=old.num_pages) == old
     require(same, "spec", new, f"must be {old} but for num_pages")
-
-
-def _token_ids(token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Token ids as int64 [n]. Raises ValueError for anything but integers in one dimension."""
-    tokens = np.asarray(token_ids)
-    if tokens.size == 0 and tokens.ndim == 1:
-        return tokens.astype(np.int64)
-    whole = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
-    require(whole, "token_ids", (tokens.shape, str(tokens.dtype)), "must be integers in one dimension")
-    return tokens.astype(np.int64)

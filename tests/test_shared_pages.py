@@ -1,9 +1,6 @@
-"""Pages over a context axis, forks and cached prefixes: against a model that says which tokens every page holds."""
+"""Pages over a context axis, forks and cached prefixes, each rule by itself; see test_allocator_properties.py too."""
 
-import collections
-import dataclasses
 import json
-import random
 
 import numpy as np
 import pytest
@@ -15,186 +12,11 @@ from paged_dist.launch.schedule import Pool, Schedule
 from paged_dist.launch.workload import draw_requests
 
 P = 8  # tokens a page
-POISON = -1  # what no page that anybody holds may show
 
 
 def allocator(data=1, context=1, rows=4, columns=4, pages=16, page_size=P):
     mesh = AbstractMesh((data, context, 1), ("data", "context", "model"))
     return PageAllocator(CacheSpec(1, 128, pages, page_size), mesh, rows, columns)
-
-
-class Written:
-    """A pool whose pages hold token ids, written as a model would, and every row's true tokens."""
-
-    def __init__(self, pages: PageAllocator):
-        self.pages = pages
-        self.pool = np.full((pages.spec.num_pages, P), POISON)
-        self.rows: dict[int, list[int]] = {}
-
-    def step(self, written: dict[int, int]) -> None:
-        """Copies what is due, then writes row r's tokens from `written[r]` on. Pages nobody may read are poisoned."""
-        copies = self.pages.take_copies()
-        assert len(copies) == self.pages.num_sequences
-        copies = copies[copies[:, 0] >= 0]
-        assert len(set(copies[:, 1].tolist())) == len(copies) and not set(copies[:, 0]) & set(copies[:, 1])
-        self.pool[copies[:, 1]] = self.pool[copies[:, 0]]
-        tables = self.pages.block_tables
-        for row, start in written.items():
-            for t in range(start, len(self.rows[row])):
-                page = tables[row, t // P]
-                holders = [r for r in self.rows if page in tables[r]]
-                assert holders == [row], f"row {row} writes token {t} into page {page}, which rows {holders} hold"
-                self.pool[page, t % P] = self.rows[row][t]
-        dead = np.ones(len(self.pool), bool)
-        dead[self.pages.live_pages] = False
-        self.pool[dead] = POISON
-
-    def check(self) -> None:
-        a, tables = self.pages, self.pages.block_tables
-        n = a.pages_per_shard // a.num_context_shards
-        for row in range(a.num_sequences):
-            tokens = self.rows.get(row)
-            assert a.is_held(row) == (tokens is not None) and a.lengths[row] == len(tokens or ())
-            count = a.pages_for(len(tokens or ()))
-            used = tables[row, :count]
-            assert (tables[row, count:] == -1).all() and (used >= 0).all()
-            np.testing.assert_array_equal(self.pool[used].ravel()[: len(tokens or ())], tokens or [])
-            owner = used // n
-            assert (owner // a.num_context_shards == a.shard_of(row)).all()
-            if count:
-                turn = (owner[0] + np.arange(count)) % a.num_context_shards
-                np.testing.assert_array_equal(owner % a.num_context_shards, turn)
-        held = set(tables[tables >= 0].tolist())
-        assert held <= set(a.live_pages.tolist()) and a.used_pages == len(held)
-        assert a.free_pages() == a.spec.num_pages - len(held)
-
-
-class Both:
-    """Two allocators that get the same calls. `done` names those of the last try."""
-
-    def __init__(self, *pages: PageAllocator):
-        self.pages, self.done = pages, []
-
-    def __call__(self, name: str, *args):
-        results = [getattr(pages, name)(*args) for pages in self.pages]
-        self.done.append(name)
-        return results[0]
-
-
-@pytest.mark.parametrize(
-    ("data", "context"), [(1, 1), (1, 2), (2, 3), (1, 4), pytest.param(2, 8, marks=pytest.mark.slow), (2, 1)]
-)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
-def test_random_calls_never_show_a_row_another_rows_tokens(data, context, seed):
-    rng = random.Random(1000 * seed + 10 * data + context)
-    each = 9 + 8 // context  # pages a shard
-    make = lambda: allocator(data, context, rows=6 * data, columns=2 * context + 3, pages=data * context * each)
-    a, twin = make(), make()
-    w, seen = Written(a), collections.Counter()
-    for _ in range(700):
-        random_call(rng, Both(a, twin), w, seen)
-    assert min(seen[what] for what in ("refused", "matched", "copied", "evicted")) > 5, seen
-    for row in list(w.rows):
-        a.free(row)
-    assert a.used_pages == 0 and a.free_pages() == a.spec.num_pages
-
-
-FAMILIES = [[random.Random(i).randrange(50) for _ in range(8 * P)] for i in range(3)]  # prompts share their beginnings
-
-
-def random_call(rng: random.Random, both: Both, w: Written, seen: collections.Counter) -> None:
-    """One call, the writes that follow from it, and everything that must hold then."""
-    a, twin = both.pages
-    call = rng.choices(["allocate", "grow", "truncate", "free", "fork", "cache"], [5, 8, 3, 3, 4, 3])[0]
-    held = sorted(w.rows)
-    row = rng.choice(held) if held and call != "allocate" else rng.randrange(a.num_sequences)
-    before, written, known = a.digest(), {}, len(a._pages.entries())
-    try:
-        if call == "allocate":
-            own = [rng.randrange(50) for _ in range(rng.randrange(5))]
-            tokens = [*rng.choice(FAMILIES)[: rng.randrange(8 * P)], *own][: a.max_tokens]
-            match = a.prefix_match(tokens)
-            if rng.random() < 0.7 and match.pages:
-                row = a.place(len(tokens), match)
-                both("allocate", row, len(tokens), match)
-                written[row] = match.num_tokens
-                seen["matched"] += 1
-            else:
-                row = a.place(len(tokens))
-                both("allocate", row, len(tokens))
-                written[row] = 0
-            w.rows[row] = tokens
-        elif not held:
-            return
-        elif call == "grow":
-            rows = rng.sample(held, rng.randint(1, len(held)))
-            count = rng.choice([0, 1, 1, 1, 2, P + 1])
-            both("grow_all", rows, count) if rng.random() < 0.7 else both("grow", rows[0], count)
-            for r in rows if both.done == ["grow_all"] else rows[:1]:
-                written[r] = len(w.rows[r])
-                w.rows[r] = w.rows[r] + [rng.randrange(50) for _ in range(count)]
-        elif call == "truncate":
-            length = rng.randrange(len(w.rows[row]) + 1)
-            both("truncate", row, length)
-            w.rows[row] = w.rows[row][:length]
-        elif call == "free":
-            both("free", row)
-            del w.rows[row]
-        elif call == "fork":
-            first = row // a.rows_per_shard * a.rows_per_shard
-            near = [r for r in range(first, first + a.rows_per_shard) if r not in w.rows]
-            new = rng.choice(near or [0, a.num_sequences - 1])
-            both("fork", row, new)
-            w.rows[new] = list(w.rows[row])
-        elif call == "cache":
-            assert both("cache_prefix", row, w.rows[row]) == len(w.rows[row]) // P * P
-    except (OutOfPages, ValueError):
-        seen["refused"] += 1
-        assert a.digest() == before and not both.done, "a refused call changes nothing"
-        return
-    seen["copied"] += len(a._copies)
-    seen["evicted"] += len(a._pages.entries()) < known
-    w.step(written)
-    twin.take_copies()
-    w.check()
-    assert a.digest() == twin.digest()
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
-def test_sequences_keep_their_tokens_over_moves_and_as_saved_state(seed):
-    """From pool to pool, of other sizes and over other shards, with calls between; state goes through JSON."""
-    rng, seen = random.Random(seed), collections.Counter()
-    a = allocator(1, 2, rows=6, columns=7, pages=60)
-    w, moved = Written(a), 0
-    shapes = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 4), (1, 3), (6, 2)]
-    for i in range(400):
-        twin = PageAllocator.from_state(json.loads(json.dumps(a.to_state())), a.spec)
-        assert twin.digest() == a.digest()
-        random_call(rng, Both(a, twin), w, seen)
-        if i % 10:
-            continue
-        data, context = rng.choice(shapes)
-        spec = dataclasses.replace(a.spec, num_pages=data * context * rng.randint(2, 40))
-        mesh = AbstractMesh((data, context, 1), ("data", "context", "model"))
-        before, known = a.digest(), a._pages.entries()
-        try:
-            new, moves = a.moved(spec, mesh)
-        except OutOfPages:
-            assert a.digest() == before
-            continue
-        assert a.digest() == before
-        np.testing.assert_array_equal(moves[:, 1], new.live_pages)
-        assert set(moves[:, 0]) <= set(a.live_pages.tolist())
-        pool = np.full((spec.num_pages, P), POISON)
-        pool[moves[:, 1]] = w.pool[moves[:, 0]]
-        a, w.pages, w.pool, moved = new, new, pool, moved + 1
-        w.check()
-        if data == context == 1 and spec.num_pages > 2 * len(moves):
-            assert {e.digest for _, e in known} == {e.digest for _, e in a._pages.entries()}, "they all fit"
-        for row in w.rows:  # what can be found of a row's tokens holds them
-            match = a.prefix_match(w.rows[row])
-            np.testing.assert_array_equal(w.pool[list(match.pages)].ravel(), w.rows[row][: match.num_tokens])
-    assert moved > 20 and min(seen[what] for what in ("matched", "copied")) > 3, (moved, seen)
 
 
 def test_a_sequences_pages_go_round_the_context_shards():
@@ -286,16 +108,22 @@ def test_what_a_copy_will_read_is_kept_until_it_is_taken():
     assert a.block_tables[2, 0] == 0
 
 
-def test_a_copy_of_a_copy_that_is_due_reads_the_first_page_and_none_is_made_for_who_is_gone():
+def test_a_row_is_forked_when_its_copy_is_made_and_none_is_made_for_who_is_gone():
+    """Before, what the row has grown by is not written: a fork that grew would begin with a page that lacks it."""
     a = allocator(rows=4, pages=8)
     a.allocate(0, 2)
     a.fork(0, 1)
     a.grow(1)
+    digest = a.digest()
+    with pytest.raises(ValueError, match=r"row=1: copies are due first: take_copies\(\), one into page 1 of the row"):
+        a.fork(1, 2)
+    assert a.digest() == digest
+    assert a.take_copies()[:2].tolist() == [[0, 1], [-1, -1]]
     a.fork(1, 2)
     a.grow(2)
     np.testing.assert_array_equal(a.block_tables[:3, 0], [0, 1, 2])
-    a.free(1)
-    np.testing.assert_array_equal(a.take_copies()[:2], [[0, 2], [-1, -1]])
+    a.free(2)
+    assert (a.take_copies() == -1).all()
 
 
 def test_copies_stay_on_their_shard():
@@ -384,13 +212,178 @@ def test_a_match_says_on_which_data_shard_and_place_finds_a_row_there():
     match = a.prefix_match(range(P + 1))
     assert match.data_shard == 1 and a.prefix_match(range(P + 1), data_shard=0).num_tokens == 0
     assert a.place(9) == 0 and a.place(9, match) == 3
-    with pytest.raises(ValueError, match="is on data shard 1, the row on 0; place"):
-        a.allocate(0, 9, match)
     with pytest.raises(ValueError, match="must not be longer than the 7 tokens"):
         a.allocate(3, 7, match)
-    a.allocate(3, 9, match)
-    with pytest.raises(OutOfPages, match="no free row: all of data shard 1 are held"):
-        a.place(9, match)
+    assert a.allocate(3, 9, match) == P
+    assert a.place(9, match) == 0, "no row of shard 1 is free"
+    assert a.allocate(0, 9, match) == 0, "and none of its pages is on shard 0"
+    assert a.block_tables[0, 0] == 0 and a.lengths[0] == 9
+
+
+def test_a_prefix_that_every_shard_has_is_taken_where_a_row_is_free():
+    a = allocator(data=2, rows=4, pages=16)
+    tokens = list(range(2 * P))
+    for row in (0, 2):
+        a.allocate(row, 2 * P)
+        a.cache_prefix(row, tokens)
+    a.allocate(1, 1)
+    match = a.prefix_match(tokens)
+    assert (match.data_shard, match.num_tokens) == (0, 2 * P)
+    assert a.place(3 * P, match) == 3
+    assert a.allocate(3, 3 * P, match) == 2 * P
+    np.testing.assert_array_equal(a.block_tables[3, :2], a.block_tables[2, :2])
+
+
+def test_seven_requests_for_one_cached_prompt_find_a_place_on_four_shards():
+    a = allocator(data=4, rows=12, pages=32)
+    tokens, cached = list(range(2 * P + 1)), []
+    a.allocate(0, len(tokens))
+    a.cache_prefix(0, tokens)
+    a.free(0)
+    for _ in range(7):
+        match = a.prefix_match(tokens[:-1])
+        row = a.place(len(tokens), match)
+        cached.append((row, a.allocate(row, len(tokens), match)))
+    assert cached == [(0, 16), (1, 16), (2, 16), (3, 0), (6, 0), (9, 0), (4, 0)]
+    assert a.lengths.tolist() == [17] * 5 + [0, 17, 0, 0, 17, 0, 0]
+    for _ in range(5):
+        a.allocate(a.place(1), 1)
+    with pytest.raises(OutOfPages, match="no free row: all 12 are held"):
+        a.place(len(tokens), a.prefix_match(tokens[:-1]))
+
+
+def test_a_prompt_is_placed_without_its_prefix_where_only_that_leaves_room():
+    """Of context shard 0 only the cached page is left: three pages fit from shard 1 on, and take it."""
+    a = allocator(context=2, rows=4, columns=5, pages=8)
+    a.allocate(0, P)
+    a.cache_prefix(0, range(P))
+    a.free(0)
+    a.allocate(1, 5 * P)
+    assert (a.free_pages(0, 0), a.free_pages(0, 1)) == (1, 2)
+    match = a.prefix_match(range(P))
+    assert match.num_tokens == P and a.place(3 * P, match) == 0
+    assert a.allocate(0, 3 * P, match) == 0
+    assert (a.block_tables[0, :3] // 4).tolist() == [1, 0, 1]
+    assert a.prefix_match(range(P)).num_tokens == 0
+
+
+def twins():
+    """Rows 0 and 1 hold the same 16 tokens, each in pages of its own, in a pool of 4 pages."""
+    a = allocator(rows=3, pages=4)
+    for row in (0, 1):
+        a.allocate(row, 2 * P)
+        assert a.cache_prefix(row, range(2 * P)) == 2 * P
+    return a
+
+
+def write_into(a, row):
+    a.truncate(row, P + 1)
+    a.grow(row)
+
+
+@pytest.mark.parametrize(
+    ("goes", "found"),
+    [
+        (lambda a: (a.free(0), a.allocate(2, 2 * P)), (2, 3)),  # freed, and its pages taken by others
+        (lambda a: (a.free(1), a.allocate(2, 2 * P)), (0, 1)),
+        (lambda a: write_into(a, 0), (0, 3)),
+        (lambda a: write_into(a, 1), (0, 1)),
+        (lambda a: (a.truncate(0, 0), a.allocate(2, P)), (2, 3)),
+    ],
+)
+def test_a_twin_page_that_a_row_still_holds_is_found_instead(goes, found):
+    a = twins()
+    assert a.prefix_match(range(2 * P)).pages == (0, 1)
+    goes(a)
+    assert a.prefix_match(range(2 * P)).pages == found
+    restored = PageAllocator.from_state(a.to_state(), a.spec)
+    assert restored.digest() == a.digest() and restored.prefix_match(range(2 * P)).pages == found
+
+
+def test_of_twins_that_nobody_holds_one_stays():
+    a = twins()
+    a.free(0)
+    assert a.live_pages.tolist() == [2, 3], "pages 0 and 1 are free, and not kept beside their twins"
+    a.free(1)
+    assert a.live_pages.tolist() == [2, 3] and a.prefix_match(range(2 * P)).pages == (2, 3)
+    a.allocate(0, 2 * P)  # filled again, though it could have been matched
+    a.cache_prefix(0, range(2 * P))
+    assert a.live_pages.tolist() == [0, 1] and a.prefix_match(range(2 * P)).pages == (0, 1)
+    a.allocate(1, 2 * P)
+    assert a.prefix_match(range(2 * P)).num_tokens == 2 * P, "there were free pages to take"
+
+
+def test_a_prefix_is_not_cached_before_its_copy_is_made():
+    a = allocator(rows=3, columns=2, pages=6)
+    a.allocate(0, 5)
+    a.fork(0, 1)
+    a.grow(1, 3)
+    digest = a.digest()
+    with pytest.raises(ValueError, match=r"row=1: copies are due first: take_copies\(\), one into page 1 of the row"):
+        a.cache_prefix(1, range(P))
+    assert a.digest() == digest and a.prefix_match(range(P)).num_tokens == 0
+    assert a.cache_prefix(1, range(P - 1)) == 0, "no page of it is full"
+    a.take_copies()
+    assert a.cache_prefix(1, range(P)) == P
+
+
+def test_a_namespace_keeps_the_same_tokens_apart():
+    a = allocator(rows=4, columns=2, pages=8)
+    tokens = list(range(2 * P))
+    for row, namespace in enumerate([b"", b"adapter 1", b"adapter 2"]):
+        assert a.prefix_match(tokens, namespace=namespace).num_tokens == 0
+        a.allocate(row, 2 * P)
+        a.cache_prefix(row, tokens, namespace=namespace)
+        assert a.prefix_match(tokens, namespace=namespace).pages == (2 * row, 2 * row + 1)
+    restored = PageAllocator.from_state(json.loads(json.dumps(a.to_state())), a.spec)
+    moved, _ = a.moved(CacheSpec(1, 128, 16, P), AbstractMesh((1, 2, 1), ("data", "context", "model")))
+    for b in (a, restored, moved):
+        found = [b.prefix_match(tokens, namespace=n) for n in (b"", b"adapter 1", b"adapter 2", b"adapter 3")]
+        assert [match.num_tokens for match in found] == [16, 16, 16, 0]
+        assert len({match.pages for match in found}) == 4
+    with pytest.raises(ValueError, match=r"namespace=b'': page 2 of row 1 was cached under b'adapter 1'"):
+        a.cache_prefix(1, tokens)
+
+
+def test_prefixes_are_forgotten_by_namespace_or_all_and_rows_stay():
+    a = allocator(rows=4, columns=2, pages=8)
+    tokens = list(range(2 * P))
+    for row, namespace in enumerate([b"", b"old", b"old"]):
+        a.allocate(row, 2 * P)
+        a.cache_prefix(row, tokens, namespace)
+    a.free(2)
+    a.allocate(3, P)
+    a.cache_prefix(3, range(50, 50 + P), b"old")
+    a.free(3)
+    match = a.prefix_match(tokens, namespace=b"old")
+    assert a.live_pages.tolist() == [0, 1, 2, 3, 4]
+    assert a.forget_prefixes(b"old") == 3
+    assert a.live_pages.tolist() == [0, 1, 2, 3] and a.lengths.tolist() == [16, 16, 0, 0]
+    assert a.prefix_match(tokens, namespace=b"old").num_tokens == 0 and a.prefix_match(tokens).num_tokens == 16
+    with pytest.raises(ValueError, match="is out of date"):
+        a.allocate(2, 2 * P, match)
+    assert a.cache_prefix(1, tokens, b"new") == 16, "the row holds what belongs to it by now"
+    assert a.prefix_match(tokens, namespace=b"new").pages == (2, 3)
+    assert a.forget_prefixes(b"old") == 0 and a.forget_prefixes() == 4
+    assert a.prefix_match(tokens).num_tokens == 0 and a.used_pages == 4
+    a.free(0)
+    a.free(1)
+    assert a.live_pages.size == 0 and a.digest() == allocator(rows=4, columns=2, pages=8).digest()
+
+
+def test_the_order_in_which_cached_pages_go_is_part_of_the_digest_over_all_shards():
+    """`moved` brings the most recent along, whichever shard it is on."""
+    made = []
+    for rows in ((0, 1), (1, 0)):
+        a = allocator(data=2, rows=2, pages=4)
+        for row in rows:
+            a.allocate(row, P)
+            a.cache_prefix(row, [row] * P)
+            a.free(row)
+        new, _ = a.moved(CacheSpec(1, 128, 1, P), AbstractMesh((1, 1, 1), ("data", "context", "model")))
+        made.append((a, new))
+    (a, there), (b, elsewhere) = made
+    assert there.digest() != elsewhere.digest() and a.digest() != b.digest()
 
 
 def test_a_match_that_is_out_of_date_is_refused():
@@ -438,6 +431,9 @@ def test_a_matched_page_that_nobody_holds_counts_as_taken():
         ),
         (lambda a: a.prefix_match("ab"), "token_ids="),
         (lambda a: a.prefix_match([1], 2), "data_shard=2: there are 2 data shards"),
+        (lambda a: a.prefix_match([1], namespace="x"), r"namespace='x': must be bytes; 'x'.encode\(\)"),
+        (lambda a: a.cache_prefix(0, [1], None), "namespace=None: must be bytes"),
+        (lambda a: a.forget_prefixes("x"), "namespace='x': must be bytes"),
     ],
 )
 def test_a_bad_call_names_the_argument_and_changes_nothing(call, message):

@@ -64,10 +64,11 @@ class DecoderLayer(nnx.Module):
         self.up = nnx.Linear(c.width, c.hidden, **options(None, SEQUENCE))
         self.down = nnx.Linear(c.hidden, c.width, **options(SEQUENCE, None))
 
-    def __call__(self, x, cache, lengths, block_tables, layer):
-        """One new token a row. x: [B, E]. Returns (x, cache)."""
-        positions = lengths - 1  # [B], of the new tokens; -1 in an idle row, which writes nothing
+    def __call__(self, x, cache, positions, lengths, block_tables, layer):
+        """One new token a row. Returns (x, cache).
 
+        x: [B, E]; positions: [B], of the new tokens, -1 in a row without one, which writes nothing.
+        """
         y = self.attention_norm(x)
         query, key, value = self.wq(y), self.wk(y), self.wv(y)  # [B, Hq or Hkv, D], heads over model
         query, key = rotary(query, positions), rotary(key, positions)
@@ -97,7 +98,7 @@ def stacked_layers(c: Config, seed: int = 0) -> DecoderLayer:
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")  # the cache is written in place
-def decode_step(graph, params, x, cache, lengths, block_tables):
+def decode_step(graph, params, x, cache, positions, lengths, block_tables):
     """One new token a row through all layers. graph, params: `nnx.split` of the stacked layers. Returns (x, cache).
 
     A scan over the parameters, not `nnx.scan`, which would return them too: a decode step reads them only.
@@ -105,7 +106,7 @@ def decode_step(graph, params, x, cache, lengths, block_tables):
 
     def body(carry, layer_and_params):
         layer, own = layer_and_params
-        return nnx.merge(graph, own)(*carry, lengths, block_tables, layer), None
+        return nnx.merge(graph, own)(*carry, positions, lengths, block_tables, layer), None
 
     return jax.lax.scan(body, (x, cache), (jnp.arange(cache.spec.num_layers), params))[0]
 
@@ -124,10 +125,8 @@ def main(steps: int = 4, model_parallelism: int = 4):
         pages.allocate(row, 0)
     embedded = np.random.default_rng(0).standard_normal((steps, rows, c.width))  # in place of an embedding's rows
     for step in range(steps):
-        for row in range(rows):
-            pages.grow(row)
-        x, lengths, tables = map(put, (embedded[step].astype(c.dtype), pages.lengths, pages.block_tables))
-        x, cache = decode_step(graph, params, x, cache, lengths, tables)
+        inputs = (pages.grow_all(range(rows)), pages.lengths, pages.block_tables)
+        x, cache = decode_step(graph, params, put(embedded[step].astype(c.dtype)), cache, *map(put, inputs))
         print(
             f"step {step}: {x.shape} {x.dtype}, root mean square {jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)):.3f}"
         )

@@ -93,10 +93,11 @@ def rotary(x, positions):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def decoder_layer(w, x, cache, lengths, block_tables, layer):
-    """One new token a row through one layer. w: this layer's weights, x: [B, E]. Returns (x, cache)."""
-    positions = lengths - 1  # [B], of the new tokens; -1 in an idle row, which writes nothing
+def decoder_layer(w, x, cache, positions, lengths, block_tables, layer):
+    """One new token a row through one layer. Returns (x, cache).
 
+    w: this layer's weights; x: [B, E]; positions: [B], of the new tokens, -1 in a row that gets none and writes none.
+    """
     y = rms_norm(x, w["attention_norm"])
     query, key, value = (jnp.einsum("be,ehd->bhd", y, w[name]) for name in ("wq", "wk", "wv"))  # heads over model
     query, key = rotary(query, positions), rotary(key, positions)
@@ -118,12 +119,12 @@ def decoder_layer(w, x, cache, lengths, block_tables, layer):
 
 
 @functools.partial(jax.jit, donate_argnames="cache")  # the cache is written in place
-def decode_step(weights, x, cache, lengths, block_tables):
+def decode_step(weights, x, cache, positions, lengths, block_tables):
     """One new token a row through all layers, in a scan over the stacked weights. Returns (x, cache)."""
 
     def body(carry, layer_and_weights):
         layer, w = layer_and_weights
-        return decoder_layer(w, *carry, lengths, block_tables, layer), None
+        return decoder_layer(w, *carry, positions, lengths, block_tables, layer), None
 
     return jax.lax.scan(body, (x, cache), (jnp.arange(cache.spec.num_layers), weights))[0]
 
@@ -143,10 +144,8 @@ def main(steps: int = 4, model_parallelism: int = 4):
         pages.allocate(row, 0)
     embedded = np.random.default_rng(0).standard_normal((steps, rows, c.width))  # in place of an embedding's rows
     for step in range(steps):
-        for row in range(rows):
-            pages.grow(row)
-        x, lengths, tables = map(put, (embedded[step].astype(c.dtype), pages.lengths, pages.block_tables))
-        x, cache = decode_step(weights, x, cache, lengths, tables)
+        inputs = (pages.grow_all(range(rows)), pages.lengths, pages.block_tables)
+        x, cache = decode_step(weights, put(embedded[step].astype(c.dtype)), cache, *map(put, inputs))
         print(
             f"step {step}: {x.shape} {x.dtype}, root mean square {jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2)):.3f}"
         )

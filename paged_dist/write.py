@@ -52,8 +52,9 @@ def append_kv(
       key, value: [B, Hkv, D], or [B, Q, Hkv, D] for Q tokens a sequence; any float dtype, cast to the cache's. An
         int8 or fp8 cache gets them as `quantize_kv` makes them, keys divided by `cache.key_smoothing` first, and
         their scales into the same pages' rows of scales, in the same pass.
-      positions: [B] int32, 0-based position of each row's (first) new token, `lengths - Q` after
-        `PageAllocator.grow(row, Q)`. A negative one writes nothing of that row.
+      positions: [B] int32, 0-based position of each row's (first) new token, as `PageAllocator.grow_all` returns
+        them: `lengths - Q` where all rows grew by Q. A negative one writes nothing of that row: a row that is held
+        and gets no token must have one.
       block_tables: [B, pages_per_sequence] int32 global page ids, placed as in `sharded_paged_attention`. Positions
         outside the table are not written, nor are pages that are not on the shard where their place in the row puts
         them. Rows that get a token must not share the page that it goes into, or tokens are lost: forks get their own

@@ -38,11 +38,11 @@ def test_the_layer_of_the_readme_decodes():
         pages.allocate(row, 0)
     seen = []
     for _ in range(3):
-        for row in rows:
-            pages.grow(row)
+        positions = jnp.asarray(pages.grow_all(rows))
         x = jnp.asarray(rng.standard_normal((16, width)), jnp.float32)
         seen.append(x)
-        out, cache = step(params, x, cache, jnp.asarray(pages.lengths), jnp.asarray(pages.block_tables), jnp.int32(1))
+        tables = jnp.asarray(pages.block_tables)
+        out, cache = step(params, x, cache, positions, jnp.asarray(pages.lengths), tables, jnp.int32(1))
 
     np.testing.assert_array_equal(np.delete(np.asarray(out - x), rows, axis=0), 0)  # idle rows: nothing is added
     heads = lambda name: np.stack([(t @ params[name]).reshape(16, -1, 128) for t in seen], axis=2)  # [B, H, T, D]

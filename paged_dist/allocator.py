@@ -443,10 +443,10 @@ class PageAllocator:
     def take_copies(self) -> np.ndarray:
         """[num_sequences, 2] int32: the copies that are due, (page to read, page to write), -1 in the rest.
 
-        They are the caller's from now on: `copy_pages(cache, ...)` makes them, before anything is written. More rows
-        than that come only where copies were left due over several steps of forks.
+        They are the caller's from now on: `copy_pages(cache, ...)` makes them, before anything is written. There is
+        one at most for each row.
         """
-        made = np.full((max(self.num_sequences, len(self._copies)), 2), -1, np.int32)
+        made = np.full((self.num_sequences, 2), -1, np.int32)
         for i, (to, page) in enumerate(sorted(self._copies.items())):
             made[i] = page, to
             self._pages.unpin(page)

@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
         made = self.m.step()
         self.seen["copied"] += bool(made)
         assert taken[taken[:, 0] >= 0].tolist() == [list(pair) for pair in made]
-        assert len(taken) == max(self.m.rows, len(made)) and (taken[len(made) :] == -1).all()
+        assert len(taken) == self.m.rows and (taken[len(made) :] == -1).all()
 
     # Calls.
 
@@ -123,6 +123,7 @@ class Machine(RuleBasedStateMachine):
     def allocate(self):
         """A new sequence, in a row that `place` finds or in any, behind a match or without."""
         rng = self.rng
+        row = None if rng.random() < 0.6 else self.free_row(range(self.m.rows))  # None: place() says
         how = rng.choice(["without", "without", "with", "with", "with", "with one of before"])
         tokens = rng.choice(SHARED)[: rng.randrange(4 * P)] + self.fresh(rng.randrange(P))
         if self.m.tokens and rng.random() < 0.3:  # the tokens of another row
@@ -139,7 +140,7 @@ class Machine(RuleBasedStateMachine):
         chains = chains or []
         known = [[self.m.known.get(page) for page in pages] for _, pages in chains]
         stale = {shard for (shard, _), then, now in zip(chains, was or [], known, strict=True) if then != now}
-        if rng.random() < 0.6:
+        if row is None:
             if stale:
                 with self.refused(ValueError, "out of date"):
                     self.a.place(len(tokens), match)
@@ -151,8 +152,6 @@ class Machine(RuleBasedStateMachine):
                 return
             assert self.a.place(len(tokens), match) == row
             self.seen["placed elsewhere"] += bool(chains) and chains[0][0] != self.m.data_shard(row)
-        else:
-            row = self.free_row(range(self.m.rows))
         if row in self.m.tokens:
             with self.refused(ValueError, "is held"):
                 self.a.allocate(row, len(tokens), match)

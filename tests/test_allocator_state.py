@@ -8,6 +8,7 @@ import json
 import pytest
 from jax.sharding import AbstractMesh
 
+import paged_dist as pd
 from paged_dist.allocator import PageAllocator
 from paged_dist.cache import CacheSpec
 
@@ -140,3 +141,17 @@ def test_a_state_of_before_there_were_namespaces_is_read(saved):
     state["known"] = [known[:5] for known in state["known"] if known[0] != 8]
     state["cached"] = []
     assert PageAllocator.from_state(state, spec).prefix_match(range(2 * P)).pages == (0, 4)
+
+
+def test_a_save_keeps_the_namespaces(tmp_path):
+    mesh = pd.make_pod_mesh(data=2, context=1, model=4)
+    spec = CacheSpec(4, 128, 8, 64, "float32")
+    cache, a = pd.PagedKVCache.create(spec, mesh), PageAllocator(spec, mesh, 2, 4)
+    a.allocate(0, 64)
+    a.cache_prefix(0, range(64), b"adapter")
+    pd.save(tmp_path / "a", cache, a)
+    _, there = pd.restore(tmp_path / "a", mesh)
+    assert there.digest() == a.digest()
+    assert there.prefix_match(range(64), namespace=b"adapter").num_tokens == 64
+    assert there.prefix_match(range(64)).num_tokens == 0
+    assert there.forget_prefixes(b"adapter") == 1

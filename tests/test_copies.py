@@ -237,3 +237,26 @@ def test_forks_and_cached_prompts_attend_to_their_own_tokens(shape):
     tokens[3] = k[:17], v[:17]
     cache = prefill(poison(cache, pages), 3, 16, 17)
     check(cache)
+
+
+@pytest.mark.filterwarnings("ignore:.*page_size=8")
+def test_a_row_that_does_not_grow_keeps_its_last_token_for_all_that_share_it():
+    mesh = pod(1, 1, 1)
+    spec = pd.CacheSpec(2, 128, 6, 8, "float32")
+    pages, cache = pd.PageAllocator(spec, mesh, 4, 2), pd.PagedKVCache.create(spec, mesh)
+    made = lambda token, *shape: jnp.full((*shape, 2, 128), float(token))  # each token its own number
+    pages.allocate(0, 5)
+    prompt = jnp.arange(1.0, 6.0)[None, :, None, None] * made(1, 1, 5)
+    cache = pd.write_prefill_kv(
+        cache, prompt, prompt, jnp.array([5], jnp.int32), pages.block_tables, rows=jnp.array([0], jnp.int32)
+    )
+    pages.fork(0, 1)
+    pages.fork(0, 2)
+    positions = pages.grow_all([1])  # rows 0 and 2 are held and get nothing
+    cache = pd.copy_pages(cache, pages.take_copies())
+    cache = pd.append_kv(cache, made(9, 4), made(9, 4), positions, pages.block_tables)
+    assert positions.tolist() == [-1, 5, -1, -1]
+    for row, tokens in {0: [1, 2, 3, 4, 5], 1: [1, 2, 3, 4, 5, 9], 2: [1, 2, 3, 4, 5]}.items():
+        for pool in cache.to_pages():
+            shown = np.asarray(pool)[:, pages.block_tables[row, 0], : len(tokens)]
+            np.testing.assert_array_equal(shown, np.broadcast_to(np.array(tokens)[None, :, None], shown.shape))

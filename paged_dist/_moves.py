@@ -62,10 +62,12 @@ def _load_prefixes(to: PageAllocator, place_of: dict[int, int], known: list, cac
     """Gives `to`, whose sequences are there, what is known of the content of its pages."""
     C, each, total = to.num_context_shards, to._pages.per_shard, to.spec.num_pages
     cached = [whole_number("state", page) for page in cached]
-    _holds(all(len(told) in (5, 6) for told in known), f"known pages {known}")
+    is_cached = set(cached)
+    _holds(all(len(told) in (5, 6) for told in known), "a known page that is told in another form")
     entries = {whole_number("state", page): _read_entry(*told) for page, *told in known}
     _holds(len(entries) == len(known), "a page that is known twice")
-    _holds(len(set(cached)) == len(cached) and entries.keys() >= set(cached), f"cached pages {cached}")
+    _holds(len(is_cached) == len(cached), "a page that is cached twice")
+    _holds(is_cached <= entries.keys(), f"cached pages that are not known, {sorted(is_cached - entries.keys())[:4]}")
     of_digest: dict[bytes, tuple] = {}
     twins = collections.Counter((page // each // C, e.first, e.digest) for page, e in entries.items())
     for page, entry in entries.items():
@@ -73,7 +75,7 @@ def _load_prefixes(to: PageAllocator, place_of: dict[int, int], known: list, cac
         _holds(0 <= page < total and 0 <= first < C and 0 <= index < to.pages_per_sequence, told)
         _holds(page // each % C == (first + index) % C and bool(entry.parent) == (index > 0), told)
         _holds(of_digest.setdefault(digest, (index, *rest)) == (index, *rest), f"{told}: two contents of one digest")
-        if page in cached:
+        if page in is_cached:
             alone = twins[page // each // C, first, digest] == 1
             _holds(page not in place_of and alone, f"{told}: cached, and held or held elsewhere")
         else:

@@ -15,13 +15,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from jax.sharding import AbstractMesh
 from page_model import Model, P
 
@@ -61,14 +55,14 @@ class Geometry:
 class Machine(RuleBasedStateMachine):
     """One allocator and its model. `seen` counts what happened in all runs, so that a test can want all of it.
 
-    Hypothesis chooses the calls and shortens their list where one fails. Arguments come from a generator that it seeds:
-    chosen one by one they would be alike too often.
+    Hypothesis chooses the calls. Their arguments come from a generator that it seeds: drawn one by one they would be
+    alike too often.
     """
 
     def __init__(self, geometry: Geometry, seen: collections.Counter):
         super().__init__()
         self.a, self.m, self.seen = geometry.allocator(), geometry.model(), seen
-        self.matches: list = []  # of before: (tokens, match, chains, what their pages were known by)
+        self.matches: list = []  # the last three: (tokens, match, chains, what their pages were known by)
         self.next_token = 100
         self.snapshots: list = []  # (what was handed out, what it said)
 

@@ -14,8 +14,6 @@ import ipaddress
 import math
 import numbers
 import os
-import resource
-import selectors
 import socket
 import time
 from collections.abc import Sequence
@@ -25,10 +23,7 @@ from absl import logging
 
 from paged_dist._compat import backends_are_initialized, detect_cluster
 from paged_dist._errors import bad_value, require
-
-_HELLO = b"paged-dist/1"  # first word of the line that a process sends; the answer starts with it too
-_MAX_LINE = 1000
-_RETRY_SECONDS = 0.1
+from paged_dist._meeting import await_others, join, split_address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,30 +191,6 @@ def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
     require(timely, argument, seconds, f"must be a positive number of seconds{', or math.inf' if endless else ''}")
 
 
-def split_address(argument: str, address: str) -> tuple[str, int]:
-    """(host, port) of `host:port` or `[ipv6]:port`; raises ValueError, naming `argument`, for anything else."""
-    example = "write host:port, such as 10.0.0.1:8476 or [::1]:8476"
-    require(isinstance(address, str), argument, address, "must be a string", example)
-    host, colon, port = address.rpartition(":")
-    require(
-        bool(colon) and bool(host) and not any(c.isspace() or c == "/" for c in host),
-        argument,
-        address,
-        "must be a host and a port",
-        example,
-    )
-    bracketed = host.startswith("[") and host.endswith("]")
-    require(bracketed or ":" not in host, argument, address, "must have an IPv6 host in brackets", example)
-    require(
-        port.isascii() and port.isdigit() and 1 <= int(port) <= 65535,
-        argument,
-        address,
-        "must have a port from 1 to 65535",
-        example,
-    )
-    return host[1:-1] if bracketed else host, int(port)
-
-
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -268,10 +239,8 @@ def _start(
     if bind is None:
         bind = info.coordinator_address if _is_loopback(host) else f"[::]:{port}"
     deadline = time.monotonic() + timeout_seconds
-    if info.process_id == 0:
-        connections = _await_others(bind, info, deadline)
-    else:
-        connections = {0: _join(host, port, info, deadline)}
+    is_first = info.process_id == 0
+    connections = await_others(bind, info, deadline) if is_first else {0: join(host, port, info, deadline)}
     # Where the arguments are explicit, JAX's detection would still look for local_device_ids, over the network on a
     # cloud VM. Where a cluster was detected it is left on: under Slurm and Open MPI it gives each process its GPU.
     detection = {"cluster_detection_method": "deactivate"} if info.how == "explicit" else {}
@@ -294,154 +263,3 @@ def _start(
             f"coordinator {info.coordinator_address} (process 0 listens on {bind}): {e}"
         ) from e
     return connections
-
-
-# The meeting before JAX's start-up. Each process sends "paged-dist/1 PROCESS_ID NUM_PROCESSES\n" to process 0, which
-# answers "paged-dist/1 go\n" when all are there, or "paged-dist/1 no REASON\n". The connections
-# stay open, for the watchdog.
-
-
-def _listen(bind: str) -> socket.socket:
-    host, port = split_address("bind_address", bind)
-    try:
-        if host == "::":  # every interface
-            dual = socket.has_dualstack_ipv6()
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=1024
-            )
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as e:
-        raise RuntimeError(
-            f"process 0 cannot listen on {bind}: {e}; check that the host part is this machine's and "
-            "that no other process (an earlier run?) has the port, or choose another"
-        ) from e
-
-
-def _await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int, socket.socket]:
-    """Process 0's part: answers when all other processes have said who they are; their connections."""
-    here: dict[int, socket.socket] = {}
-    refusal = None
-    _allow_open_files(2 * info.num_processes + 256)
-    with _listen(bind) as server, selectors.DefaultSelector() as events:
-        server.setblocking(False)
-        events.register(server, selectors.EVENT_READ)
-        lines: dict[socket.socket, bytes] = {}
-        while refusal is None and len(here) < info.num_processes - 1:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                refusal = _who_is_missing(here, info)
-                break
-            for key, _ in events.select(left):
-                if key.fileobj is server:
-                    with contextlib.suppress(OSError):
-                        peer, _ = server.accept()
-                        peer.setblocking(False)
-                        lines[peer] = b""
-                        events.register(peer, selectors.EVENT_READ)
-                    continue
-                peer = key.fileobj
-                try:
-                    received = peer.recv(_MAX_LINE)
-                except OSError:
-                    received = b""
-                lines[peer] += received
-                if not received or len(lines[peer]) > _MAX_LINE:  # it died, or is none of ours: forget it
-                    here = {i: p for i, p in here.items() if p is not peer}
-                    del lines[peer]
-                    events.unregister(peer)
-                    peer.close()
-                elif received.endswith(b"\n") and peer not in here.values():
-                    refusal = refusal or _admit(lines[peer], peer, here, info)
-        answer = "go" if refusal is None else f"no {refusal}"
-        for peer in lines:
-            with contextlib.suppress(OSError):
-                peer.sendall(b"%s %s\n" % (_HELLO, answer.encode()))
-            if refusal is not None or peer not in here.values():
-                peer.close()
-    if refusal is not None:
-        raise RuntimeError(refusal)
-    for peer in here.values():
-        peer.setblocking(True)
-    return here
-
-
-def _allow_open_files(count: int) -> None:
-    """Raises this process's soft limit towards `count`: a connection to each other process, JAX's own after it.
-
-    Often 1024, which a pod of 1536 hosts is over.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _admit(line: bytes, peer: socket.socket, here: dict[int, socket.socket], info: DistributedInfo) -> str | None:
-    """Enters the process that said `line` in `here`; returns why the start-up fails instead, if it does."""
-    words = line.split()
-    if len(words) != 3 or words[0] != _HELLO or not all(w.isdigit() for w in words[1:]):
-        return None  # a health check or a port scan
-    process_id, num_processes = int(words[1]), int(words[2])
-    if num_processes != info.num_processes:
-        return (
-            f"process {process_id} was started with num_processes={num_processes}, process 0 with "
-            f"{info.num_processes}: give all the same"
-        )
-    if process_id in here or not 0 < process_id < num_processes:
-        return f"two processes were started with process_id={process_id}: give each its own"
-    here[process_id] = peer
-    return None
-
-
-def _who_is_missing(here: dict[int, socket.socket], info: DistributedInfo) -> str:
-    missing = [i for i in range(1, info.num_processes) if i not in here]
-    listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    return (
-        f"timed out: {len(missing)} of {info.num_processes} processes did not reach the coordinator at "
-        f"{info.coordinator_address}, process {listed}; check that they were started, with this address, and that "
-        "their hosts can reach it"
-    )
-
-
-def _join(host: str, port: int, info: DistributedInfo, deadline: float) -> socket.socket:
-    """The other processes' part: says who this is, waits for the answer; tries again while nobody listens.
-
-    Returns the connection to process 0."""
-    last = "no answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            peer = socket.create_connection((host, port), timeout=left)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(peer)
-                peer.sendall(b"%s %d %d\n" % (_HELLO, info.process_id, info.num_processes))
-                last = "it accepts connections, but the other processes did not all come"
-                # Process 0 gives up when its own time is over, perhaps after this one's, and says who is missing.
-                answer = _read_line(peer, deadline + 2)
-                if answer == _HELLO + b" go":
-                    stack.pop_all()  # stays open
-                    peer.settimeout(None)
-                    return peer
-        except OSError as e:
-            last = last if isinstance(e, TimeoutError) and last != "no answer" else str(e)
-        else:
-            if answer.startswith(_HELLO + b" no "):
-                raise RuntimeError(answer[len(_HELLO) + 4 :].decode(errors="replace"))
-            last = "something answers there that is not the process 0 of this start-up"
-        time.sleep(max(0.0, min(_RETRY_SECONDS, deadline - time.monotonic())))
-    raise RuntimeError(
-        f"timed out: process {info.process_id} of {info.num_processes} waited for the coordinator at "
-        f"{info.coordinator_address} ({last}); check that process 0 runs and listens there, that the "
-        "address is the same in all processes, and that no firewall or proxy is between them"
-    )
-
-
-def _read_line(peer: socket.socket, deadline: float) -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and len(line) < _MAX_LINE:
-        peer.settimeout(max(0.01, deadline - time.monotonic()))
-        received = peer.recv(1)  # what follows the line is for others to read
-        line += received
-        if not received or not line.startswith(_HELLO[: len(line)]):
-            break
-    return line.strip()

@@ -14,7 +14,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_processes(scripts, **environment):
+def start_processes(scripts, stdin=None, **environment):
     """A Python process for each of `scripts`, on two simulated devices, told of no cluster."""
     env = {
         k: v
@@ -27,6 +27,7 @@ def start_processes(scripts, **environment):
             [sys.executable, "-c", textwrap.dedent(s)],
             env=env,
             text=True,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

@@ -1,14 +1,18 @@
 """initialize_distributed: real processes over loopback, and what it refuses. Every process here has a hard end."""
 
+import contextlib
+import os
+import re
 import socket
+import subprocess
 import threading
 import time
 
 import jax
 import pytest
-from processes import free_port, run_processes, start
+from processes import free_port, results_of, run_processes, start, start_processes
 
-from paged_dist import distributed
+from paged_dist import _meeting, distributed
 from paged_dist.distributed import DistributedInfo, initialize_distributed, split_address
 
 PSUM = """
@@ -122,52 +126,143 @@ def test_missing_processes_are_named_to_those_that_came():
         assert f"2 of 4 processes did not reach the coordinator at {address}, process 1, 3; check" in err
 
 
-@pytest.mark.parametrize(
-    ("count", "index", "message"),
-    [
-        (3, 2, "process 2 was started with num_processes=3, process 0 with 2"),
-        (2, 0, "cannot listen on 127.0.0.1"),
-    ],
-)
-def test_processes_that_disagree_are_told_how(count, index, message):
+def test_processes_that_disagree_are_told_how():
     address = f"127.0.0.1:{free_port()}"
-    scripts = [start(address, 2, 0, timeout_seconds=5), start(address, count, index, timeout_seconds=5)]
-    results = run_processes(scripts, 40)
-    assert all(code == 1 for code, _, _ in results)
-    assert any(message in err for _, _, err in results), results
+    scripts = [start(address, 2, 0, timeout_seconds=30), start(address, 3, 2, timeout_seconds=30)]
+    two = (
+        r"process 2 on .+, pid \d+ was started with num_processes=3, process 0 on .+, pid \d+ with 2: give all the same"
+    )
+    for code, _, err in run_processes(scripts, 60):
+        assert code == 1 and re.search(two, err)
+
+
+@pytest.mark.parametrize("answer", [b"220 mail.example.org ESMTP\r\n", b""], ids=["speaks", "says nothing"])
+def test_a_port_that_another_program_has_is_said_to_be_taken(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(
+            RuntimeError, match=f"process 0 cannot listen on {address}: .*; check that .* no other process"
+        ):
+            _meeting.await_others(address, DistributedInfo(0, 2, address, "explicit"), time.monotonic() + 20)
+
+
+TWO = re.compile(
+    rf"two processes were started with process_id=(\d): one on {re.escape(socket.gethostname())}, pid (\d+), one on "
+    rf"{re.escape(socket.gethostname())}, pid (\d+); give each process its own"
+)
 
 
 def test_two_processes_with_one_id_are_told_so():
     address = f"127.0.0.1:{free_port()}"
     scripts = [start(address, 3, i, timeout_seconds=10) for i in (0, 1, 1)]
-    for code, _, err in run_processes(scripts, 40):
+    results = run_processes(scripts, 40)
+    for code, _, err in results:
         assert code == 1
-        assert "two processes were started with process_id=1" in err
+        assert TWO.search(err)[1] == "1"
+    assert len({TWO.search(err).groups() for _, _, err in results}) == 1
+
+
+def test_two_processes_0_of_one_host_are_both_told_so_and_not_of_a_port():
+    address = f"127.0.0.1:{free_port()}"
+    running = start_processes([start(address, 2, 0, timeout_seconds=40)] * 2)
+    asked = {str(p.pid) for p in running}
+    for code, _, err in results_of(running, 60):
+        assert code == 1 and "cannot listen" not in err and "timed out" not in err
+        number, *pids = TWO.search(err).groups()
+        assert number == "0" and set(pids) == asked
+
+
+def test_one_too_many_of_a_run_that_has_begun_is_told_who_has_its_id_and_the_run_goes_on():
+    """The others are complete without it, and JAX has the port."""
+    address = f"127.0.0.1:{free_port()}"
+    wait = "import os, sys, time\nprint('begun', flush=True)\nsys.stdin.read()\nos._exit(0)\n"
+    run = start_processes([start(address, 2, i) + wait for i in range(2)], stdin=subprocess.PIPE)
+    late = []
+    try:
+        for p in run:
+            assert p.stdout.readline() == "begun\n"
+        late = start_processes([start(address, 2, i, timeout_seconds=60) for i in range(2)])
+        for i, (code, _, err) in enumerate(results_of(late, 50)):
+            assert code == 1
+            assert TWO.search(err).groups() == (str(i), str(run[i].pid), str(late[i].pid)), err
+        assert [p.poll() for p in run] == [None, None]
+    finally:
+        for p in run:
+            p.stdin.close()
+            p.stdin = None
+        assert [code for code, *_ in results_of(run, 20)] == [0, 0]
+
+
+def test_a_process_0_on_another_host_than_the_coordinator_s_is_told_of_the_one_there(monkeypatch):
+    """Two hosts are played by two ports of this one."""
+    there, here = free_port(), free_port()
+    info = DistributedInfo(0, 2, f"127.0.0.1:{there}", "explicit")
+    until = time.monotonic() + 30
+    errors = {}
+
+    def meet(name, bind):
+        try:
+            _meeting.await_others(f"127.0.0.1:{bind}", info, until)
+        except RuntimeError as e:
+            errors[name] = str(e)
+
+    threads = [threading.Thread(target=meet, args=a, daemon=True) for a in (("there", there), ("here", here))]
+    threads[0].start()
+    wait_for_port(there).close()
+    monkeypatch.setattr(_meeting, "_is_here", lambda address: False)
+    monkeypatch.setattr(_meeting, "_here", lambda: "host-b 2")
+    threads[1].start()
+    for t in threads:
+        t.join(40)
+    two = r"two processes were started with process_id=0: one on (.+), pid (\d+), one on host-b, pid 2; give each"
+    assert re.match(two, errors["there"]).groups() == (socket.gethostname(), str(os.getpid()))
+    assert errors["here"] == errors["there"]
+
+
+def test_a_process_0_without_the_coordinator_s_address_says_so_when_nobody_comes(monkeypatch):
+    monkeypatch.setattr(_meeting, "_is_here", lambda address: False)
+    info = DistributedInfo(0, 2, f"127.0.0.1:{free_port()}", "explicit")
+    with pytest.raises(RuntimeError, match=r"1 of 2 .+ \(which is no address of .+, pid \d+, that was"):
+        _meeting.await_others(f"127.0.0.1:{free_port()}", info, time.monotonic() + 0.3)
+
+
+@pytest.mark.parametrize(("address", "here"), [("127.0.0.1:1", True), ("localhost:1", True), ("192.0.2.1:1", False)])
+def test_an_address_of_this_host_is_known_from_another(address, here):
+    assert _meeting._is_here(address) == here
+
+
+def wait_for_port(port):
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 def test_a_stranger_on_the_port_is_not_taken_for_a_process():
     """A port scan, an HTTP probe and a connection that says nothing come first; the start-up goes on."""
     port = free_port()
     info = DistributedInfo(0, 2, f"127.0.0.1:{port}", "explicit")
-    meeting = threading.Thread(
-        target=distributed._await_others, args=(f"127.0.0.1:{port}", info, time.monotonic() + 20)
-    )
+    meeting = threading.Thread(target=_meeting.await_others, args=(f"127.0.0.1:{port}", info, time.monotonic() + 20))
     meeting.start()
     strangers = []
     try:
         for said in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 5000, b"paged-dist/1 one two\n"):
-            until = time.monotonic() + 10
-            while True:
-                try:
-                    s = socket.create_connection(("127.0.0.1", port), timeout=5)
-                    break
-                except ConnectionRefusedError:
-                    assert time.monotonic() < until
-                    time.sleep(0.02)
+            s = wait_for_port(port)
             s.sendall(said)
             strangers.append(s)
         strangers.pop(0).close()
-        distributed._join(
+        _meeting.join(
             "127.0.0.1", port, DistributedInfo(1, 2, info.coordinator_address, "explicit"), time.monotonic() + 10
         )
         meeting.join(10)
@@ -192,7 +287,7 @@ def test_a_server_of_another_kind_is_named_as_such():
         thread.start()
         info = DistributedInfo(1, 2, f"127.0.0.1:{port}", "explicit")
         with pytest.raises(RuntimeError, match="something answers there that is not the process 0"):
-            distributed._join("127.0.0.1", port, info, time.monotonic() + 0.15)
+            _meeting.join("127.0.0.1", port, info, time.monotonic() + 0.15)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +305,7 @@ def test_process_0_listens_no_wider_than_it_must(monkeypatch, address, bind, exp
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
     monkeypatch.setattr(distributed, "_done", None)
     monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
-    monkeypatch.setattr(distributed, "_await_others", lambda bind, *_: asked.update(meeting=bind))
+    monkeypatch.setattr(distributed, "await_others", lambda bind, *_: asked.update(meeting=bind))
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: asked.update(k))
     initialize_distributed(address, 2, 0, bind_address=bind)
     assert asked["meeting"] == asked["coordinator_bind_address"] == expected
@@ -223,7 +318,7 @@ def test_the_time_for_others_to_boot_is_not_that_of_a_dead_one(monkeypatch, sile
     asked = {}
     monkeypatch.setattr(distributed, "_done", None)
     monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
-    monkeypatch.setattr(distributed, "_await_others", lambda *_: {})
+    monkeypatch.setattr(distributed, "await_others", lambda *_: {})
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: asked.update(k))
     initialize_distributed("127.0.0.1:81", 2, 0, timeout_seconds=600, **silence)
     assert 500 < asked["initialization_timeout"] <= 600
@@ -233,7 +328,7 @@ def test_the_time_for_others_to_boot_is_not_that_of_a_dead_one(monkeypatch, sile
 def test_cpu_collectives_are_switched_on_where_they_were_off(monkeypatch):
     monkeypatch.setattr(distributed, "_done", None)
     monkeypatch.setattr(distributed, "backends_are_initialized", lambda: False)
-    monkeypatch.setattr(distributed, "_join", lambda *_: None)
+    monkeypatch.setattr(distributed, "join", lambda *_: None)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: None)
     before = jax.config.jax_cpu_collectives_implementation
     jax.config.update("jax_cpu_collectives_implementation", None)
@@ -250,7 +345,8 @@ def test_more_processes_meet_than_the_usual_limit_of_open_files():
     script = f"""
     import resource, threading, time
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    from paged_dist.distributed import DistributedInfo, _await_others, _join
+    from paged_dist._meeting import await_others as _await_others, join as _join
+    from paged_dist.distributed import DistributedInfo
     until = time.monotonic() + 20
     infos = [DistributedInfo(i, 200, "127.0.0.1:{port}", "explicit") for i in range(200)]
     done = []

@@ -126,7 +126,7 @@ class Watchdog:
             work = Hub(self, wake) if self.process_id == 0 else Spoke(self, wake)
             if self.process_id != 0 and jax.distributed.is_initialized():
                 self._slow_abort = SlowAbort()
-            self._thread = threading.Thread(target=self._guarded, args=(work.run,), name="watchdog", daemon=True)
+            self._thread = threading.Thread(target=self._guarded, args=(work.run, wake), name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -142,6 +142,8 @@ class Watchdog:
             self._over = True
             self._say({"end": True})
             self._thread.join(PATIENCE)
+            if not self._thread.is_alive():
+                self._wake.close()
         self._inside = False
         if self._slow_abort is not None:
             if error is None:
@@ -162,6 +164,7 @@ class Watchdog:
             watch._quits = True
             watch._stir()
             watch._thread.join()
+            watch._wake.close()
             if watch._slow_abort is not None:
                 watch._slow_abort.release()
         for peer in peers:
@@ -346,9 +349,10 @@ class Watchdog:
                 setattr(self, name, value)
             self._changed.notify_all()
 
-    def _guarded(self, run: Callable[[], None]) -> None:
+    def _guarded(self, run: Callable[[], None], wake: socket.socket) -> None:
         try:
-            run()
+            with wake:
+                run()
         except Exception as e:  # a watch that has gone blind must not look like one that sees nothing
             if not self._over:
                 self._end(LOST, f"the watch over the processes failed: {e!r}")

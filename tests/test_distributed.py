@@ -262,8 +262,10 @@ def test_a_stranger_on_the_port_is_not_taken_for_a_process():
             s.sendall(said)
             strangers.append(s)
         strangers.pop(0).close()
-        _meeting.join(
-            "127.0.0.1", port, DistributedInfo(1, 2, info.coordinator_address, "explicit"), time.monotonic() + 10
+        strangers.append(
+            _meeting.join(
+                "127.0.0.1", port, DistributedInfo(1, 2, info.coordinator_address, "explicit"), time.monotonic() + 10
+            )
         )
         meeting.join(10)
         assert not meeting.is_alive()

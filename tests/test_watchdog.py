@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import json
 import os
@@ -343,24 +344,33 @@ def connected(count, monkeypatch, timeout_seconds=10, **options):
                 end_of_it.close()
 
 
-def run_all(watches, work, timeout=20):
-    """`work(watch, i)` in a thread each; what they returned, or raised."""
+def run_threads(count, work, timeout=20):
+    """`work(i)` in a thread each; what they returned, or raised."""
     results = {}
 
-    def one(watch, i):
+    def one(i):
         try:
-            with watch:
-                results[i] = work(watch, i)
+            results[i] = work(i)
         except Exception as e:
             results[i] = e
 
-    threads = [threading.Thread(target=one, args=(w, i), daemon=True) for i, w in enumerate(watches)]
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)]
     for t in threads:
         t.start()
     for t in threads:
         t.join(timeout)
     assert not any(t.is_alive() for t in threads), "a process hangs"
-    return [results[i] for i in range(len(watches))]
+    return [results[i] for i in range(count)]
+
+
+def run_all(watches, work):
+    """`work(watch, i)` in a thread and in the watch's block each; what they returned, or raised."""
+
+    def one(i):
+        with watches[i]:
+            return work(watches[i], i)
+
+    return run_threads(len(watches), one)
 
 
 def test_all_get_what_process_0_decides_of_all_values(monkeypatch):
@@ -581,29 +591,25 @@ def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late):
     with connected(3, monkeypatch) as (watches, ended):
         rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(4))]
 
-        def work(first, i):
-            said = [first.decide("a", [0, i], lambda values: values)]
-            for n in range(1, 5):
-                first.__exit__(None, None, None) if n == 1 else None
+        def work(i):
+            said = []
+            for n, of_all in enumerate(rounds):
                 time.sleep(0.3 if i == late and n == 1 else 0)
-                with rounds[n][i] as watch:
+                with of_all[i] as watch:
                     said.append(watch.decide("a", [n, i], lambda values: values))
                     watch.agree({"n": n})
                     watch.step(n, digest=str(n))
             return said
 
-        threads = [[] for _ in range(3)]
+        assert run_threads(3, work) == [[[[n, i] for i in range(3)] for n in range(5)]] * 3 and not ended
 
-        def one(i):
-            watches[i].__enter__()
-            threads[i] = work(watches[i], i)
 
-        all_of_them = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(3)]
-        for t in all_of_them:
-            t.start()
-        for t in all_of_them:
-            t.join(30)
-        assert threads == [[[[n, i] for i in range(3)] for n in range(5)]] * 3 and not ended
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_a_watchdog_leaves_nothing_open(monkeypatch):
+    with connected(2, monkeypatch) as (watches, ended):
+        assert run_all(watches, lambda watch, i: watch.meet("x")) == [None, None] and not ended
+        watches.clear()
+        gc.collect()  # what is left open warns now
 
 
 def test_a_watchdog_inside_another_and_one_entered_twice_are_refused(monkeypatch):

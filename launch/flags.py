@@ -461,7 +461,9 @@ def is_lone_cpu_host() -> bool:
 
 
 def _has_accelerator() -> bool:
-    return any(glob.glob(p) for p in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
+    from paged_dist.topology import has_tpu_chips
+
+    return has_tpu_chips() or any(glob.glob(p) for p in ("/dev/nvidia[0-9]*", "/dev/kfd"))
 
 
 def simulate_devices(count: int | None, many_processes: bool) -> None:

@@ -19,9 +19,42 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+# Device files of TPUs, and where the kernel says what is behind one. Others have such files too: a network card that is
+# given to user space, an NPU of another maker.
+_DEVICE_FILES = (
+    ("dev/accel[0-9]*", "sys/class/accel/{}/device"),
+    ("dev/accel/accel[0-9]*", "sys/class/accel/{}/device"),
+    ("dev/vfio/[0-9]*", "sys/kernel/iommu_groups/{}/devices/*"),
+)
+_GOOGLE = 0x1AE0
+_NO_TPU = (0x01, 0x02)  # PCI classes of what Google makes too: storage, network
+
+
+def has_tpu_chips(root: str = "/") -> bool:
+    """Whether this host has TPU chips: a device file of one, behind which the kernel knows a device of Google's.
+
+    Where the kernel says nothing, as in a container without /sys, the file alone counts.
+    """
+    for files, behind in _DEVICE_FILES:
+        for file in glob.glob(os.path.join(root, files)):
+            found = glob.glob(os.path.join(root, behind.format(os.path.basename(file)), "vendor"))
+            if not found or any(map(_is_tpu, found)):
+                return True
+    return False
+
+
+def _is_tpu(vendor: str) -> bool:
+    """Whether the PCI device of this `vendor` file is a TPU."""
+    try:
+        with open(vendor) as maker, open(os.path.join(os.path.dirname(vendor), "class")) as kind:
+            return int(maker.read(), 16) == _GOOGLE and int(kind.read(), 16) >> 16 not in _NO_TPU
+    except (OSError, ValueError):
+        return True  # it does not say
+
+
 def _keep_libtpu_offline() -> None:
     """Keeps libtpu from looking for a TPU or the cloud's metadata server on a host that has neither."""
-    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+    if has_tpu_chips():
         return
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -5,6 +5,7 @@ No cluster is at hand: gcloud, srun and paged-dist-decode are played by scripts 
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import pathlib
@@ -20,8 +21,10 @@ import yaml
 from aot import needs_libtpu
 from jax._src.clusters import cloud_tpu_cluster
 
+from paged_dist import topology as topology_module
 from paged_dist._compat import detect_cluster
 from paged_dist.launch import decode
+from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.watchdog import PREEMPTED
 
@@ -338,6 +341,58 @@ def no_cluster(monkeypatch):
         if name.startswith(("JAX_COORDINATOR", "SLURM_", "OMPI_", "PMI", "TPU_", "MEGASCALE_", "KUBERNETES_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", False)
+
+
+def host(root, file, *devices):
+    """A host's /dev and /sys: a device file, and the (vendor, class) of the PCI devices behind it."""
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).touch()
+    name = pathlib.PurePath(file).name
+    for i, (vendor, kind) in enumerate(devices):
+        of_group = root / "sys/kernel/iommu_groups" / name / "devices" / f"0000:00:0{i}.0"
+        folder = of_group if "vfio" in file else root / "sys/class/accel" / name / "device"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "class").write_text(f"{kind}\n")
+
+
+TPU, GOOGLES_CARD = ("0x1ae0", "0x120000"), ("0x1ae0", "0x020000")
+INTELS_CARD, INTELS_NPU, BRIDGE = ("0x8086", "0x020000"), ("0x8086", "0x120000"), ("0x1022", "0x060400")
+
+
+@pytest.mark.parametrize(
+    ("file", "devices", "tpu"),
+    [
+        ("dev/vfio/12", [TPU], True),
+        ("dev/vfio/12", [BRIDGE, TPU], True),
+        ("dev/vfio/12", [], True),  # a container without /sys
+        ("dev/vfio/12", [INTELS_CARD], False),
+        ("dev/vfio/12", [GOOGLES_CARD], False),
+        ("dev/vfio/vfio", [], False),  # of the driver itself
+        ("dev/accel0", [TPU], True),
+        ("dev/accel0", [], True),
+        ("dev/accel/accel0", [TPU], True),
+        ("dev/accel/accel0", [INTELS_NPU], False),
+        ("dev/null", [], False),
+    ],
+)
+def test_a_host_has_tpus_where_google_s_devices_are_behind_the_files(tmp_path, file, devices, tpu):
+    host(tmp_path, file, *devices)
+    assert topology_module.has_tpu_chips(str(tmp_path)) == tpu
+
+
+@pytest.mark.parametrize("tpu", [False, True])
+def test_a_network_card_in_user_space_lets_a_launcher_run_on_cpu_devices(monkeypatch, tmp_path, tpu):
+    host(tmp_path, "dev/vfio/12", TPU if tpu else INTELS_CARD)
+    real = glob.glob
+    under = lambda path: real(path if path.startswith(str(tmp_path)) else str(tmp_path) + path)
+    monkeypatch.setattr(glob, "glob", under)  # of the two modules, too
+    assert shared._has_accelerator() == tpu
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    topology_module._keep_libtpu_offline()
+    assert ("TPU_SKIP_MDS_QUERY" in os.environ) == (not tpu)
 
 
 @pytest.mark.parametrize("nodes", ["node[001-004]", "node[001,007-009]", "node001,other[1-3]", "node001,a,b,c"])

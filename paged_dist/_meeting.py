@@ -111,18 +111,25 @@ class _Elsewhere:
       refusal: what that says.
     """
 
-    def __init__(self, info: DistributedInfo, deadline: float):
-        self._info, self._deadline, self.refusal = info, deadline, None
+    def __init__(self, info: DistributedInfo):
+        self._info, self._over, self.refusal = info, False, None
         threading.Thread(target=self._look, name="another process 0", daemon=True).start()
 
     def _look(self) -> None:
         address = split_address("coordinator_address", self._info.coordinator_address)
-        try:
-            join(*address, self._info, self._deadline).close()
-        except Refused as e:
-            self.refusal = str(e)
-        except RuntimeError:
-            pass  # nobody there, and this process says what it lacks itself
+        while not self._over:
+            try:
+                join(*address, self._info, time.monotonic() + 1).close()
+            except Refused as e:
+                self.refusal, self._over = str(e), True
+            except RuntimeError:
+                pass  # nobody there yet, or it is this one
+
+    def __enter__(self) -> _Elsewhere:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over = True  # JAX has the port from then on
 
 
 def _is_here(address: str) -> bool:
@@ -147,9 +154,9 @@ def await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int,
         server = _listen(bind)
     except OSError as e:
         raise _cannot_listen(bind, e, info) from e
-    with server, selectors.DefaultSelector() as events:
+    with server, selectors.DefaultSelector() as events, contextlib.ExitStack() as stack:
         claim(info)
-        elsewhere = None if _is_here(info.coordinator_address) else _Elsewhere(info, deadline)
+        elsewhere = None if _is_here(info.coordinator_address) else stack.enter_context(_Elsewhere(info))
         server.setblocking(False)
         events.register(server, selectors.EVENT_READ)
         lines: dict[socket.socket, bytes] = {}

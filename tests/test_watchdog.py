@@ -586,22 +586,30 @@ def test_a_step_or_digest_of_another_kind_is_the_caller_s_error(number, digest, 
         Watchdog().step(number, digest=digest)
 
 
+@pytest.mark.parametrize("where", ["leaves late", "comes late"])
 @pytest.mark.parametrize("late", [0, 1, 2])
-def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late):
+def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late, where):
+    say = Watchdog._say
+
+    def say_late(self, message):
+        time.sleep(0.3 if where == "leaves late" and self.process_id == late and "end" in message else 0)
+        say(self, message)
+
+    monkeypatch.setattr(Watchdog, "_say", say_late)
     with connected(3, monkeypatch) as (watches, ended):
-        rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(4))]
+        rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(2))]
 
         def work(i):
             said = []
             for n, of_all in enumerate(rounds):
-                time.sleep(0.3 if i == late and n == 1 else 0)
+                time.sleep(0.3 if where == "comes late" and i == late and n == 1 else 0)
                 with of_all[i] as watch:
                     said.append(watch.decide("a", [n, i], lambda values: values))
                     watch.agree({"n": n})
                     watch.step(n, digest=str(n))
             return said
 
-        assert run_threads(3, work) == [[[[n, i] for i in range(3)] for n in range(5)]] * 3 and not ended
+        assert run_threads(3, work) == [[[[n, i] for i in range(3)] for n in range(3)]] * 3 and not ended
 
 
 @pytest.mark.filterwarnings("error::ResourceWarning")

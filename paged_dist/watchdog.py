@@ -113,13 +113,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._entered:
             raise RuntimeError("this Watchdog was entered before: make another for another block")
-        self._entered = self._inside = True
         if self.num_processes > 1:
-            try:
-                self._take_over()
-            except RuntimeError:
-                self._inside = False
-                raise
+            self._take_over()
             self._wake, wake = socket.socketpair()
             for end in (self._wake, wake):
                 end.setblocking(False)
@@ -128,6 +123,7 @@ class Watchdog:
                 self._slow_abort = SlowAbort()
             self._thread = threading.Thread(target=self._guarded, args=(work.run, wake), name="watchdog", daemon=True)
             self._thread.start()
+        self._entered = self._inside = True
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -174,6 +170,8 @@ class Watchdog:
 
     def phase(self, name: str, timeout_seconds: float | None = None) -> None:
         """Says that the run now does `name` ('compile', 'checkpoint'): no step, and what waits for it is not late.
+
+        What is not said to be a phase or a step, before the first of them, has no time-out of its own.
 
         Args:
           timeout_seconds: how long it may take, `math.inf` for as long as it takes; None: the Watchdog's

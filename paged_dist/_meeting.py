@@ -156,7 +156,9 @@ def await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int,
         raise _cannot_listen(bind, e, info) from e
     with server, selectors.DefaultSelector() as events, contextlib.ExitStack() as stack:
         claim(info)
-        elsewhere = None if _is_here(info.coordinator_address) else stack.enter_context(_Elsewhere(info))
+        elsewhere = None
+        if info.num_processes > 1 and not _is_here(info.coordinator_address):
+            elsewhere = stack.enter_context(_Elsewhere(info))
         server.setblocking(False)
         events.register(server, selectors.EVENT_READ)
         lines: dict[socket.socket, bytes] = {}

@@ -111,6 +111,14 @@ def decode_step(graph, params, x, cache, positions, lengths, block_tables):
     return jax.lax.scan(body, (x, cache), (jnp.arange(cache.spec.num_layers), params))[0]
 
 
+def put_rows(mesh, array):
+    """A NumPy array [B, ...], alike on every process, as a global one whose rows are split over data.
+
+    Each process fills its own devices. `jax.device_put` would first compare the array across all processes, each step.
+    """
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P("data")), lambda index: array[index])
+
+
 def main(steps: int = 4, model_parallelism: int = 4):
     c = Config()
     mesh = pd.make_pod_mesh(num_kv_heads=c.num_kv_heads, model_parallelism=model_parallelism)  # model 2 x context 2
@@ -120,7 +128,7 @@ def main(steps: int = 4, model_parallelism: int = 4):
         graph, params = nnx.split(stacked_layers(c))
     cache = pd.PagedKVCache.create(spec, mesh)
     pages = pd.PageAllocator(spec, mesh, num_sequences=rows, pages_per_sequence=8)
-    put = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
+    put = functools.partial(put_rows, mesh)
     for row in range(rows):
         pages.allocate(row, 0)
     embedded = np.random.default_rng(0).standard_normal((steps, rows, c.width))  # in place of an embedding's rows

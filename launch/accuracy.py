@@ -240,7 +240,7 @@ def table(record: dict) -> str:
     shapes = (
         f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
         f"{head_dim_words(s['head_dim'])}, "
-        f"pages of {s['page_size']}, bf16 query"
+        f"pages of {s['page_size']}, bf16 query, seed {s['seed']}"
     )
     columns = lambda cells: "".join(cell.rjust(9) for cell in cells)
     lines = [

@@ -198,24 +198,11 @@ def _hbm_gib(mesh) -> float:
     return told / 2**30 if told < math.inf else _HBM_GIB_ELSEWHERE
 
 
-def record_of(run: Run, measured, everyone: list[dict]) -> dict:
-    """The run's results as one flat record, from what every process told."""
+def described(run: Run) -> dict:
+    """What is run on what, as `report.work_lines` prints it and a record has it."""
     from paged_dist.launch import report
 
-    gathered = report.gather([told for told in everyone if told is not None])
-    if len(set(gathered["digest"].tolist())) > 1:
-        raise RuntimeError("processes gave out different pages: their allocators were called differently")
     m = run.model
-    devices = report.device_counts(run.mesh)
-    record = report.summarise(
-        gathered,
-        measured,
-        bytes_per_token=run.spec.bytes_per_token,
-        num_pages=run.spec.num_pages,
-        devices=devices,
-        dtype=m.dtype,
-    )
-    record["capacity"] = report.capacity(run.spec, run.requests, _hbm_gib(run.mesh), record["chips"])
     settings = {
         "layers": m.num_layers,
         "num_q_heads": m.num_q_heads,
@@ -231,19 +218,46 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
         "seed": m.seed,
         "implementation": shared.IMPLEMENTATION.value,
     }
-    return record | {
-        "benchmark": "decode",
+    return {
         "settings": settings,
+        "platform": run.mesh.devices.flat[0].platform,
+        "devices": report.device_counts(run.mesh),
+        "processes": len({d.process_index for d in run.mesh.devices.flat}),
+        "mesh": dict(run.mesh.shape),
         "requests": len(run.requests),
         "workload": run.workload,
-        "mesh": dict(run.mesh.shape),
+        "pool_pages": run.spec.num_pages,
         "cache_bytes": run.spec.bytes_total,
         "bytes_per_token": run.spec.bytes_per_token,
-        "processes": len({d.process_index for d in run.mesh.devices.flat}),
-        "partial": measured.stopped,
-        "projected": False,
-        **report.origin(shared.given_flags()),
     }
+
+
+def record_of(run: Run, measured, everyone: list[dict]) -> dict:
+    """The run's results as one flat record, from what every process told."""
+    from paged_dist.launch import report
+
+    gathered = report.gather([told for told in everyone if told is not None])
+    if len(set(gathered["digest"].tolist())) > 1:
+        raise RuntimeError("processes gave out different pages: their allocators were called differently")
+    record = report.summarise(
+        gathered,
+        measured,
+        bytes_per_token=run.spec.bytes_per_token,
+        num_pages=run.spec.num_pages,
+        devices=report.device_counts(run.mesh),
+        dtype=run.model.dtype,
+    )
+    record["capacity"] = report.capacity(run.spec, run.requests, _hbm_gib(run.mesh), record["chips"])
+    return (
+        record
+        | described(run)
+        | {
+            "benchmark": "decode",
+            "partial": measured.stopped,
+            "projected": False,
+            **report.origin(shared.given_flags()),
+        }
+    )
 
 
 def main(argv) -> int:
@@ -353,29 +367,19 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
 def dry_text(run: Run) -> str:
     """What would run, as lines of at most 80 columns."""
     from paged_dist import describe_mesh
-    from paged_dist.launch.report import head_dim_words, quantity, wrap
+    from paged_dist.launch.report import quantity, work_lines, wrap
 
-    m, spec = run.model, run.spec
     head, *axes = describe_mesh(run.mesh).splitlines()
-    lines = [
-        ("mesh", head.removeprefix("mesh: ")),
-        *(("", line.strip()) for line in axes),
-        (
-            "model",
-            f"{m.num_layers} layers, {m.num_q_heads} q heads, {m.num_kv_heads} kv heads, {head_dim_words(m.head_dim)}",
-        ),
-        (
-            "cache",
-            f"{spec.num_pages} pages of {spec.page_size} tokens in {spec.dtype}, "
-            f"{quantity(spec.bytes_per_chip(run.mesh), 'B')} a device",
-        ),
-        (
-            "workload",
-            f"{len(run.requests)} requests of {run.workload}, {sum(r.generated for r in run.requests)} tokens to "
-            f"generate, batch {run.pool.batch}, tables of {run.pages_per_sequence} pages",
-        ),
-        ("dry run", "nothing was compiled, allocated or written"),
-    ]
+    more = {
+        "mesh": [line.strip() for line in axes],
+        "cache": [f"{quantity(run.spec.bytes_per_chip(run.mesh), 'B')} a device"],
+        "workload": [f"{sum(r.generated for r in run.requests)} tokens to generate"],
+    }
+    lines = []
+    for name, text in work_lines(described(run)):
+        lines.append((name, head.removeprefix("mesh: ") if name == "mesh" else text))
+        lines += [("", one) for one in more.get(name, [])]
+    lines.append(("dry run", "nothing was compiled, allocated or written"))
     return "\n".join(wrap(*line) for line in lines)
 
 

@@ -278,10 +278,13 @@ def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
     scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
+    blocks = "" if s.block_sizes is None else f", blocks {','.join(map(str, s.block_sizes))}"
+    if s.jax and s.jax_block_tokens is not None:
+        blocks += f", JAX's of {s.jax_block_tokens} tokens"
     lines = [
         f"batch {len(s.lengths)}, {s.num_q_heads} q heads, {s.num_kv_heads} kv heads, "
         f"{head_dim_words(s.head_dim)}, "
-        f"{s.dtype}{scales}, pages of {s.page_size}{window}",
+        f"{s.dtype}{scales}, pages of {s.page_size}{window}{blocks}",
         f"lengths {min(s.lengths)} to {max(s.lengths)}, {sum(s.lengths)} tokens"
         + ("" if live is None else f", {live / 1e6:.2f} MB live")
         + ("" if s.lengths_of is None else f", of {s.lengths_of}"),

@@ -338,7 +338,7 @@ def problems(r: dict) -> list[str]:
 
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.report import head_dim_words, quantity, wrap
+    from paged_dist.launch.report import head_dim_words, options, quantity, wrap
 
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
@@ -354,7 +354,7 @@ def table(r: dict) -> str:
         (
             "model",
             f"{s['num_layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{projections}",
+            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{options(s)}{projections}",
         ),
         (
             "step",

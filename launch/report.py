@@ -209,25 +209,43 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.2f} {unit}"
 
 
-def table(r: dict) -> str:
-    """The report as lines of at most 80 columns. `r`: a summary with settings, mesh, versions and processes added."""
-    share = "" if r["peak_share"] is None else f", {r['peak_share']:.1%} of the chip's peak"
-    mesh = " x ".join(f"{name} {size}" for name, size in r["mesh"].items())
+def options(settings: dict) -> str:
+    """What attention does that it need not, from a record's settings: ', soft cap 30, window 512', or nothing."""
+    cap, window = settings["soft_cap"], settings["sliding_window"]
+    return ("" if cap is None else f", soft cap {cap:g}") + ("" if window is None else f", window {window}")
+
+
+def work_lines(r: dict) -> list[tuple[str, str]]:
+    """What is run on what, of a record or of a run that was only planned: all that flags may change of the work."""
     s, processes = r["settings"], f"{r['processes']} process{'es' * (r['processes'] > 1)}"
-    lines = [
+    implementation = s["implementation"] or ("pallas" if r["platform"] == "tpu" else "xla")
+    return [
         ("devices", ", ".join(f"{n} x {kind}" for kind, n in r["devices"].items()) + f", {processes}"),
-        ("mesh", mesh),
+        ("mesh", " x ".join(f"{name} {size}" for name, size in r["mesh"].items())),
         (
             "model",
             f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
             f"{head_dim_words(s['head_dim'])}, {s['input_dtype']}",
         ),
+        ("attention", f"{implementation}{options(s)}"),
         (
             "cache",
             f"{r['pool_pages']} pages of {s['page_size']} tokens, {quantity(r['cache_bytes'], 'B')}, {s['dtype']}, "
             f"{r['bytes_per_token']} B a token",
         ),
-        ("workload", f"{r['requests']} requests of {r['workload']}, batch {s['batch']}"),
+        (
+            "workload",
+            f"{r['requests']} requests of {r['workload']}, seed {s['seed']}, batch {s['batch']}, tables of "
+            f"{s['pages_per_sequence']} pages",
+        ),
+    ]
+
+
+def table(r: dict) -> str:
+    """The report as lines of at most 80 columns. `r`: a summary with what was run and the versions added."""
+    share = "" if r["peak_share"] is None else f", {r['peak_share']:.1%} of the chip's peak"
+    lines = [
+        *work_lines(r),
         ("versions", " ".join(f"{name} {version}" for name, version in r["versions"].items())),
         None,
         ("tokens/s", f"{r['tokens_per_s']:.1f} ({r['tokens_per_s_per_chip']:.2f} a chip)"),

@@ -60,9 +60,8 @@ class Trace(NamedTuple):
     @property
     def name(self) -> str:
         """What a report calls it: its file, and what a reader of the numbers must know of the counts."""
-        said = self.file
-        if FORMATS[self.format].context is None:
-            said += f", token counts estimated ({BYTES_A_TOKEN} bytes of text a token)"
+        estimated = f", token counts estimated, {BYTES_A_TOKEN} bytes of text each"
+        said = f"{self.file} ({self.format}{'' if FORMATS[self.format].context else estimated})"
         if self.skipped:
             said += f", {self.skipped} without prompt or answer left out"
         return said

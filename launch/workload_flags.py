@@ -65,6 +65,9 @@ def requests_from_flags() -> tuple[list[Request], str]:
         name = "the built-in workload"
     if scale != 1:
         name += f", lengths x {scale:g}"
+    for what, most in (("prompts", MAX_CONTEXT.value), ("answers", MAX_GENERATED.value)):
+        if most is not None:
+            name += f", {what} of at most {most}"
     requests = shorten(requests, scale, MAX_CONTEXT.value, MAX_GENERATED.value)
     longest = max(requests, key=lambda r: r.tokens)
     require(

@@ -101,17 +101,17 @@ def test_columns_may_come_in_another_order_with_spaces_others_and_line_ends_of_w
 
 def test_the_name_in_reports_says_what_was_left_out_and_what_is_estimated(tmp_path):
     azure = write(tmp_path, HEADER + "t,5,6\nt,5,0\nt,0,3\nt,7,8\n", "azure.csv")
-    assert read_trace(azure).name == "azure.csv, 2 without prompt or answer left out"
-    assert read_trace(azure, limit=1).name == "azure.csv"
+    assert read_trace(azure).name == "azure.csv (azure), 2 without prompt or answer left out"
+    assert read_trace(azure, limit=1).name == "azure.csv (azure)"
     sharegpt = write(tmp_path, json.dumps(SHAREGPT), "sharegpt.json")
     assert read_trace(sharegpt).name == (
-        "sharegpt.json, token counts estimated (4 bytes of text a token), 2 without prompt or answer left out"
+        "sharegpt.json (sharegpt, token counts estimated, 4 bytes of text each), 2 without prompt or answer left out"
     )
     own_flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(trace=str(sharegpt), trace_format="sharegpt", num_requests=1, repeat_requests=2):
         requests, name = workload_flags.requests_from_flags()
     assert requests == [Request(0, 2, 3), Request(1, 2, 3)]
-    assert name == "sharegpt.json, token counts estimated (4 bytes of text a token), 2 times over"
+    assert name == "sharegpt.json (sharegpt, token counts estimated, 4 bytes of text each), 2 times over"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,9 @@ def requests_from_flags() -> tuple[list[Request], str]:
         repeat_requests=REPEAT_REQUESTS.value,
     )
     shared.check_seed()
+    for name, most in (("pages_per_sequence", MOST_TOKENS // shared.PAGE_SIZE.value), ("context_tokens", MOST_TOKENS)):
+        value = flags.FLAGS[name].value
+        require(value is None or value <= most, f"--{name}", value, f"must be at most {most}: positions are 32-bit")
     require(
         TRACE.value is not None or TRACE_FORMAT.value is None, "--trace_format", TRACE_FORMAT.value, "needs --trace"
     )

@@ -9,7 +9,7 @@ import flagsaver
 import pytest
 
 from paged_dist import make_pod_mesh
-from paged_dist.launch import decode, fits, workload_flags
+from paged_dist.launch import decode, fits, plan, workload_flags
 from paged_dist.launch.own_flags import FLAGS
 from paged_dist.launch.workload import MOST_TOKENS
 
@@ -107,5 +107,13 @@ def test_page_tables_count_too(monkeypatch, trace):
 def test_the_limits_of_a_table_are_those_of_positions_and_of_the_mesh():
     with pytest.raises(ValueError, match=f"--pages_per_sequence=99999999: must be at most {MOST_TOKENS // 128}: "):
         planned("--pages_per_sequence=99999999")
+    arguments = ["plan", "--topology=v5p:4x4x4"]
+    for flag, most in (
+        ("--pages_per_sequence=99999999", MOST_TOKENS // 128),
+        ("--context_tokens=3000000000", MOST_TOKENS),
+    ):
+        with flagsaver.flagsaver(), pytest.raises(ValueError, match=f"{flag}: must be at most {most}: "):
+            FLAGS([*arguments, flag])
+            plan.settings_from_flags()
     with pytest.raises(ValueError, match=r"--batch=100000000: must be at most 65536"):
         planned("--batch=100000000")

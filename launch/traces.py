@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,13 +203,13 @@ def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
             )
 
     def rows():
-        places = [header.index(name) for name in names]
+        places = [(header.index(name), name) for name in names]
         while (row := next_row()) is not None:
             if not row:
                 continue  # a blank line
             if len(row) != len(header):
                 raise here().error(f"has {len(row)} fields, the header {len(header)}: {','.join(row)[:80]!r}")
-            yield tuple(_tokens(row[i], name, here()) for i, name in zip(places, names, strict=True))
+            yield tuple(_tokens(row[i], name, here) for i, name in places)
 
     return format, rows()
 
@@ -264,7 +264,7 @@ def _object_rows(objects: Iterator[tuple[_Where, dict]], format: str) -> Iterato
         for name in names:
             if name not in one:
                 raise where.error(f"has no column {name}: {', '.join(one)[:80]!r}")
-        yield tuple(_tokens(one[name], name, where) for name in names)
+        yield tuple(_tokens(one[name], name, lambda where=where: where) for name in names)
 
 
 def _conversation(one: dict, where: _Where) -> tuple[int, int]:
@@ -287,13 +287,15 @@ def _conversation(one: dict, where: _Where) -> tuple[int, int]:
     return math.ceil(size / BYTES_A_TOKEN), 0
 
 
-def _tokens(value, column: str, where: _Where) -> int:
+def _tokens(value, column: str, where: Callable[[], _Where]) -> int:
     """A whole number of tokens from a CSV's field or from JSON."""
+    if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal():
+        return int(value)  # nearly all there are
     tokens = None
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         text = str(value).strip()
-        with contextlib.suppress(ValueError, OverflowError):  # Python's numbers may have underscores and other digits
+        with contextlib.suppress(ValueError):  # what float takes but underscores and other scripts' digits
             tokens = float(text) if text.isascii() and "_" not in text else None
     if tokens is None or not 0 <= tokens <= MOST_TOKENS or tokens != int(tokens):
-        raise where.error(f"has {column} {value!r}", f"it must be a whole number of tokens, 0 to {MOST_TOKENS}")
+        raise where().error(f"has {column} {value!r}", f"it must be a whole number of tokens, 0 to {MOST_TOKENS}")
     return int(tokens)

@@ -278,6 +278,7 @@ def test_the_inputs_of_a_step_are_not_compared_across_processes():
     assert sources[0] == sources[1]
     for layers in (PlainJax, FlaxNnx):
         assert inspect.getsource(layers.module).count("device_put") == 1  # in put_rows' docstring
+    assert not [file for file in (EXAMPLES.parent / "launch").glob("*.py") if "device_put" in file.read_text()]
 
 
 @pytest.mark.slow

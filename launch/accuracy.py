@@ -74,6 +74,9 @@ def settings_from_flags() -> Settings:
     whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
     lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
+    shared.check_sizes()
+    drawn = 2 * 4 * values["batch"] * max(lengths) * kv * values["head_dim"]
+    shared.check_host_memory("--context_lengths", text, drawn)
     shared.check_output(shared.OUTPUT.value)
     return Settings(**values, seed=shared.SEED.value, lengths=tuple(sorted(set(lengths))))
 
@@ -293,8 +296,7 @@ def main(argv) -> int:
         "failures": failures(results),
         "versions": report.versions(),
     }
-    print(table(record), flush=True)
-    written = report.append_output(NAME, shared.OUTPUT.value, record)
+    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
     return int(not written or bool(record["failures"]))
 
 

@@ -21,6 +21,7 @@ from paged_dist.launch import own_flags as flags
 from paged_dist.launch import workload_flags
 from paged_dist.launch.chips import chip_of
 from paged_dist.launch.fits import check_memory
+from paged_dist.launch.interrupt import INTERRUPTED, CtrlC
 from paged_dist.launch.workload import Request, pages_needed, whole_pool
 
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
@@ -31,7 +32,6 @@ flags.adopt_module_key_flags(workload_flags)
 NAME = "paged-dist-decode"
 ROWS_A_SHARD = 16
 _HBM_GIB_ELSEWHERE = 16.0  # where no device tells its memory
-_MOST_ROWS = 1 << 16  # of a block table: beyond it a typo is likelier than a pod
 
 
 @contextlib.contextmanager
@@ -62,6 +62,7 @@ def model_from_flags():
         model=shared.MODEL.value,
     )
     q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
+    shared.check_sizes()
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     cap = shared.SOFT_CAP.value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
@@ -134,8 +135,7 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
     mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
     data, context = mesh.shape["data"], mesh.shape["context"]
     batch = batch or shared.BATCH.value or ROWS_A_SHARD * data
-    most = max(_MOST_ROWS, ROWS_A_SHARD * data)
-    require(batch <= most, "--batch", batch, f"must be at most {most}")
+    shared.at_most(max(shared.MOST_ROWS, ROWS_A_SHARD * data), batch=batch)
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
     columns = shared.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
@@ -252,6 +252,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
         | {
             "benchmark": "decode",
             "partial": measured.stopped,
+            "profile_error": next((text for told in everyone if told and (text := told["profile_error"])), None),
             "projected": False,
             **report.origin(shared.given_flags()),
         }
@@ -259,8 +260,8 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
 
 
 def main(argv) -> int:
-    """Runs the benchmark that the flags describe; 0, 1 where an output was wrong or not written, 75 where it was asked
-    to stop (SIGTERM) and the record is a partial one."""
+    """Runs the benchmark that the flags describe; 0, 1 where an output was wrong or something was not written, 75 where
+    it was asked to stop (SIGTERM) and the record is a partial one, 130 where that was Ctrl-C."""
     del argv
     with _usage():
         model = model_from_flags()
@@ -294,10 +295,9 @@ def serve(model, requests: list[Request], workload: str, watch) -> int:
         return 0
 
     def finish(record: dict) -> int:
-        print(report.table(record), flush=True)
-        if not report.append_output(NAME, shared.OUTPUT.value, record) or not record["oracle_passed"]:
+        if not report.deliver(NAME, report.table(record), shared.OUTPUT.value, record) or not record["oracle_passed"]:
             return FAILED
-        return PREEMPTED if record["partial"] else 0
+        return PREEMPTED if record["partial"] else FAILED if record["profile_error"] else 0
 
     code = measure(run, watch, say, finish, profile_dir=shared.PROFILE_DIR.value)
     if code == FAILED and watch.process_id != 0:
@@ -323,6 +323,8 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
       finish: takes the record, on process 0, and returns the exit code, which all return.
       tag: tells this run from others under the same watch.
       sweep: steps done before under the same watch, where it is one of several runs: SIGTERM then does not end it.
+
+    Where this process was asked to stop by Ctrl-C, and all stopped, it returns 130 and the others 75.
     """
     import jax
 
@@ -333,6 +335,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     from paged_dist.watchdog import PREEMPTED
 
     measured = told = None
+    ctrl_c = CtrlC(NAME)
     takes_part = any(d.process_index == jax.process_index() for d in run.mesh.devices.flat)
     if takes_part:
         m, requests = run.model, run.requests
@@ -348,7 +351,11 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
         engine.warm_up()
     watch.meet(f"compiled{tag}")
     if takes_part:
-        measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
+        with contextlib.nullcontext() if sweep is not None else ctrl_c:
+            measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
+        if measured.profile_error:
+            text = f"--profile_dir={profile_dir!r}: no profile could be written: {measured.profile_error}"
+            print(f"{NAME}: error: {text}", file=sys.stderr, flush=True)
         told = report.told(measured, schedule.fingerprint)
     else:
         watch.idle()
@@ -359,7 +366,8 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
             return PREEMPTED
         return finish(record_of(run, measured, everyone))
 
-    return watch.decide(f"the report{tag}", told, conclude)
+    code = watch.decide(f"the report{tag}", told, conclude)
+    return INTERRUPTED if code == PREEMPTED and ctrl_c.came else code
 
 
 def dry_text(run: Run) -> str:

@@ -47,6 +47,7 @@ class Measured:
     worst_error: float = 0.0
     tally: tuple[int, int] = (0, 0)  # of this process's shards
     stopped: bool = False  # before the schedule was done, because a process was asked to
+    profile_error: str | None = None  # why there is no profile, where one was asked for
 
     @property
     def host_seconds(self) -> float:
@@ -98,7 +99,10 @@ def relative_error(output: np.ndarray, want: np.ndarray) -> float:
 
 
 class _Profile:
-    """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's."""
+    """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's.
+
+    Where it fails, as on a full disk, `measured.profile_error` says why, and the run goes on without it.
+    """
 
     def __init__(self, folder: str | None, measured: Measured):
         self._folder, self._measured, self._running = folder, measured, False
@@ -106,16 +110,22 @@ class _Profile:
     def before_step(self, step: int) -> None:
         start = time.perf_counter()
         if self._folder and step == 1:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
+            self._try(jax.profiler.start_trace, self._folder)
+            self._running = self._measured.profile_error is None
         elif step == 11:
             self.stop()
         self._measured.profile_seconds += time.perf_counter() - start
 
     def stop(self) -> None:
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            self._try(jax.profiler.stop_trace)
+
+    def _try(self, call: Callable, *arguments) -> None:
+        try:
+            call(*arguments)
+        except Exception as e:  # the profiler raises RuntimeError, OSError and errors of XLA's own
+            self._measured.profile_error = " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 class Engine:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from paged_dist._devices import memory_limit
 from paged_dist._errors import bad_value
+from paged_dist.launch import flags as shared
 from paged_dist.launch.workload import Request, whole_pool
 
 _ADVISED = 0.75  # share of the memory that advised sizes take: programs and the host's own need some too
-
-
-def host_memory() -> int:
-    """Bytes of this host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *, num_pages_given: bool) -> None:
@@ -32,7 +27,7 @@ def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *,
         return
     have, where = memory_limit(here[0]), "a device has"
     if here[0].platform == "cpu":  # simulated devices share the host
-        have, where = host_memory() / len(here), f"each of this host's {len(here)} devices has"
+        have, where = shared.host_bytes() / len(here), f"each of this host's {len(here)} devices has"
     tables = 4 * columns * pool.batch // pool.data
     need = spec.bytes_per_chip(mesh) + tables
     if need <= have:

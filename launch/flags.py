@@ -18,6 +18,8 @@ from absl import logging
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import own_flags as flags
+from paged_dist.launch.interrupt import INTERRUPTED
+from paged_dist.launch.local_pod import MOST_DEVICES
 
 DATA = flags.DEFINE_integer("data", None, "Mesh: shards of the batch. Default: what context and model leave.")
 CONTEXT = flags.DEFINE_integer("context", None, "Mesh: shards of one sequence's pages.")
@@ -84,7 +86,7 @@ TIMEOUTS = ("start_timeout_seconds", "timeout_seconds", "phase_timeout_seconds")
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices",
     None,
-    "Run on so many simulated CPU devices (in each process). Default: 8 where the host has no "
+    "Run on so many simulated CPU devices (in each process, at most 1024). Default: 8 where the host has no "
     "accelerator and the run has one process.",
 )
 COORDINATOR = flags.DEFINE_string(
@@ -129,12 +131,16 @@ def cli(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
             code = main(argv)
         except UsageError as e:
             _end(name, str(e))
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):
+                print(f"{name}: interrupted", file=sys.stderr, flush=True)
+            _leave(INTERRUPTED)
         except BaseException as e:
             if (code := getattr(e, "exit_code", None)) is not None:
                 _end(name, str(e), code)
             if not _is_one_of_several() or isinstance(e, SystemExit):
                 raise
-            code = 130 if isinstance(e, KeyboardInterrupt) else 1
+            code = 1
             with contextlib.suppress(OSError):
                 traceback.print_exc()
         if code:
@@ -173,7 +179,7 @@ _GROUPS = {
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 failed: a wrong output, a file that could not be written, an error, processes that did not "
     "come; 2 bad flags, nothing was started; 3 another process was lost, stuck or failed; 4 the processes disagree; 75 "
-    "asked to stop (SIGTERM), a partial result is written and marked as such; 128 + n: signal n."
+    "asked to stop (SIGTERM), a partial result is written and marked as such; 130 Ctrl-C, the same; 128 + n: signal n."
 )
 
 
@@ -266,6 +272,37 @@ def at_least(smallest: int, **by_flag: int | float | None) -> None:
         require(value is None or value >= smallest, f"--{name}", value, f"must be at least {smallest}")
 
 
+def at_most(largest: int, **by_flag: int | None) -> None:
+    """Raises ValueError where a flag's value is given and above `largest`: a typo is likelier than that it is meant."""
+    for name, value in by_flag.items():
+        require(value is None or value <= largest, f"--{name}", value, f"must be at most {largest}")
+
+
+MOST_ROWS = 1 << 16  # decoded together
+_LARGEST = {
+    **dict.fromkeys(("layers", "num_q_heads", "num_kv_heads", "head_dim", "page_size"), 1 << 16),
+    **dict.fromkeys(("context_tokens", "sliding_window"), 2**31 - 1),  # lengths are int32
+}
+
+
+def check_sizes() -> None:
+    """Raises ValueError where a size is so large that the run would hang, or fail deep inside, before it is refused."""
+    for name, largest in _LARGEST.items():
+        at_most(largest, **{name: flags.FLAGS[name].value})
+
+
+def host_bytes() -> int:
+    """Bytes of memory that this host has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_host_memory(argument: str, value: object, need: int) -> None:
+    """Raises ValueError where `need` bytes, of which `argument` is the likeliest cause, are over what this host has."""
+    have = host_bytes()
+    rule = f"takes {need / 1e9:.1f} GB, where this host has {have / 1e9:.1f} GB"
+    require(need <= have, argument, value, rule, "give smaller sizes")
+
+
 def check_hbm_gib() -> None:
     """Raises ValueError where --hbm_gib is no HBM of a chip."""
     gib = HBM_GIB.value
@@ -355,10 +392,11 @@ def start_jax(name: str):
       The `paged_dist.distributed.DistributedInfo`.
 
     Raises:
-      ValueError: --cpu_devices below 1, pallas_interpret in several processes, a time-out that is no positive number,
-        or coordinator flags of which some are missing or wrong.
+      ValueError: --cpu_devices below 1 or above 1024, pallas_interpret in several processes, a time-out that is no
+        positive number, or coordinator flags of which some are missing or wrong.
     """
     at_least(1, cpu_devices=CPU_DEVICES.value)
+    at_most(MOST_DEVICES, cpu_devices=CPU_DEVICES.value)
     timeout, start_timeout = TIMEOUT_SECONDS.value, START_TIMEOUT_SECONDS.value
     for flag in (TIMEOUT_SECONDS, START_TIMEOUT_SECONDS, PHASE_TIMEOUT_SECONDS):
         timely = flag.value is None or 0 < flag.value < math.inf
@@ -471,12 +509,16 @@ def simulate_devices(count: int | None, many_processes: bool) -> None:
     _choose_platform(count)
     if count is None and not many_processes:
         count = 8
-        if _DEVICE_COUNT in os.environ.get("XLA_FLAGS", ""):
+        if _DEVICE_COUNT in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
             return
     if count is not None:
         others = re.sub(rf"{_DEVICE_COUNT}=\S*", "", os.environ.get("XLA_FLAGS", ""))
         os.environ["XLA_FLAGS"] = f"{others} {_DEVICE_COUNT}={count}".strip()
+        os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # it would win
     import jax
+
+    if count is not None and jax.config.jax_num_cpu_devices != -1:
+        jax.config.update("jax_num_cpu_devices", -1)  # `import jax` has read the environment's before
 
     # `import jax` reads JAX_PLATFORMS, and may have come before us.
     if os.environ.get("JAX_PLATFORMS"):

@@ -70,6 +70,8 @@ def settings_from_flags() -> Settings:
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
     tokens = shared.CONTEXT_TOKENS.value or 4096
     shared.at_least(1, context_tokens=shared.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
+    shared.check_sizes()
+    shared.at_most(shared.MOST_ROWS, batch=values["batch"])
     q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
@@ -334,8 +336,8 @@ def main(argv) -> int:
         print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
         records += report_chip(s, chip, mesh, plans[chip])
     versions = report.versions()
-    print(table(s, records, versions), flush=True)
-    if not report.append_output(NAME, shared.OUTPUT.value, json_record(s, records, versions)):
+    record = json_record(s, records, versions)
+    if not report.deliver(NAME, table(s, records, versions), shared.OUTPUT.value, record):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 

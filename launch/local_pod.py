@@ -25,6 +25,8 @@ NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
 LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.watchdog, which would import jax
+MOST_PROCESSES = 256
+MOST_DEVICES = 1024  # of a process: 4,096 take 16 s to start, 100,000 eight minutes in which no signal is heard
 # Asks the kernel (prctl 1 is PR_SET_PDEATHSIG) and becomes the command. It is no preexec_fn: that runs Python in a fork
 # of this process, and hangs where another thread, such as one of JAX's, holds a lock. Two signals are as they were:
 # Python ignores them, and exec would keep that.
@@ -130,6 +132,7 @@ def pod_environment(process: int, processes: int, devices: int, port: int, base:
         "PYTHONUNBUFFERED": "1",
     }
     for name in (
+        "JAX_NUM_CPU_DEVICES",  # it would win over XLA_FLAGS
         "JAX_COORDINATOR_ADDRESS",
         "JAX_COORDINATOR_BIND_ADDRESS",
         "JAX_NUM_PROCESSES",
@@ -193,6 +196,7 @@ def run_pod(
             _drain(selector)
             return code
     except KeyboardInterrupt:
+        _say("interrupted: all processes are ended")
         return 130
     finally:
         # Ctrl-C once more must not leave a process behind.
@@ -297,8 +301,10 @@ def main(argv: Sequence[str]) -> int:
         epilog="exit codes: 0 all done; 124 time is up; 130 Ctrl-C; else that of the process that failed",
         usage="%(prog)s [--processes=N] [--devices=M] [--timeout_seconds=S] [--grace_seconds=S] -- LAUNCHER [FLAGS]",
     )
-    parser.add_argument("--processes", type=_count, default=2, help="processes to start (default 2)")
-    parser.add_argument("--devices", type=_count, default=4, help="simulated CPU devices of each (default 4)")
+    parser.add_argument("--processes", type=_count(MOST_PROCESSES), default=2, help="processes to start (default 2)")
+    parser.add_argument(
+        "--devices", type=_count(MOST_DEVICES), default=4, help="simulated CPU devices of each (default 4)"
+    )
     parser.add_argument("--timeout_seconds", type=float, default=None, help="end all after so long, with exit code 124")
     parser.add_argument(
         "--grace_seconds",
@@ -341,16 +347,25 @@ def _exists(launcher: str, command: Sequence[str]) -> bool:
         return False
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _count(most: int):
+    """The type of an argument that is a number from 1 to `most`."""
+
+    def count(text: str) -> int:
+        value = int(text)
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be at least 1 and at most {most}")
+        return value
+
+    return count
 
 
 def cli() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before or after the pod
+        _say("interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

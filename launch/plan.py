@@ -460,8 +460,7 @@ def main(argv) -> int:
         return 1
     from paged_dist.launch import report
 
-    print(table(record), flush=True)
-    written = report.append_output(NAME, shared.OUTPUT.value, record)
+    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
     return int(not written or bool(problems(record)))
 
 

@@ -54,14 +54,15 @@ def told(measured: Measured, digest: int) -> dict:
         "checked": int(m.checked),
         "tally": list(m.tally),
         "digest": digest,
+        "profile_error": m.profile_error,
     }
 
 
 def gather(everyone: Sequence[dict]) -> dict[str, np.ndarray]:
-    """What the processes `told`, each an array [processes, ...]."""
+    """What the processes `told`, each an array [processes, ...], but for errors."""
     dtypes = {"checked": np.int32, "tally": np.uint32, "digest": np.uint32}
     of = lambda name: [math.inf if (value := one[name]) is None else value for one in everyone]
-    return {name: np.asarray(of(name), dtypes.get(name, np.float64)) for name in everyone[0]}
+    return {name: np.asarray(of(name), dtypes.get(name, np.float64)) for name in everyone[0] if name != "profile_error"}
 
 
 def git_commit() -> str | None:
@@ -283,6 +284,19 @@ def wrap(name: str, text: str, width: int = 80) -> str:
     import textwrap
 
     return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
+
+
+def deliver(name: str, text: str, path: str | None, record: dict) -> bool:
+    """Appends a launcher's record to its output, if it has one, then prints `text`; False where either fails, which it
+    says. In this order: a reader of stdout that has gone away must not cost the record."""
+    written = append_output(name, path, record)
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        print(f"{name}: error: stdout could not be written: {e}", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
+        return False
+    return written
 
 
 def append_output(name: str, path: str | None, record: dict) -> bool:

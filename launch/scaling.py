@@ -31,7 +31,7 @@ from paged_dist.launch import decode, plan, sizing, workload_flags
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 from paged_dist.launch.chips import chip_of_topology, slice_of
-from paged_dist.launch.local_pod import dies_with_parent, launcher_command
+from paged_dist.launch.local_pod import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
 from paged_dist.launch.workload import Request, repeated
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
@@ -58,6 +58,7 @@ _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices"
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
 _NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace", "trace_format")  # of a trace its requests count
 _OF_PLANS = ("num_slices", "width", "mlp_width", "context_tokens")
+_MOST_RUNS = 1000
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
 
 
@@ -117,6 +118,8 @@ def check_flags() -> None:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
     shared.at_least(1, runs=RUNS.value, devices=DEVICES.value)
+    shared.at_most(MOST_DEVICES, devices=DEVICES.value)
+    shared.at_most(_MOST_RUNS, runs=RUNS.value)
     require(
         PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
     )
@@ -506,6 +509,7 @@ def main(argv) -> int:
         requests, workload = workload_flags.requests_from_flags()
         if SIZES.value is None and shared.is_lone_cpu_host():
             counts = whole_numbers("processes", PROCESSES.value)
+            shared.at_most(MOST_PROCESSES, processes=counts[-1])
             points = points_of([(n * DEVICES.value, {"processes": n}) for n in counts])
             return _dry_run(points) if shared.DRY_RUN.value else run_in_pods(Sweep(points, say, requests), say)
         shared.start_jax(NAME)

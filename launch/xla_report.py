@@ -46,6 +46,9 @@ def sizes_from_flags() -> dict:
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     tokens, page = sizes["table_tokens"], sizes["page_size"]
     require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
+    shared.check_sizes()
+    pools = 2 * 4 * sizes["batch"] * tokens * kv * sizes["head_dim"]  # drawn in f32
+    shared.check_host_memory("--table_tokens", tokens, pools)
     sizes["dtype"] = shared.kv_dtype(shared.KV_DTYPE.value)
     sizes["live"] = [_share(text) for text in LIVE.value]
     require(len(sizes["live"]) > 0, "--live", "", "must name at least one share", "--live=1,0.25 is the default")
@@ -254,8 +257,7 @@ def main(argv) -> int:
         "cpus": len(os.sched_getaffinity(0)),
         "versions": report.versions(),
     }
-    print(table(record), flush=True)
-    written = report.append_output(NAME, shared.OUTPUT.value, record)
+    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
     return 0 if written and all(r["agrees"] for r in results) else 1
 
 

@@ -17,7 +17,7 @@ def faulty(self, plan, tables):
 
     if jax.process_index() == int(process) and len(self.measured.step_seconds) == int(step):
         print(f"fault: {kind} of pid {os.getpid()}", file=sys.stderr, flush=True)
-        if kind in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+        if kind in ("SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT"):
             os.kill(os.getpid(), getattr(signal, kind))
         elif kind == "raise":
             raise ZeroDivisionError("as the test wants it")
@@ -39,5 +39,20 @@ if kind == "pages":
 
     schedule.Schedule.__init__ = keep
 
+if kind == "profile":
+    import jax
+
+    write = jax.profiler.stop_trace
+
+    def full():
+        write()
+        raise OSError(28, "No space left on device")
+
+    jax.profiler.stop_trace = full
+
+if kind == "compile":
+    Engine.compile = lambda _: signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background has it ignored
 Engine._dispatch = faulty
 decode.cli()

@@ -17,18 +17,19 @@ import threading
 import time
 import warnings
 
+import flagsaver
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from processes import free_port, run_processes, start
 
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, distributed, make_pod_mesh
 from paged_dist._judge import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
 from paged_dist._signals import SlowAbort, action_of, handler_in, set_action
 from paged_dist._watchers import Spoke
+from paged_dist.launch import compare, report
 from paged_dist.launch import flags as shared
+from paged_dist.launch import own_flags as flags
 from paged_dist.launch.local_pod import pod_environment, reserve_port
 
 # What process 0 judges, on a clock of the test's own
@@ -942,7 +943,7 @@ def test_a_second_start_of_a_process_and_of_a_coordinator_leaves_the_run_alone(t
         assert [p.returncode for p in pod.processes] == [0, 0] and len(pod.records()) == 1
 
 
-def test_a_full_disk_loses_no_line_ends_all_with_1_and_leaves_no_half_line(tmp_path):
+def test_a_full_disk_ends_all_with_1_and_costs_no_line_but_its_own(tmp_path):
     """The files that process 0 writes may grow to this size and no further, as on a disk that is full."""
     whole = json.dumps({"before": "x" * 3000}) + "\n"
     (tmp_path / "out.jsonl").write_text(whole)
@@ -957,7 +958,11 @@ def test_a_full_disk_loses_no_line_ends_all_with_1_and_leaves_no_half_line(tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, signal_before)
-    assert (tmp_path / "out.jsonl").read_text() == whole
+    text = (tmp_path / "out.jsonl").read_text()
+    assert text.startswith(whole) and "\n" not in text[len(whole) :]
+    report.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
+    rows, warning = compare.read_rows(str(tmp_path / "out.jsonl"))
+    assert rows == [json.loads(whole), {"after": 1}] and "line 2: not JSON" in warning
 
 
 def test_the_coordinator_of_a_local_pod_listens_on_loopback_alone(tmp_path):

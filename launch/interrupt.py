@@ -1,0 +1,40 @@
+"""Ctrl-C on a run that has something to report: it ends like one that is asked to stop by SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class CtrlC:
+    """While its block runs, the first Ctrl-C is passed on as SIGTERM; a second one is a KeyboardInterrupt as ever.
+
+    Args:
+      name: the program's, in front of the line that the first one prints.
+
+    Attributes:
+      came: whether there was one.
+    """
+
+    def __init__(self, name: str):
+        self.came, self._name, self._before = False, name, None
+
+    def __enter__(self) -> CtrlC:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in the background
+            self._before = signal.signal(signal.SIGINT, self._asked)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _asked(self, number, frame) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # not print(): the main thread may be in one
+            text = f"{self._name}: interrupted: stops before the next step; Ctrl-C once more ends it at once\n"
+            os.write(2, text.encode())
+        signal.raise_signal(signal.SIGTERM)

@@ -175,7 +175,7 @@ def run_pod(
       0 where all end with 0, else the exit code of the first to fail (128 + n where signal n ended it; not 3, another
       process was lost, where one failed by itself); 124 after `timeout_seconds`, 130 after Ctrl-C. SIGTERM is passed
       on, for launchers to finish their step: the exit code is then theirs, or 143 where one is left after
-      `grace_seconds`. No process is left in any case.
+      `grace_seconds`. Ctrl-C is passed on as SIGTERM, a second one waits for nobody. No process is left in any case.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     children: list[Child] = []
@@ -190,13 +190,16 @@ def run_pod(
                     for pipe in children[-1].pipes:
                         selector.register(pipe, selectors.EVENT_READ, children[-1])
                 code = _watch(children, selector, deadline)
-            except _Terminated:
+            except (_Terminated, KeyboardInterrupt) as asked:
+                is_ctrl_c = isinstance(asked, KeyboardInterrupt)
+                if is_ctrl_c:
+                    _say("interrupted: the processes are asked to stop; Ctrl-C once more kills them")
                 code = _preempt(children, selector, grace_seconds)
+                code = 130 if is_ctrl_c else code
             _end(children)
             _drain(selector)
             return code
-    except KeyboardInterrupt:
-        _say("interrupted: all processes are ended")
+    except (KeyboardInterrupt, _Terminated):  # after Ctrl-C
         return 130
     finally:
         # Ctrl-C once more must not leave a process behind.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -21,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
-from paged_dist._files import write_all
+from paged_dist._files import try_lock, write_all
 from paged_dist.kernels._tiling import stored_head_dim
 from paged_dist.launch.chips import chip_of
 from paged_dist.launch.engine import ERROR_BOUNDS, Measured
@@ -347,13 +346,6 @@ _LOCK_SECONDS = 10  # a writer holds it for one write
 def _lock(fd: int) -> bool:
     """Locks a file against others that append to it, until it is closed; False where that cannot be had."""
     until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.01)
-        except OSError:  # a network mount or a device that has no locks
-            return False
+    while (is_locked := try_lock(fd)) is False and time.monotonic() < until:
+        time.sleep(0.01)
+    return bool(is_locked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 
@@ -53,6 +54,18 @@ def write_file(path: str, data: bytes) -> None:
         sync(fd)
     finally:
         os.close(fd)
+
+
+def try_lock(fd: int) -> bool | None:
+    """Locks a file or folder until it is closed, against others that ask too: False where another has it, None where
+    its mount has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def digest(data: bytes) -> str:

@@ -20,7 +20,7 @@ import shutil
 import warnings
 
 from paged_dist._errors import bad_value, require
-from paged_dist._files import digest, sync_folder, write_file
+from paged_dist._files import digest, sync_folder, try_lock, write_file
 
 FORMAT = "paged-dist cache 2"
 FORMAT_1 = "paged-dist cache 1"
@@ -128,6 +128,7 @@ class NewSave:
         self._folder, self._token = folder, token.hex()
         self.data = os.path.join(folder, f"data-{self._token}")
         self._manifest, self._made = None, False
+        self._lock = None  # a descriptor of the folder
         self._may_be_valid = False  # whether a manifest names the files, as far as can be known
 
     def begin(self, is_first: bool) -> None:
@@ -139,6 +140,7 @@ class NewSave:
             os.mkdir(self._folder)
             self._made = True
         if is_first:
+            self._lock_folder()
             names = os.listdir(self._folder)
             named = {match[2] for name in names if (match := _MANIFEST.fullmatch(name))} | {self._token}
             for name in names:
@@ -146,6 +148,19 @@ class NewSave:
                     shutil.rmtree(os.path.join(self._folder, name), ignore_errors=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.data)
+
+    def _lock_folder(self) -> None:
+        """Raises ValueError where another save is under way: its files would be taken for left over."""
+        with contextlib.suppress(OSError):  # a mount without locks: one at a time is the caller's duty then
+            self._lock = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        is_free = self._lock is None or try_lock(self._lock) is not False
+        require(is_free, "folder", self._folder, "another save is being written to it", "wait for its end")
+
+    def close(self) -> None:
+        """Lets other saves to the folder begin."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
 
     def commit(self, manifest: dict) -> None:
         """Writes the manifest, from when on the save is valid; then removes what it replaces.

@@ -64,8 +64,8 @@ def save(
       chunk_bytes: of pages that each device stages, and the host holds of each device, at once.
 
     Raises:
-      ValueError: an allocator of another cache, copies that are due, a folder that exists, a file, or a symbolic link
-        (also with `overwrite`).
+      ValueError: an allocator of another cache, copies that are due, a folder that exists, a file, a symbolic link
+        (also with `overwrite`), or a folder that another save is being written to.
       OSError: it could not be written; on every process, whichever it was that could not. Says what is there where that
         is more than the save before.
     """
@@ -97,6 +97,8 @@ def save(
         if _is_first():  # no other may where it cannot know whether the save has become valid
             new.withdraw()
         raise
+    finally:
+        new.close()
 
 
 def restore(

@@ -133,13 +133,25 @@ def test_interrupting_the_pod_ends_every_process(pod, tmp_path, number, code):
     assert not any(map(runs, children))
 
 
-def test_sigterm_lets_the_processes_end_by_themselves(pod, tmp_path):
+def test_a_second_ctrl_c_kills_the_processes(pod, tmp_path):
+    p = pod(STUBBORN, "--processes=2", "--grace_seconds=1000")
+    children = pids(tmp_path, 2)
+    p.send_signal(signal.SIGINT)
+    assert "Ctrl-C once more kills them" in p.stderr.readline()
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=LIMIT)
+    assert p.returncode == 130 and "Traceback" not in out + err
+    assert not any(map(runs, children))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_sigterm_and_ctrl_c_let_the_processes_end_by_themselves(pod, tmp_path, number, code):
     late = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), print('wrote', me, flush=True), sys.exit(75)))\n"
     p = pod(late + SLEEP, "--processes=2")
     children = pids(tmp_path, 2)
-    p.terminate()
+    p.send_signal(number)
     out, _ = p.communicate(timeout=LIMIT)
-    assert p.returncode == 75 and {"[p0] wrote 0", "[p1] wrote 1"} <= set(out.splitlines())
+    assert p.returncode == code and {"[p0] wrote 0", "[p1] wrote 1"} <= set(out.splitlines())
     assert not any(map(runs, children))
 
 

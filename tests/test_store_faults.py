@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -22,6 +23,9 @@ SPEC = pd.CacheSpec(2, 128, 8, 64, "float32")
 CALLS = ("open", "write", "fsync", "close", "mkdir", "unlink", "rmdir", "listdir", "scandir", "rename", "replace")
 
 
+REAL_OPEN = os.open
+
+
 class Killed(BaseException):
     """In place of SIGKILL: nothing that the dead process still calls has an effect."""
 
@@ -36,6 +40,7 @@ class Faults:
     def __init__(self, at: int = -1, kind: str | set = "fails", error: int = errno.ENOSPC, process: int | None = None):
         self.at, self.kind, self.error, self.process = at, kind, error, process
         self.calls, self.dead, self.known = 0, set(), threading.local()
+        self.opened: set[int] = set()  # descriptors, which the kernel closes where a process is killed
 
     @property
     def here(self) -> int:
@@ -60,11 +65,17 @@ class Faults:
             if self.process in (None, self.here):
                 now, self.calls = now or (self.calls == self.at and self.kind != "short"), self.calls + 1
             if not now:
-                return real(*args, **kwargs)
+                done = real(*args, **kwargs)
+                if real is REAL_OPEN:
+                    self.opened.add(done)
+                if name == "close":
+                    self.opened.discard(args[0])
+                return done
             if name == "write":
                 real(args[0], args[1][: len(args[1]) // 2])
             if name == "close":
                 real(*args)
+                self.opened.discard(args[0])
             if self.kind == "killed":
                 self.dead.add(self.here)
                 raise Killed
@@ -73,9 +84,11 @@ class Faults:
         return call
 
     def fails_always(self, name, args) -> bool:
-        """Whether `kind` has this call: by its name, 'fsync_folder' for an fsync of a folder."""
+        """Whether `kind` has this call: by its name, or as 'fsync_folder' or 'unlink_manifest'."""
         if name == "fsync" and "fsync_folder" in self.kind:
             return os.path.isdir(f"/proc/self/fd/{args[0]}")
+        if name == "unlink" and "unlink_manifest" in self.kind:
+            return "manifest-" in os.fspath(args[0])
         return name in self.kind
 
 
@@ -146,6 +159,8 @@ class Pod:
                 thread.start()
             for thread in threads:
                 thread.join(120)
+        for fd in self.faults.opened:
+            os.close(fd)
         return raised[self.faults.process or 0]
 
 
@@ -252,9 +267,10 @@ def test_a_mount_that_removes_nothing_keeps_the_old_save_beside_the_new(tmp_path
 def test_where_neither_writing_nor_removing_is_sure_nothing_that_may_be_valid_is_removed(tmp_path, monkeypatch):
     pods, folder, n = Pod(monkeypatch), tmp_path / "saved", 0
     assert pods.save(folder, 1.0) is None
-    raised, seen = True, set()
-    while raised is not None:
-        raised = pods.save(folder, 2.0, Faults(n, {"unlink"}), overwrite=True)
+    faults, seen = Faults(n, {"unlink_manifest"}), set()
+    while faults.calls >= n:
+        faults = Faults(n, {"unlink_manifest"})
+        pods.save(folder, 2.0, faults, overwrite=True)
         seen.add(value_of(folder))
         assert pods.save(folder, 1.0, overwrite=True) is None and names(folder) == ["data", "manifest"]
         n += 1
@@ -275,7 +291,7 @@ def test_an_error_after_everything_was_written_says_what_is_there(tmp_path, monk
     for n in range(100):
         faults = Faults(n, error=errno.EIO)
         raised = pods.save(folder, 2.0, faults, overwrite=True)
-        if raised is None:
+        if faults.calls <= n:
             break
         if "the save is whole, and so is one before it" in str(raised):
             seen.add("synced")
@@ -308,6 +324,21 @@ def test_a_link_and_a_file_are_refused_before_anything_is_written(tmp_path, monk
             assert isinstance(raised, ValueError) and says in str(raised)
     assert sorted(tmp_path.rglob("*")) == there and file.read_text() == "mine"
     assert value_of(real) == value_of(link) == 1.0
+
+
+def test_another_save_to_a_folder_is_refused_while_one_is_under_way(tmp_path, monkeypatch):
+    pods, folder = Pod(monkeypatch), tmp_path / "saved"
+    assert pods.save(folder, 1.0) is None
+    under_way = folder / ("data-" + "0" * 16)
+    under_way.mkdir()
+    fd = os.open(folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    for _ in range(2):
+        assert "another save is being written to it" in str(pods.save(folder, 2.0, overwrite=True))
+        assert under_way.is_dir() and value_of(folder) == 1.0 and names(folder) == ["data", "data", "manifest"]
+    os.close(fd)
+    assert pods.save(folder, 2.0, overwrite=True) is None
+    assert value_of(folder) == 2.0 and names(folder) == ["data", "manifest"]
 
 
 def test_an_empty_folder_is_saved_to_and_foreign_files_are_let_be(tmp_path, monkeypatch):

@@ -289,13 +289,18 @@ def deliver(name: str, text: str, path: str | None, record: dict) -> bool:
     """Appends a launcher's record to its output, if it has one, then prints `text`; False where either fails, which it
     says. In this order: a reader of stdout that has gone away must not cost the record."""
     written = append_output(name, path, record)
+    return print_text(name, text) and written
+
+
+def print_text(name: str, text: str) -> bool:
+    """Prints launcher `name`'s `text`; False where stdout cannot be written, which it says."""
     try:
         print(text, flush=True)
     except OSError as e:
         print(f"{name}: error: stdout could not be written: {e}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
         return False
-    return written
+    return True
 
 
 def append_output(name: str, path: str | None, record: dict) -> bool:
@@ -321,8 +326,7 @@ def append_json_line(path: str, record: dict) -> None:
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON's null
-    data = json.dumps(finite, sort_keys=True, allow_nan=False).encode() + b"\n"
+    data = json.dumps(_finite(record), sort_keys=True, allow_nan=False).encode() + b"\n"
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         is_locked = _lock(fd)
@@ -338,6 +342,15 @@ def append_json_line(path: str, record: dict) -> None:
                 raise OSError(errno.ENOSPC, "a part of the line only could be written", path)
     finally:
         os.close(fd)
+
+
+def _finite(value):
+    """`value` with JSON's null for NaN and infinities, which it has not, however deep they are."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _LOCK_SECONDS = 10  # a writer holds it for one write

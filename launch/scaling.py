@@ -244,11 +244,10 @@ class Sweep:
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
-        from paged_dist.launch import scaling_report
+        from paged_dist.launch import report, scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
-        if rows:
-            print(scaling_report.table(rows), flush=True)
+        printed = not rows or report.print_text(NAME, scaling_report.table(rows))
         mine = {r["key"] for r in rows}
         rows += [r for r in rows_of(shared.OUTPUT.value) if _counts(r) and r["key"] not in mine]
         if PLOT.value is not None and rows:
@@ -260,8 +259,10 @@ class Sweep:
                 os.replace(beside, PLOT.value)
             except OSError as e:
                 self._say(f"error: --plot={PLOT.value!r}: could not be written: {e}")
+                with contextlib.suppress(OSError):
+                    os.unlink(beside)
                 return 1
-        return 0
+        return int(not printed)
 
 
 # Local pods

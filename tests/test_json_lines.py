@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import threading
 
@@ -44,6 +45,11 @@ def no_locks(monkeypatch, error):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_numbers_that_json_has_not_are_null_however_deep(path):
+    report.append_json_line(str(path), {"a": math.nan, "b": {"c": [1.5, (math.inf, "x", True)]}})
+    assert json.loads(path.read_text().splitlines()[1]) == {"a": None, "b": {"c": [1.5, [None, "x", True]]}}
 
 
 @pytest.mark.parametrize("error", [None, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])

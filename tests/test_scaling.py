@@ -130,6 +130,31 @@ def test_the_table_says_what_is_projected_in_80_columns():
     assert "        4x1x1     1      4         280        70        2        3   70%    1" in text.splitlines()
 
 
+@pytest.mark.parametrize("fails", ["stdout", "plot"])
+def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capfd, fails):
+    rows, said = tmp_path / "rows.jsonl", []
+    rows.write_text(json.dumps(row("strong", 1, 100.0) | {"benchmark": "scaling", "key": "other"}) + "\n")
+
+    class Figure:
+        def savefig(self, path, format):
+            with open(path, "w") as file:
+                file.write("half")
+            if fails == "plot":
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scaling_report, "figure", lambda rows: Figure())
+    with flagsaver.flagsaver():
+        flags.FLAGS(["scaling", f"--output={rows}", f"--plot={tmp_path}/rows.svg"])
+        sweep = scaling.Sweep([], said.append, [])
+        sweep.points, sweep.done = ["one"], {"one": row("strong", 2, 150.0) | {"key": "mine"}}
+        with open("/dev/full" if fails == "stdout" else os.devnull, "w") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert sweep.conclude() == 1
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", *(["rows.svg"] if fails == "stdout" else [])]
+    assert ("could not be written" in capfd.readouterr().err) == (fails == "stdout")
+    assert len(said) == (fails == "plot") and all("--plot=" in line for line in said)
+
+
 def test_measured_and_projected_are_never_in_one_line_style():
     pytest.importorskip("matplotlib")
     speed, share = scaling_report.figure(ROWS).axes

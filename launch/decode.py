@@ -156,7 +156,7 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
     pool = Pool(batch, data, context, pages // shards, page_size)
     given = shared.NUM_PAGES.value is not None
     check_memory(spec, mesh, pool, requests, columns, num_pages_given=given)
-    pool.check_fits(requests)
+    pool.check_fits(requests, model.dtype)
     return Run(model, mesh, spec, pool, requests, workload, columns)
 
 

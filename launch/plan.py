@@ -269,7 +269,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
     counted, workload = s.requests, s.workload
     if not counted:
         counted, workload = (Request(0, sizes.context_tokens, 0),), f"{sizes.context_tokens} tokens"
-    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("requests", "times")}
+    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("requests", "times", "batch_step")}
     return {
         "benchmark": "plan",
         "projected": True,

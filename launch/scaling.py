@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable, Mapping
 
 from paged_dist._devices import place_of
 from paged_dist._errors import bad_value, require
@@ -450,13 +451,20 @@ def _sizes_here(devices: list) -> list[int]:
 # Plans
 
 
-def _settings_of(point: Point) -> sizing.Settings:
-    shape = dict(zip(("data", "context", "model"), point.mesh, strict=True))
-    s = plan.settings_from_flags(point.topology)
-    return dataclasses.replace(s, **shape, batch=point.batch // point.times, times=point.times)
+def settings_of(points: list[Point]) -> dict[Point, sizing.Settings]:
+    """What to plan, point by point."""
+    found = {}
+    for p in points:
+        shape = dict(zip(("data", "context", "model"), p.mesh, strict=True))
+        s = plan.settings_from_flags(p.topology)
+        found[p] = dataclasses.replace(s, **shape, batch=p.batch // p.times, times=p.times)
+    step = math.lcm(*(p.mesh[0] // math.gcd(p.mesh[0], p.times) for p in points))
+    return {p: dataclasses.replace(s, batch_step=step) for p, s in found.items()}
 
 
-def fits_all(settings: dict[Point, sizing.Settings], meshes: dict[Point, object]):
+def fits_all(
+    settings: dict[Point, sizing.Settings], meshes: dict[Point, object]
+) -> Callable[[Mapping[str, int]], bool]:
     """Whether changed settings fit every point: what is advised of one must hold for the others."""
     return lambda changes: all(
         sizing.fits_with(s, meshes[p], chip_of_topology(p.topology), changes) for p, s in settings.items()
@@ -519,18 +527,29 @@ def main(argv) -> int:
     return run_here(model, requests, workload)
 
 
-def _main_of_plans(say) -> int:
+def planned() -> tuple[dict[Point, sizing.Settings], Callable[[Mapping[str, int]], bool]]:
+    """The settings of every slice of --plan, checked, and whether changed ones fit them all.
+
+    Raises:
+      ValueError: what does not fit a slice, with what fits all of them.
+    """
     from paged_dist.topology import topology_devices
 
-    shared.start_tpu_compiler()
     names = dict.fromkeys(slice_of(t, "--plan").topology for t in PLAN.value)
-    points = points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
-    settings = {p: _settings_of(p) for p in points}
+    settings = settings_of(
+        points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
+    )
     meshes = {p: plan.mesh_of(s) for p, s in settings.items()}
     fits = fits_all(settings, meshes)
-    for p, s in settings.items():  # refused before anything is compiled
+    for p, s in settings.items():
         plan.checked_sizes(s, meshes[p], chip_of_topology(p.topology), None, fits)
-    return _dry_run(points) if shared.DRY_RUN.value else run_plans(settings, fits, say)
+    return settings, fits
+
+
+def _main_of_plans(say) -> int:
+    shared.start_tpu_compiler()
+    settings, fits = planned()  # refused before anything is compiled
+    return _dry_run(list(settings)) if shared.DRY_RUN.value else run_plans(settings, fits, say)
 
 
 def cli() -> None:

@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np
 
 from paged_dist._errors import bad_value
-from paged_dist.launch.workload import Request, pages_needed
+from paged_dist.launch.workload import Request, pages_needed, whole_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Pool:
         """The most pages that a sequence of `tokens` takes on one context shard."""
         return pages_needed(pages_needed(tokens, self.page_size), self.context)
 
-    def check_fits(self, requests: list[Request]) -> None:
-        """Raises ValueError where a request would not fit even alone."""
+    def check_fits(self, requests: list[Request], dtype="bfloat16") -> None:
+        """Raises ValueError where a request would not fit even alone; `dtype`: the cache's, of what is advised."""
         largest = max(requests, key=lambda r: r.tokens)
         need = self.pages_on_each_chip(largest.tokens)
         if need > self.pages_per_shard:
@@ -81,7 +81,7 @@ class Pool:
                 self.pages_per_shard * shards,
                 f"{self.pages_per_shard} pages a shard, but request {largest.id} of {largest.tokens} "
                 f"tokens needs {need}",
-                f"give at least {need * shards}",
+                f"give at least {whole_pool(need * shards, self.page_size, dtype, shards)}",
             )
 
     def pages_that_never_wait(self, requests: list[Request]) -> int:

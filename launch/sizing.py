@@ -49,6 +49,7 @@ class Settings:
     workload: str  # what to call them
     mlp_width: int = 0
     times: int = 1  # B is `batch` so many times: a weak point of a sweep
+    batch_step: int = 1  # `batch` is a multiple of it: what divides over every mesh of a sweep
 
 
 _SEQUENCE = ("model", "context")  # the chips that share a sequence
@@ -212,7 +213,7 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
     longest, mean = _lengths(s.requests)
     columns = s.pages_per_sequence or pages_needed(max(longest, s.context_tokens or 0), s.page_size)
     tokens = s.context_tokens or mean
-    step = data // math.gcd(data, s.times)  # of --batch: data divides B
+    step = math.lcm(s.batch_step, data // math.gcd(data, s.times))  # of --batch: data divides B
     batch = s.batch or _ROWS_A_SHARD * data // s.times
     most = room(hbm - weight_bytes - (int(hbm * KEPT) if kept is None else kept))
     nearest = min(-(-(s.num_pages or most) // (unit * shards)) * unit * shards, most)  # to --num_pages

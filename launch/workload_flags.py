@@ -33,7 +33,7 @@ _DRAWN_REQUESTS = 96
 
 def are_given() -> bool:
     """Whether a flag says which requests are meant."""
-    return any(flags.FLAGS[f.name].present for f in flags.FLAGS.get_flags_for_module(__name__))
+    return any(f.present for f in (TRACE, NUM_REQUESTS, LENGTH_SCALE, MAX_CONTEXT, MAX_GENERATED, REPEAT_REQUESTS))
 
 
 def requests_from_flags() -> tuple[list[Request], str]:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from paged_dist._devices import place_of, slice_of
 from paged_dist._errors import bad_value, require
+from paged_dist._mesh_sizes import infer_sizes
 from paged_dist.topology import topology_devices
 
 AXIS_NAMES = ("data", "context", "model")  # of `make_pod_mesh`, outermost first
@@ -206,79 +207,6 @@ def devices_to_simulate(found: Sequence[jax.Device], **sizes: int | None) -> int
             infer_sizes(count * processes, **sizes)
             return count
     return None
-
-
-def infer_sizes(
-    num_devices: int,
-    *,
-    data: int | None = None,
-    context: int | None = None,
-    model: int | None = None,
-    num_kv_heads: int | None = None,
-    model_parallelism: int | None = None,
-) -> tuple[int, int, int]:
-    """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments."""
-    if model_parallelism is not None:
-        if model is None:
-            to_split = model_parallelism
-            if context is not None:
-                require(
-                    model_parallelism % context == 0,
-                    "context",
-                    context,
-                    f"must divide model_parallelism {model_parallelism}",
-                    _divisors_near(model_parallelism, context),
-                )
-                to_split = model_parallelism // context
-            model = to_split if num_kv_heads is None else math.gcd(to_split, num_kv_heads)
-        require(
-            model_parallelism % model == 0,
-            "model",
-            model,
-            f"must divide model_parallelism {model_parallelism}",
-            _divisors_near(model_parallelism, model),
-        )
-        rest = model_parallelism // model
-        require(
-            context in (None, rest),
-            "context",
-            context,
-            f"model {model} x context must be model_parallelism {model_parallelism}",
-            f"leave it out, or pass {rest}",
-        )
-        context = rest
-    model, context = model or 1, context or 1
-    if num_kv_heads is not None:
-        require(
-            num_kv_heads % model == 0,
-            "model",
-            model,
-            f"must divide num_kv_heads {num_kv_heads}, for heads are never repeated",
-            f"model={math.gcd(model, num_kv_heads)}, "
-            f"context={context * model // math.gcd(model, num_kv_heads)} uses as many devices"
-            if num_devices % (context * model) == 0
-            else _divisors_near(num_kv_heads, model),
-        )
-    group = context * model
-    if num_devices % group:
-        raise bad_value(
-            "context x model" if context > 1 else "model",
-            group,
-            f"must divide the number of devices, {num_devices}",
-            _divisors_near(num_devices, group),
-        )
-    if data is None:
-        data = num_devices // group
-    if data * group != num_devices:
-        raise bad_value(
-            "data",
-            data,
-            f"data x context x model = {data} x {context} x {model} = {data * group} must be "
-            f"the number of devices, {num_devices}",
-            f"data={num_devices // group} (or None) works with context {context} and model {model}"
-            + (f", and so does a list of {data * group} devices" if data * group < num_devices else ""),
-        )
-    return data, context, model
 
 
 def _divisors_near(total: int, wanted: int) -> str:

@@ -1,6 +1,7 @@
 """`kernel_report`: that it prints what was counted and compiled, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from aot import needs_libtpu
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 from paged_dist.kernels.paged_attention import decode_cost, decode_launch
 from paged_dist.kernels.paged_attention.megacore import Target
-from paged_dist.launch import compiled, kernel_report
+from paged_dist.launch import accuracy, compiled, kernel_report, xla_report
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
 
@@ -251,3 +252,14 @@ def test_a_bad_flag_ends_the_run_with_one_line(argument, message):
 
 def test_the_chips_of_the_flag_are_those_that_can_be_compiled_for():
     assert set(kernel_report.KNOWN_CHIPS) == set(compiled.CHIPS)
+
+
+@pytest.mark.parametrize("launcher", [accuracy, kernel_report, xla_report])
+def test_help_says_one_default_of_each_flag(launcher):
+    with flagsaver.flagsaver():
+        for name, value in launcher._DEFAULTS.items():  # as its `cli` does
+            flags.FLAGS.set_default(name, value)
+        words = " ".join(shared.help_text(launcher.__name__).split())
+    of_flags = re.split(r" (?=--[\[\w])", words)
+    assert [of for of in of_flags if of.lower().count("default: ") > 1] == []
+    assert any(of.endswith(f"(default: {launcher._DEFAULTS['batch']})") for of in of_flags if of.startswith("--batch:"))

@@ -11,10 +11,13 @@ import sys
 import time
 from types import SimpleNamespace
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 from aot import collectives, compile_on, needs_libtpu
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from slices import crossings, groups_along, partitions
 
@@ -80,9 +83,12 @@ def test_sizes_left_out_are_inferred(num_devices, asked, shape):
             {"data": 4, "model": 4},
             r"data=4: .*4 x 1 x 4 = 16 must be the number of devices, 8; data=2 \(or None\) works",
         ),
-        ({"model": 3}, "model=3: must divide the number of devices, 8; the nearest divisors of 8 are 1, 2, 4, 8"),
-        ({"context": 3, "model": 2}, "context x model=6: must divide the number of devices, 8; .* are 2, 4, 8"),
-        ({"model": 16}, "model=16: must divide the number of devices, 8; the nearest divisors of 8 are 4, 8"),
+        ({"model": 3}, "model=3: must divide the number of devices, 8; model=1, 2, 4 or 8 works"),
+        ({"context": 3, "model": 2}, "context x model=6: must divide the number of devices, 8; context=4 works"),
+        ({"model": 16}, "model=16: must divide the number of devices, 8; model=4 or 8 works"),
+        ({"model": 16, "num_kv_heads": 32}, "model=16: must divide the number of devices, 8; model=4 or 8 works"),
+        ({"model": 3, "num_kv_heads": 32}, "model=3: must divide num_kv_heads 32.*; model=1, 2, 4 or 8 works"),
+        ({"data": 3, "model": 5}, "model=5: must divide the number of devices, 8; model=4, data=2 works"),
         (
             {"model": 8, "num_kv_heads": 2},
             "model=8: must divide num_kv_heads 2.*; model=2, context=4 uses as many devices",
@@ -100,7 +106,7 @@ def test_sizes_left_out_are_inferred(num_devices, asked, shape):
         ({"num_slices": 2}, "num_slices=2: the 8 cpu devices lie on 1 slice; pass 1 or None"),
         (
             {"model_parallelism": 6, "num_kv_heads": 2},
-            "context x model=6: must divide the number of devices, 8; the nearest divisors of 8 are 2, 4, 8",
+            "context x model=6: must divide the number of devices, 8; model_parallelism=8 works",
         ),
         (
             {"data": 2, "num_kv_heads": 2, "model_parallelism": 8},
@@ -152,6 +158,30 @@ def test_the_mesh_of_the_readme_on_a_host_with_one_cpu_device_takes_the_advice()
     assert alone.returncode == 1 and "XLA_FLAGS=--xla_force_host_platform_device_count=4" in alone.stderr, alone.stderr
     done = run(re.search(r"jax\.config\.update\(.*?\)", alone.stderr)[0])
     assert done.stdout.strip() == "{'data': 1, 'context': 1, 'model': 4}", done.stderr
+
+
+SIZE = st.none() | st.integers(1, 33)
+
+
+@given(
+    st.sampled_from([1, 4, 8, 24, 256, 8960]),
+    st.fixed_dictionaries(dict.fromkeys(("data", "context", "model", "num_kv_heads", "model_parallelism"), SIZE)),
+)
+@hypothesis.settings(derandomize=True, max_examples=100, deadline=None)
+def test_whatever_sizes_are_asked_the_ones_advised_work(num_devices, asked):
+    try:
+        infer_sizes(num_devices, **asked)
+    except ValueError as e:
+        works = str(e).partition("; ")[2]
+        if several := re.fullmatch(r"(\w+)=([\d, ]+) or (\d+) works", works):
+            changes = [{several[1]: int(size)} for size in [*several[2].split(", "), several[3]]]
+        elif "leave it out" in works:
+            changes = [{"context": None}, {"context": int(works.split()[-1])}]
+        else:
+            changes = [{name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", works)}]
+        for change in changes:
+            assert change
+            infer_sizes(num_devices, **asked | change)
 
 
 def test_devices_of_several_platforms_are_refused():

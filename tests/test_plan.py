@@ -556,3 +556,12 @@ def test_bad_flags_end_with_one_line(arguments, words):
     code, text, err = run(*arguments)
     line = err.strip().splitlines()[-1]
     assert (code, text) == (2, "") and line.startswith("paged-dist-plan: error: ") and words in line, err
+
+
+@needs_libtpu
+def test_the_launcher_takes_its_own_advice():
+    bad = ["--topology=v5e:4x8", "--batch=100001", "--dry_run"]
+    code, _, err = run(*bad)
+    advice = re.findall(r"--\w+=\d+", err.partition("; ")[2])
+    assert (code, len(advice)) == (2, 1)
+    assert run(*bad, *advice)[0] == 0

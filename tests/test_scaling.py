@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -211,6 +212,35 @@ def test_a_size_that_is_no_box_is_refused():
         scaling.sub_devices(list(topology_devices("v5p:4x4x4")), 3)
     with pytest.raises(ValueError, match="--sizes=3: there are 2 devices"):
         scaling.sub_devices([SimpleNamespace(coords=None)] * 2, 3)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("slices", "arguments", "flag"),
+    [
+        ("v5e-16,v5e:4x8", ["--batch=100000", "--layers=20"], "--batch="),
+        ("v5e:4x4,v5e:8x8,v5e:2x2", ["--batch=43008", "--layers=20", "--scaling=weak"], "--batch="),
+        ("v5e:4x4,v6e:2x4", ["--layers=3000", "--num_kv_heads=8", "--num_q_heads=8"], "--batch="),
+        ("v5e:2x2,v5p:4x4x4", ["--layers=900000", "--width=4096"], "--width="),
+        ("v5e:2x2,v5p:4x4x4", ["--context_tokens=10000000", "--model=1"], "--batch="),
+        ("v5p:2x2x1,v5e:2x2", ["--hbm_gib=90"], "--hbm_gib=90.0: a v5e chip"),
+    ],
+)
+def test_advice_for_one_slice_of_a_plan_fits_all_when_given_back(slices, arguments, flag):
+    def check(*more):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["scaling", f"--plan={slices}", *arguments, *more])
+            scaling.check_flags()
+            return scaling.planned()
+
+    with pytest.raises(ValueError, match="--") as e:
+        check()
+    assert str(e.value).startswith(flag)
+    advice = re.findall(r"--\w+=[\d.]*\d", str(e.value).partition("; ")[2])
+    settings, fits = check(*advice)
+    if flag == "--batch=" and len(advice) == 1:  # the largest
+        (s, *_) = settings.values()
+        assert not fits({"batch": s.batch + s.batch_step})
 
 
 # Sweeps that run

@@ -3,9 +3,10 @@
     paged-dist-plan --topology=v5p:8x8x8 --num_kv_heads=8 --num_q_heads=64 --layers=80 --model_parallelism=32
 
 It fills the pod's HBM with a cache, compiles the step (append and attend in every layer; with --width also the
-attention's projections) with libtpu on this host's CPU, and prints what it read from the compiled program: memory,
-collectives, copies, the kernels' vector and scalar memory; how many tokens and sequences of a trace fit; and the least
-time that a step can take. Nothing runs, no TPU is needed.
+attention's projections, with --mlp_width the MLP) with libtpu on this host's CPU, and prints what it read from the
+compiled program: memory, collectives, copies, the kernels' vector and scalar memory; how many tokens and sequences of a
+trace, or of --context_tokens, fit; and the least time that a step can take. Without --batch a data shard has 16 rows, or
+as many as there is room for. Nothing runs, no TPU is needed.
 """
 
 from __future__ import annotations

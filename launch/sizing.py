@@ -264,9 +264,14 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
         rule = f"page ids are int32, at most {_INT32}" if pages > _INT32 else rule
         return Refused("--num_pages", pages, rule, (Way("num_pages", most), *out))
     # An allocator begins each sequence on the context shard where the last one ended: all of a data shard's pages fill.
-    rows, a_row, there = batch * s.times // data, pages_needed(tokens, s.page_size), pages // data
+    a_row, there = pages_needed(tokens, s.page_size), pages // data
+    if s.batch is None and s.times == 1:  # rows that nobody asked for are as many as there is room for
+        batch = min(batch, max(there // a_row, 1) * data // s.times)
+    rows = batch * s.times // data
     if rows * a_row > there:
-        rule = f"{rows} rows of {tokens} tokens on a data shard take {rows * a_row} pages, it has {there}"
+        rule = (
+            f"{rows} row{'s' * (rows > 1)} of {tokens} tokens on a data shard take {rows * a_row} pages, it has {there}"
+        )
         return Refused("--batch", batch, rule, out, "give a larger slice")
     return Sizes(cache(pages), batch * s.times, columns, tokens, hbm, weight_bytes)
 

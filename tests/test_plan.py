@@ -199,7 +199,8 @@ def test_an_output_projection_whose_heads_do_not_divide_over_context_is_whole_on
 
 
 def test_sequences_of_the_context_that_was_asked_are_counted():
-    s = settings("--context_tokens=1000000")
+    s = settings("--context_tokens=1000000", "--layers=80", "--num_kv_heads=8", "--num_q_heads=64")
+    assert sizes(s).batch == 4 * 4  # as many as there is room for, where no --batch says how many
     assert (s.requests, sizes(s).context_tokens, sizes(s).pages_per_sequence) == ((), 1000000, 7813)
     assert settings("--context_tokens=1000000", "--num_requests=5").requests == tuple(draw_requests(5))
 
@@ -212,28 +213,28 @@ def test_an_8_bit_cache_is_filled_in_whole_tiles_of_scales():
 
 REFUSED = [
     (["--num_pages=100000000"], "--num_pages=100000000: a cache of", "--num_pages=12297856 fits"),
-    (["--num_pages=33"], "must be a multiple of the mesh's data x context size 4 x 4", "--num_pages=48 --batch=4 fit"),
-    (["--num_pages=33", "--context_tokens=256"], "data x context size 4 x 4", "--num_pages=48 --batch=24 fit"),
+    (["--num_pages=33"], "must be a multiple of the mesh's data x context size 4 x 4", "--num_pages=48 fits"),
+    (["--num_pages=33", "--batch=64"], "data x context size 4 x 4", "--num_pages=48 --batch=4 fit"),
     (["--num_pages=3000000000", "--layers=1"], "page ids are int32", "--num_pages=24595712 fits"),
     (["--kv_dtype=int8", "--num_pages=1000"], "with 8 pages on each, whose scales", "--num_pages=1024 fits"),
     (["--batch=6"], "--batch=6: must be a multiple of the mesh's data size 4", "--batch=8 fits"),
     (["--batch=6000001"], "must be a multiple of the mesh's data size 4", "--batch=1024820 fits"),
     (["--num_pages=160", "--batch=64", "--context_tokens=1000"], "--batch=64: 16 rows of 1000", "--batch=20 fits"),
-    (["--width=65536", "--layers=1200"], "--width=65536: 131.25 GiB of weights", "--layers=835 fits"),
+    (["--width=65536", "--layers=1200"], "--width=65536: 131.25 GiB of weights", "--layers=856 fits"),
     (
         ["--layers=90000", "--num_kv_heads=32", "--num_q_heads=32"],
-        "16 rows of 1434 tokens",
+        "1 row of 1434 tokens",
         "--context_tokens=1024 fit",
     ),
     (
         ["--layers=9000000"],
         "--layers=9000000: the program leaves no room for a page of 9000000",
-        "--layers=32025 fits",
+        "--layers=512410 fits",
     ),
     (["--pages_per_sequence=2"], "--context_tokens=1434: a row's 2 pages hold 256", "--pages_per_sequence=12 fits"),
     (["--context_tokens=9000", "--pages_per_sequence=4"], "hold 512", "--pages_per_sequence=71 fits"),
     (["--pages_per_sequence=99000000"], "must be a length in int32", "--pages_per_sequence=16777215 fits"),
-    (["--context_tokens=3000000000"], "lengths are int32", "--context_tokens=24595712 fits"),
+    (["--context_tokens=3000000000"], "lengths are int32", "--context_tokens=393531392 fits"),
     (["--num_q_heads=6", "--num_kv_heads=2"], "--num_q_heads=6: must be a multiple of model 4", ""),
 ]
 

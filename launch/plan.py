@@ -5,8 +5,8 @@
 It fills the pod's HBM with a cache, compiles the step (append and attend in every layer; with --width also the
 attention's projections, with --mlp_width the MLP) with libtpu on this host's CPU, and prints what it read from the
 compiled program: memory, collectives, copies, the kernels' vector and scalar memory; how many tokens and sequences of a
-trace, or of --context_tokens, fit; and the least time that a step can take. Without --batch a data shard has 16 rows, or
-as many as there is room for. Nothing runs, no TPU is needed.
+trace, or of --context_tokens, fit; and the least time that a step can take. Without --batch a data shard has 16 rows,
+or as many as there is room for. Nothing runs, no TPU is needed.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ def mesh_of(s: Settings):
 
     model = s.model
     if model is None and s.model_parallelism is None:
-        devices = len(topology_devices(s.topology, s.num_slices)) // s.num_slices  # model stays inside a slice
-        model = math.gcd(s.num_kv_heads, devices // ((s.data or 1) * (s.context or 1)) or 1)
+        devices, context = len(topology_devices(s.topology, s.num_slices)), s.context or 1
+        model = math.gcd(s.num_kv_heads, devices // s.num_slices // context)  # model stays inside a slice
+        model = math.gcd(model, devices // ((s.data or 1) * context)) or 1
     return make_pod_mesh(
         data=s.data,
         context=s.context,

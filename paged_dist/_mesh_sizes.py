@@ -16,11 +16,14 @@ def infer_sizes(
     model: int | None = None,
     num_kv_heads: int | None = None,
     model_parallelism: int | None = None,
+    slice_devices: int | None = None,
 ) -> tuple[int, int, int]:
-    """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments."""
-    asked = dict(
-        data=data, context=context, model=model, num_kv_heads=num_kv_heads, model_parallelism=model_parallelism
-    )
+    """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments.
+
+    `slice_devices`, of several slices alone: context x model must divide it, for only data is split over slices.
+    """
+    asked = dict(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
+    asked |= dict(model_parallelism=model_parallelism, slice_devices=slice_devices)
     found = _sizes_of(num_devices, **asked)
     if isinstance(found, tuple):
         return found
@@ -50,6 +53,7 @@ def _sizes_of(
     model: int | None,
     num_kv_heads: int | None,
     model_parallelism: int | None,
+    slice_devices: int | None,
 ) -> tuple[int, int, int] | _Unfit:
     """`infer_sizes`, or why there are none."""
     if model_parallelism is not None:
@@ -77,6 +81,9 @@ def _sizes_of(
     if num_devices % group:
         argument = "context x model" if context > 1 else "model"
         return _Unfit(argument, group, f"must divide the number of devices, {num_devices}")
+    if slice_devices is not None and slice_devices % group:
+        rule = f"must divide a slice's {slice_devices} devices, for only data is split over slices"
+        return _Unfit("context x model" if context > 1 else "model", group, rule)
     if data is None:
         data = num_devices // group
     if data * group != num_devices:

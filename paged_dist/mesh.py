@@ -173,7 +173,8 @@ def make_pod_mesh(
         require(not twice, "devices", twice[:4], f"{len(twice)} devices are listed more than once")
         platforms = sorted({d.platform for d in found})
         require(len(platforms) == 1, "devices", platforms, "are of several platforms", "pass those of one")
-    on_slices = len({slice_of(d) for d in found})
+    slices = collections.Counter(map(slice_of, found))
+    on_slices = len(slices)
     require(
         num_slices in (None, on_slices),
         "num_slices",
@@ -181,6 +182,8 @@ def make_pod_mesh(
         f"the {len(found)} {found[0].platform} devices lie on {on_slices} slice{'s' * (on_slices > 1)}",
         f"pass {on_slices} or None if that is what should run",
     )
+    if on_slices > 1:
+        sizes["slice_devices"] = math.gcd(*slices.values())
     try:
         shape = infer_sizes(len(found), **sizes)
     except ValueError as e:

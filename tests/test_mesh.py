@@ -166,9 +166,12 @@ SIZE = st.none() | st.integers(1, 33)
 @given(
     st.sampled_from([1, 4, 8, 24, 256, 8960]),
     st.fixed_dictionaries(dict.fromkeys(("data", "context", "model", "num_kv_heads", "model_parallelism"), SIZE)),
+    st.sampled_from([1, 1, 2, 4]),
 )
 @hypothesis.settings(derandomize=True, max_examples=100, deadline=None)
-def test_whatever_sizes_are_asked_the_ones_advised_work(num_devices, asked):
+def test_whatever_sizes_are_asked_the_ones_advised_work(num_devices, asked, slices):
+    if slices > 1:
+        num_devices, asked = num_devices * slices, asked | {"slice_devices": num_devices}
     try:
         infer_sizes(num_devices, **asked)
     except ValueError as e:

@@ -559,6 +559,47 @@ def test_bad_flags_end_with_one_line(arguments, words):
     assert (code, text) == (2, "") and line.startswith("paged-dist-plan: error: ") and words in line, err
 
 
+def each_advised(error):
+    """Every change that an error of a mesh's sizes says to work: name -> size."""
+    works = str(error).partition("; ")[2]
+    if several := re.fullmatch(r"(\w+)=([\d, ]+) or (\d+) works", works):
+        return [{several[1]: int(size)} for size in [*several[2].split(", "), several[3]]]
+    if "leave it out" in works:
+        return [{"context": None}, {"context": int(works.split()[-1])}]
+    return [{name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", works)}]
+
+
+@needs_libtpu
+@given(
+    st.fixed_dictionaries(
+        dict.fromkeys(("data", "context", "model", "model_parallelism"), st.none() | st.integers(1, 9))
+    ),
+    st.sampled_from(["v6e:4x4", "v5p:2x2x4", "tpu7x:1x1x1"]),
+    st.integers(1, 3),
+    st.sampled_from([1, 4, 6, 8]),
+)
+@hypothesis.settings(derandomize=True, max_examples=60, deadline=None)
+def test_whatever_mesh_is_asked_the_one_advised_is_taken(sizes, topology, slices, kv_heads):
+    more = dict(topology=topology, num_slices=slices, num_kv_heads=kv_heads)
+    s = dataclasses.replace(as_by_default(), **sizes, **more)
+    try:
+        plan.mesh_of(s)
+    except ValueError as e:
+        for change in each_advised(e):
+            assert change, e
+            plan.mesh_of(dataclasses.replace(s, **change))
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "topology", ["v6e:1x1", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:1x1", "tpu7x:1x1x1"))]
+)
+def test_a_single_chip_is_planned(topology):
+    r = plan.plan(settings("--layers=2", "--kv_dtype=int8", topology=topology))
+    assert plan.problems(r) == [] and r["chips"] == 1 and r["sequences"] > 0
+    assert r["used_bytes"] > 0.95 * r["hbm_bytes"]
+
+
 @needs_libtpu
 def test_the_launcher_takes_its_own_advice():
     bad = ["--topology=v5e:4x8", "--batch=100001", "--dry_run"]

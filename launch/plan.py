@@ -410,12 +410,15 @@ def _weights_text(r: dict) -> str:
     others = ["norms", "embeddings", *([] if s["mlp_width"] else ["the MLP (--mlp_width)"])]
     if not s["width"]:
         return "none are counted: --width and --mlp_width count the layers'"
-    whole = "" if r["output_heads"] == "scattered" else " alone, for its heads do not divide over context too"
-    wo = "" if r["mesh"]["context"] == 1 else f", wo over model{whole or ' x context'}"
-    mlp = f"; the MLP's of {s['mlp_width']} over model x context" if s["mlp_width"] else ""
+    mlp = f"the MLP's of hidden width {s['mlp_width']}" if s["mlp_width"] else ""
+    if r["mesh"]["context"] == 1:
+        where = f" and {mlp}, over model" if mlp else ", over model"
+    else:
+        wo = "x context" if r["output_heads"] == "scattered" else "alone, for its heads do not divide over context too"
+        where = f", wq, wk and wv over model, wo over model {wo}" + (f"; {mlp}, over model x context" if mlp else "")
     return (
-        f"counted are attention's projections, wq, wk and wv over model{wo}{mlp}. Not counted are "
-        f"{', '.join(others[:-1])} and {others[-1]}: leave them room by --hbm_gib"
+        f"counted are attention's projections{where}. Not counted are {', '.join(others[:-1])} and {others[-1]}: leave "
+        "them room by --hbm_gib"
     )
 
 

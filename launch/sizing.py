@@ -216,20 +216,12 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
     step = math.lcm(s.batch_step, data // math.gcd(data, s.times))  # of --batch: data divides B
     batch = s.batch or _ROWS_A_SHARD * data // s.times
     most = room(hbm - weight_bytes - (int(hbm * KEPT) if kept is None else kept))
-    nearest = min(-(-(s.num_pages or most) // (unit * shards)) * unit * shards, most)  # to --num_pages
-    fewer_rows = Way("batch", -(-batch // step) * step, step)
-    shorter = Way("context_tokens", min(tokens, _INT32), beside={"batch": step})
-    fewer_layers = Way("num_layers", s.num_layers, beside={"batch": step})
-    least = Way("num_layers", s.num_layers, beside={"batch": step, "context_tokens": 1})
-    out: tuple[Way, ...] = (fewer_rows, shorter, fewer_layers, least)
-    if s.num_pages:  # which may be what is wrong
-        other = (Way("num_pages", nearest), *(_beside(way, num_pages=nearest) for way in out))
-        out = (*out, *other, Way("num_pages", most), *(_beside(way, num_pages=most) for way in out))
-    over, hidden = model * context, s.mlp_width
-    if hidden % over:
-        nearest = -(-hidden // over) * over
-        ways = Way("mlp_width", nearest), *(_beside(way, mlp_width=nearest) for way in out)
-        return Refused("--mlp_width", hidden, f"must be a multiple of model x context = {over}", ways)
+    out = _ways_out(s, Way("batch", -(-batch // step) * step, step), tokens, most, unit * shards)
+    over = model * context
+    if s.mlp_width % over:
+        up = -(-s.mlp_width // over) * over
+        ways = Way("mlp_width", up), *(_beside(way, mlp_width=up) for way in out)
+        return Refused("--mlp_width", s.mlp_width, f"must be a multiple of model x context = {over}", ways)
     if tokens > _INT32:
         rule = f"lengths are int32, at most {_INT32}"
         return Refused("--context_tokens", tokens, rule, (Way("context_tokens", _INT32), *out))
@@ -256,7 +248,8 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
     if pages % (unit * shards):
         rule = f"must be a multiple of the mesh's data x context size {data} x {context}"
         rule += f" with {unit} pages on each, whose scales fill whole tiles" if unit > 1 else ""
-        return Refused("--num_pages", pages, rule, (Way("num_pages", nearest), *out))
+        nearest = Way("num_pages", _nearest(pages, unit * shards, most))
+        return Refused("--num_pages", pages, rule, (nearest, *out))
     if pages > room(hbm - weight_bytes):
         rule = f"a cache of {gib(pages // shards * page_bytes)} a device"
         rule += f" and {gib(weight_bytes)} of weights" if weight_bytes else ""
@@ -269,9 +262,8 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
         batch = min(batch, max(there // a_row, 1) * data // s.times)
     rows = batch * s.times // data
     if rows * a_row > there:
-        rule = (
-            f"{rows} row{'s' * (rows > 1)} of {tokens} tokens on a data shard take {rows * a_row} pages, it has {there}"
-        )
+        of = f"{rows} row{'s' * (rows > 1)} of {tokens} tokens"
+        rule = f"{of} on a data shard take {rows * a_row} pages, it has {there}"
         return Refused("--batch", batch, rule, out, "give a larger slice")
     return Sizes(cache(pages), batch * s.times, columns, tokens, hbm, weight_bytes)
 
@@ -281,6 +273,29 @@ def _lengths(requests: tuple[Request, ...]) -> tuple[int, int]:
     """(tokens of the longest request, the mean of all, half answered); 0 where there is none."""
     mean = sum(r.context + r.generated / 2 for r in requests) / max(len(requests), 1)
     return max((r.tokens for r in requests), default=0), round(mean)
+
+
+def _ways_out(s: Settings, rows: Way, tokens: int, most: int, page_step: int) -> tuple[Way, ...]:
+    """What may help where something does not fit, what changes the least first.
+
+    `rows`: of --batch; `most`: the pages that fit, in steps of `page_step`.
+    """
+    few = {rows.field: rows.step}  # a row on each data shard
+    shorter = Way("context_tokens", min(tokens, _INT32), beside=few)
+    fewer_layers = Way("num_layers", s.num_layers, beside=few)
+    least = Way("num_layers", s.num_layers, beside={**few, "context_tokens": 1})
+    out = rows, shorter, fewer_layers, least
+    if s.num_pages is None:
+        return out
+    found = list(out)  # with the pages that were asked for, with as many as can be, with all that fit
+    for pages in (_nearest(s.num_pages, page_step, most), most):
+        found += [Way("num_pages", pages), *(_beside(way, num_pages=pages) for way in out)]
+    return tuple(found)
+
+
+def _nearest(pages: int, step: int, most: int) -> int:
+    """The number of pages nearest to `pages` from above that is a multiple of `step`, and `most` at most."""
+    return min(-(-pages // step) * step, most)
 
 
 def _beside(way: Way, **changes: int) -> Way:

@@ -371,6 +371,21 @@ def test_prefixes_are_forgotten_by_namespace_or_all_and_rows_stay():
     assert a.live_pages.size == 0 and a.digest() == allocator(rows=4, columns=2, pages=8).digest()
 
 
+def test_a_prefix_that_a_move_doubles_goes_end_first_too():
+    """Row 2, which holds its beginning, is on data shard 1 there; what nobody holds of it, with all before, on 0."""
+    a = allocator(rows=4, pages=8)
+    a.allocate(2, P)
+    a.cache_prefix(2, [7] * P)
+    a.allocate(3, 2 * P, a.prefix_match([7] * P))
+    a.cache_prefix(3, [7] * 2 * P)
+    a.free(3)
+    new, moves = a.moved(a.spec, AbstractMesh((2, 1, 1), ("data", "context", "model")))
+    assert moves.tolist() == [[0, 0], [1, 1], [0, 4]]
+    new.allocate(0, 3 * P)
+    assert new.block_tables[0].tolist() == [2, 3, 1, -1]
+    assert new.prefix_match([7] * 2 * P, data_shard=0).num_tokens == P
+
+
 def test_the_order_in_which_cached_pages_go_is_part_of_the_digest_over_all_shards():
     """`moved` brings the most recent along, whichever shard it is on."""
     made = []

@@ -48,7 +48,9 @@ def copy_pages(
       ValueError: copies of another shape or dtype; a cache that does not divide over the mesh; two pairs of one page,
         where the host has them (NumPy, lists, arrays on CPU; not in a jit).
     """
-    copies = copies if isinstance(copies, jax.Array) else np.asarray(copies)
+    if not isinstance(copies, jax.Array):
+        copies = np.asarray(copies)
+        copies = copies.astype(jax.dtypes.canonicalize_dtype(copies.dtype))  # as jnp.asarray would
     mesh = op_mesh(cache, mesh, axes, implementation)
     _check_copies(copies)
     if (seen := on_host(copies)) is not None:

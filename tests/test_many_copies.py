@@ -52,7 +52,7 @@ def test_eager_copies_of_any_number_are_one_program(monkeypatch):
     spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), pod(2, 1, 1)
     program = copies._copy_sharded.jitted
     before = program._cache_size()
-    for as_array in (np.asarray, jnp.asarray):
+    for as_array in (np.int64, np.ndarray.tolist, jnp.asarray):
         for count in (0, 1, 4, 9):
             pairs = np.array([[i, 16 + i] for i in range(count)], np.int32).reshape(-1, 2)
             pairs = np.concatenate([pairs, np.full((3, 2), -1, np.int32)])  # as the allocator gives them

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import selectors
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, distrib
 from paged_dist._judge import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
 from paged_dist._signals import SlowAbort, action_of, handler_in, set_action
 from paged_dist._watchers import Spoke
+from paged_dist._wire import Peer, encoded
 from paged_dist.launch import compare, report
 from paged_dist.launch import flags as shared
 from paged_dist.launch import own_flags as flags
@@ -611,6 +613,32 @@ def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late, where):
             return said
 
         assert run_threads(3, work) == [[[[n, i] for i in range(3)] for n in range(3)]] * 3 and not ended
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_line_belongs_to_its_session_however_the_stream_is_cut(seed):
+    rng = random.Random(seed)
+    sent = [[{"n": [session, i]} for i in range(rng.randrange(4))] for session in (1, 2, 3)]
+    hello = lambda session: {"hello": "x", "session": session}
+    stream = b"".join(encoded(m) for i, messages in enumerate(sent) for m in [hello(i + 1), *messages])
+    ours, theirs = socket.socketpair()
+    with ours, theirs, selectors.DefaultSelector() as events:
+        peer = Peer(ours)
+        heard = []
+        for session in (1, 2, 3):
+            peer.begin(None, "y")
+            peer.register(events, 0)
+            heard.append(peer.messages())
+            size = len(stream) if session == 3 else rng.randrange(len(stream) + 1)
+            part, stream = stream[:size], stream[size:]
+            theirs.sendall(part)
+            heard[-1] += peer.read(events) if part else []
+            assert peer.present == (hello(session) in heard[-1]) == bool(heard[-1])
+            events.unregister(ours)
+        assert heard[2] == [hello(3), *sent[2]]  # the last session has read all; what was left of the others is dropped
+        for i in (0, 1):
+            whole = [hello(i + 1), *sent[i]]
+            assert heard[i] == whole[: len(heard[i])]
 
 
 @pytest.mark.filterwarnings("error::ResourceWarning")

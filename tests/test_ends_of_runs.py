@@ -57,6 +57,7 @@ def test_ctrl_c_on_one_of_several_stops_all_before_the_same_step(tmp_path, proce
     assert record["partial"] and record["steps"] < 20 and "Traceback" not in pod.log(0) + pod.log(1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_compiles_is_one_line(tmp_path):
     code, out, lines, record = faulty(tmp_path, "compile:0:0")
     assert (code, out, record) == (130, "", None) and lines[-1] == "interrupted"

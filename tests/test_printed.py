@@ -83,6 +83,7 @@ def test_the_printed_implementation_is_that_of_the_platform():
     described |= dict(mesh={"data": 4}, requests=1, workload="x", pool_pages=4, cache_bytes=1, bytes_per_token=1)
     names = ("layers", "num_q_heads", "num_kv_heads", "head_dim", "input_dtype", "page_size", "dtype", "seed", "batch")
     settings = dict.fromkeys((*names, "pages_per_sequence", "soft_cap", "sliding_window", "implementation"))
+    settings["head_dim"] = 128
     lines = dict(report.work_lines(described | {"settings": settings}))
     assert lines["attention"] == "pallas" and lines["devices"] == "4 x TPU v5, 2 processes"
 

@@ -44,8 +44,8 @@ def _load_rows(to: PageAllocator, rows: list) -> dict[int, int]:
         _holds(len(held) == 2, f"row {row}: {held}")
         length, pages = held
         length, pages = whole_number("state", length), [whole_number("state", page) for page in pages]
-        told = f"row {row} of {length} tokens with the pages {pages}"
-        _holds(0 <= length <= to.max_tokens and len(pages) == to.pages_for(length), told)
+        _holds(0 <= length <= to.max_tokens and len(pages) == to.pages_for(length), f"row {row}: {held}")
+        told = f"row {row} with the pages {pages}"
         base, first = row // to.rows_per_shard * C, pages[0] // each if pages else 0
         _holds([page // each for page in pages] == [base + (first - base + i) % C for i in range(len(pages))], told)
         _holds(len(set(pages)) == len(pages), f"{told}: one twice")

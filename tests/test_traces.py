@@ -144,7 +144,7 @@ def test_the_name_in_reports_says_what_was_left_out_and_what_is_estimated(tmp_pa
         ('{"input_length": 5}\n', "line 1 has no column output_length, only input_length"),
         ("[]", "holds no request"),
         ("[1]", "item 0 is no JSON object: 1"),
-        ('[\n{"id": 1},\n]', "line 3 column 1 is no JSON"),
+        ('[\n{"id": 1},\nx]', "line 3 column 1 is no JSON"),
         ('[{"conversations": [{"from": "human"}]}]', """item 0 has conversations[0] {"from": "human"}"""),
         ('[{"conversations": []}, {"conversations": 5}]', "item 1 has no list of conversations"),
         ("[" * 100000, "nested too deep"),

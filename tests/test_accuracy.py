@@ -38,6 +38,7 @@ def test_errors_are_within_their_bounds_and_do_not_grow_with_length(results):
     assert accuracy.failures(results) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*page_size=")
 def test_heads_that_are_stored_padded_are_as_exact():
     s = SETTINGS._replace(head_dim=96, lengths=(128,))

@@ -342,6 +342,9 @@ def connected(count, monkeypatch, timeout_seconds=10, **options):
     try:
         yield [Watchdog(timeout_seconds, **options) for _ in range(count)], ended
     finally:
+        for thread in threading.enumerate():
+            if thread.name == "watchdog":
+                thread.join(2)  # or its exception were another test's warning
         for pair in pairs.values():
             for end_of_it in pair:
                 end_of_it.close()
@@ -493,6 +496,7 @@ def test_a_peer_that_does_not_read_is_found_silent_however_much_there_is_to_say(
         watch.__enter__()
         watch._say({"value": ["the report", "x" * 20_000_000]})
         assert end.wait(10)
+        watch._thread.join(10)
     assert ended[0][0] == LOST and "lost process 0, the coordinator" in ended[0][1] and "silent" in ended[0][1]
 
 

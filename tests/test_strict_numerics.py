@@ -96,14 +96,13 @@ def attended(case: Case, cache, implementation=None) -> list:
 @pytest.mark.parametrize(
     ("name", "x64"),
     [
-        ("bf16_context", True),
         ("int8_context", False),
         ("fp8_64", True),
         *(
             pytest.param(name, x64, marks=pytest.mark.slow)
             for name, x64 in (
                 ("f32", False), ("f32", True), ("head_dim_64", False), ("head_dim_64", True),
-                ("bf16_context", False), ("int8_context", True), ("fp8_64", False),
+                ("bf16_context", False), ("bf16_context", True), ("int8_context", True), ("fp8_64", False),
             )
         ),
     ],

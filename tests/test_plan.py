@@ -595,7 +595,7 @@ def test_whatever_mesh_is_asked_the_one_advised_is_taken(sizes, topology, slices
     "topology", ["v6e:1x1", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:1x1", "tpu7x:1x1x1"))]
 )
 def test_a_single_chip_is_planned(topology):
-    r = plan.plan(settings("--layers=2", "--kv_dtype=int8", topology=topology))
+    r = plan.plan(settings("--layers=40", "--kv_dtype=int8", topology=topology))
     assert plan.problems(r) == [] and r["chips"] == 1 and r["sequences"] > 0
     assert r["used_bytes"] > 0.95 * r["hbm_bytes"]
 

@@ -1,5 +1,6 @@
 """PageAllocator, each rule by itself; random calls are in test_allocator_properties.py."""
 
+import math
 import os
 import pickle
 import subprocess
@@ -282,7 +283,7 @@ def test_digest_is_the_same_in_another_process_and_differs_after_any_differing_c
     assert allocator().digest() != allocator(columns=5).digest() != allocator(page_size=16).digest()
 
 
-def test_growing_256_rows_takes_well_under_a_millisecond_where_no_page_is_needed():
+def test_growing_where_no_page_is_needed_costs_a_few_times_a_bare_loop_over_the_rows():
     a = PageAllocator(CacheSpec(8, 128, 4096), mesh_of(4), 256, 64)
     for row in range(256):
         a.allocate(row, 1)
@@ -292,10 +293,18 @@ def test_growing_256_rows_takes_well_under_a_millisecond_where_no_page_is_needed
         step()
         return time.perf_counter() - start
 
-    singly = min(one_step(lambda: [a.grow(row) for row in range(256)]) for _ in range(20))
-    together = min(one_step(lambda: a.grow_all(range(256))) for _ in range(20))
-    assert a.lengths[0] == 41 and a.used_pages == 256
-    assert singly < 1e-3 and together < 1e-3, (singly, together)
+    def bare():
+        for row in rows:
+            count[row] += 1
+
+    rows, count = range(256), [0] * 256
+    best = dict.fromkeys(("bare", "singly", "together"), math.inf)
+    for _ in range(30):  # in turn, so that a busy moment of the machine meets all three
+        best["bare"] = min(best["bare"], one_step(bare))
+        best["singly"] = min(best["singly"], one_step(lambda: [a.grow(row) for row in rows]))
+        best["together"] = min(best["together"], one_step(lambda: a.grow_all(rows)))
+    assert a.lengths[0] == 61 and a.used_pages == 256
+    assert max(best["singly"], best["together"]) < 60 * best["bare"], best  # it is 16 times
 
 
 @pytest.mark.parametrize("value", [2.5, 1.0, "1", None, True])

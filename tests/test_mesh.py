@@ -8,7 +8,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import hypothesis
@@ -234,10 +233,8 @@ POD_SHAPES = [
     ids=[f"{t}-{'x'.join(map(str, s))}" for t, _, s, *_ in POD_SHAPES],
 )
 def test_model_then_context_run_over_neighbours_of_an_absent_pod(topology, asked, shape, model_runs, context_runs):
-    start = time.perf_counter()
     mesh = make_pod_mesh(**asked, topology=topology)
     facts = mesh_facts(mesh)
-    assert time.perf_counter() - start < 10
     assert tuple(mesh.shape.values()) == shape
     assert len(set(mesh.devices.flat)) == len(topology_devices(topology))
     _, context, model = facts.axes

@@ -38,7 +38,7 @@ def call(plan: Plan, pages: int, mesh: Mesh):
     if has_megacore(mesh.devices.flat[0]):  # by kv head both cores have the same tokens to read
         mode = next((m for m, n in (("kv_head", p.num_kv_heads), ("batch", p.batch)) if n % NUM_CORES == 0), None)
     op = _over_int8 if p.is_quantized else paged_attention
-    op = _not_strict(functools.partial(op, pages_per_compute_block=pages, megacore_mode=mode))
+    op = functools.partial(_not_strict, op, pages_per_compute_block=pages, megacore_mode=mode)
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.page_size, p.head_dim), p.cache_dtype)
     table = (p.batch, -(-plan.S // pages) * pages)
     scales = jax.ShapeDtypeStruct((*pool.shape[:-1], 1), jnp.float32)
@@ -52,14 +52,10 @@ def call(plan: Plan, pages: int, mesh: Mesh):
     )
 
 
-def _not_strict(op):
-    """`op`, traced under JAX's default settings: under a caller's strict ones it does not compile."""
-
-    def call(*args):
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return op(*args)
-
-    return call
+def _not_strict(op, *args, **options):
+    """`op` traced under JAX's default settings: under a caller's strict ones it does not compile."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return op(*args, **options)
 
 
 def _over_int8(query, keys, values, lengths, table, key_scales, value_scales, **options):

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from paged_dist._errors import bad_value
 from paged_dist.kernels._tiling import LANES
 from paged_dist.launch.chips import Chip
-from paged_dist.launch.workload import Request, pages_needed, whole_pool
+from paged_dist.launch.workload import MOST_TOKENS, Request, pages_needed, whole_pool
 
 KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
 _ROWS_A_SHARD = 16
-_INT32 = 2**31 - 1  # the largest length, and number of pages: page ids are int32
+_INT32 = 2**31 - 1  # the largest number of pages: their ids are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +222,6 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
         up = -(-s.mlp_width // over) * over
         ways = Way("mlp_width", up), *(_beside(way, mlp_width=up) for way in out)
         return Refused("--mlp_width", s.mlp_width, f"must be a multiple of model x context = {over}", ways)
-    if tokens > _INT32:
-        rule = f"lengths are int32, at most {_INT32}"
-        return Refused("--context_tokens", tokens, rule, (Way("context_tokens", _INT32), *out))
-    if columns * s.page_size > _INT32 and s.pages_per_sequence:
-        rule = f"times --page_size={s.page_size} must be a length in int32, at most {_INT32}"
-        largest = _INT32 // s.page_size
-        ways = Way("pages_per_sequence", largest), *(_beside(way, pages_per_sequence=largest) for way in out)
-        return Refused("--pages_per_sequence", columns, rule, ways)
     if tokens > columns * s.page_size:
         rule = f"a row's {columns} pages hold {columns * s.page_size}"
         longer = Way("pages_per_sequence", pages_needed(tokens, s.page_size))
@@ -281,7 +273,7 @@ def _ways_out(s: Settings, rows: Way, tokens: int, most: int, page_step: int) ->
     `rows`: of --batch; `most`: the pages that fit, in steps of `page_step`.
     """
     few = {rows.field: rows.step}  # a row on each data shard
-    shorter = Way("context_tokens", min(tokens, _INT32), beside=few)
+    shorter = Way("context_tokens", min(tokens, MOST_TOKENS), beside=few)
     fewer_layers = Way("num_layers", s.num_layers, beside=few)
     least = Way("num_layers", s.num_layers, beside={**few, "context_tokens": 1})
     out = rows, shorter, fewer_layers, least

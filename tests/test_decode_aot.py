@@ -139,11 +139,8 @@ def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name,
 def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
     before, after = text[text.index("ENTRY") :].split("custom-call(", 1)
-    moves = r" = (\S+) (?:copy|transpose|reshape|fusion)\("
-    assert re.findall(moves, before) == []
-    # XLA under jax 0.10 copies a result that is pinned to HBM where the program returns it as it is, and only there.
-    copied = [f"bf16[{B},8,128]"] if jax.__version__.startswith("0.10.") else []
-    assert [made.split("{")[0] for made in re.findall(moves, after)] == copied
+    for part in (before, after):
+        assert re.findall(r" = (\S+) (?:copy|transpose|reshape|fusion)\(", part) == []
 
 
 @pytest.mark.parametrize("return_lse", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["output", "lse"])

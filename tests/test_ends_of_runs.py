@@ -130,15 +130,18 @@ def test_a_stdout_that_cannot_be_written_costs_no_record(tmp_path, monkeypatch, 
 
 EACH = """
 import contextlib, importlib, io, json, signal, sys
-from absl import flags
-from absl.testing import flagsaver
+from absl import app, flags
+from absl.testing import flagsaver as absl_flagsaver
+sys.path.insert(0, sys.argv[2])
+import flagsaver
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for name, arguments in json.loads(sys.argv[1]):
+runs = json.loads(sys.argv[1])
+for name, arguments in runs:
     module, err = importlib.import_module("paged_dist.launch." + name), io.StringIO()
     if arguments == "Ctrl-C":
         module.main, arguments = lambda _: signal.raise_signal(signal.SIGINT), []
     sys.argv = ["x", *arguments]
-    with flagsaver.flagsaver(), contextlib.redirect_stderr(err):
+    with flagsaver.flagsaver(), absl_flagsaver.flagsaver(), contextlib.redirect_stderr(err):
         try:
             module.cli()
         except SystemExit as e:
@@ -147,7 +150,7 @@ for name, arguments in json.loads(sys.argv[1]):
 
 
 def each(runs):
-    code, out, err = run([sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs)])
+    code, out, err = run([sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs), os.path.dirname(__file__)])
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 

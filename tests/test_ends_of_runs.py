@@ -150,7 +150,9 @@ for name, arguments in runs:
 
 
 def each(runs):
-    code, out, err = run([sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs), os.path.dirname(__file__)])
+    code, out, err = run(
+        [sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs), os.path.dirname(__file__)]
+    )
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 

@@ -1,6 +1,7 @@
-"""Eight simulated CPU devices for every test, set before jax starts."""
+"""Eight simulated CPU devices for every test, set before jax starts; cases that repeat a claim are slow."""
 
 import os
+import pathlib
 
 import pytest
 
@@ -17,3 +18,18 @@ def eight_devices():
     import jax
 
     assert jax.device_count() == 8
+
+
+# Cases of some seconds that prove again what a sibling among the fast ones does.
+REPEATS = frozenset((pathlib.Path(__file__).parent / "repeats.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
+def pytest_collection_modifyitems(config, items):
+    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in REPEATS & found.keys():
+        found[name].add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):
+        files = {name.partition("::")[0] for name in found}
+        gone = [name for name in sorted(REPEATS - found.keys()) if name.partition("::")[0] in files]
+        assert not gone, f"tests/repeats.txt names cases that are not there: {gone}"

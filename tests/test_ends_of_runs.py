@@ -128,6 +128,7 @@ def test_a_stdout_that_cannot_be_written_costs_no_record(tmp_path, monkeypatch, 
 
 # Several command lines in one process, as importing JAX takes longer than refusing a flag
 
+HERE = os.path.dirname(__file__)
 EACH = """
 import contextlib, importlib, io, json, signal, sys
 from absl import app, flags

@@ -215,4 +215,5 @@ def test_a_scan_of_windows_compiles_for_a_pod_and_copies_no_layer(topology, cont
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     assert aot.values_as_large_as(text, layer) == []
     assert compiled.memory_analysis().temp_size_in_bytes < layer
-    assert len(aot.collectives(text)) == (2 if context > 1 else 0)
+    merged = 8 * 8 * (Q or 1) * (128 + 2) * 4 if context > 1 else 0  # maximum, sums and outputs of a device in f32
+    assert sum(c.bytes for c in aot.collectives(text)) == merged  # XLA may join two all-reduces into one

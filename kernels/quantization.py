@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from paged_dist._compat import broadcasts, reshape_minor
 from paged_dist._errors import require
-from paged_dist.kernels._tiling import LANES
+from paged_dist.kernels.tiling import LANES
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what a token's largest channel becomes
 

@@ -16,9 +16,9 @@ import math
 from typing import NamedTuple
 
 from paged_dist._errors import require
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch.workload import whole_pool
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.serving.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(
     "context_lengths", ["128", "512", "2048", "8192", "32768"], "Live tokens of the sequences, one measurement each."
@@ -189,7 +189,7 @@ def measure(s: Settings) -> list[dict]:
     import numpy as np
 
     from paged_dist import sharded_paged_attention
-    from paged_dist.kernels.paged_attention.oracle import attention_oracle
+    from paged_dist.kernels.attention.oracle import attention_oracle
 
     tables, scale = tables_of(s), s.head_dim**-0.5
     in_order = np.arange(tables.size).reshape(tables.shape)
@@ -235,7 +235,7 @@ def failures(results: list[dict]) -> list[str]:
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.report import head_dim_words, wrap
+    from paged_dist.launch.serving.report import head_dim_words, wrap
 
     s, results = record["settings"], record["results"]
     at = {(r["length"], r["dtype"], r["case"]): r for r in results}
@@ -277,7 +277,7 @@ def main(argv) -> int:
         shared.simulate_devices(1, many_processes=False)
 
         from paged_dist import CacheSpec
-        from paged_dist.launch import report
+        from paged_dist.launch.serving import report
 
         CacheSpec(s.num_kv_heads, s.head_dim, 128, s.page_size, "int8")
     except ValueError as e:

@@ -457,7 +457,7 @@ def _check_output(path: str | None, inputs: Sequence[str]) -> None:
     """Raises ValueError where the results could not be appended to `path`, or would be to what is compared."""
     if path is None:
         return
-    from paged_dist.launch import flags as shared
+    from paged_dist.launch.common import flags as shared
 
     shared.check_output(path)
     if os.path.exists(path) and any(os.path.samefile(path, other) for other in inputs):
@@ -489,7 +489,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     print(table(record), flush=True)
     if args.output is not None:
-        from paged_dist.launch import report
+        from paged_dist.launch.serving import report
 
         try:
             report.append_json_line(args.output, record)

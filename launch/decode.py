@@ -14,15 +14,15 @@ import sys
 import warnings
 import zlib
 
-from paged_dist._devices import memory_limit
 from paged_dist._errors import BadValue, require
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch import workload_flags
-from paged_dist.launch.chips import chip_of
-from paged_dist.launch.fits import check_memory
-from paged_dist.launch.interrupt import INTERRUPTED, CtrlC
-from paged_dist.launch.workload import Request, pages_needed, whole_pool
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.interrupt import INTERRUPTED, CtrlC
+from paged_dist.launch.serving import workload_flags
+from paged_dist.launch.serving.fits import check_memory
+from paged_dist.launch.serving.workload import Request, pages_needed, whole_pool
+from paged_dist.mesh.devices import memory_limit
 
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
 
@@ -72,7 +72,7 @@ def model_from_flags():
         shared.IMPLEMENTATION.value,
         "must be pallas, pallas_interpret or xla",
     )
-    from paged_dist.launch.step import Model
+    from paged_dist.launch.serving.programs import Model
 
     return Model(
         shared.NUM_LAYERS.value,
@@ -91,7 +91,7 @@ def mesh_from_flags(num_kv_heads: int):
     import jax
 
     from paged_dist import make_pod_mesh
-    from paged_dist.mesh import devices_to_simulate
+    from paged_dist.mesh.pod_mesh import devices_to_simulate
 
     data, context, model = shared.DATA.value, shared.CONTEXT.value or 1, shared.MODEL.value
     if model is None:
@@ -129,7 +129,7 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
       ValueError, NotImplementedError: what does not.
     """
     from paged_dist import CacheSpec
-    from paged_dist.launch.schedule import Pool
+    from paged_dist.launch.serving.row_schedule import Pool
 
     page_size = shared.PAGE_SIZE.value
     mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
@@ -162,7 +162,7 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
 
 def given_alike(requests: list[Request]) -> dict[str, object]:
     """What every process must have been started with alike, known before anything is made of it."""
-    from paged_dist.launch import report
+    from paged_dist.launch.serving import report
 
     return {
         **shared.given_flags(whole_run=True),
@@ -198,7 +198,7 @@ def _hbm_gib(mesh) -> float:
 
 def described(run: Run) -> dict:
     """What is run on what, as `report.work_lines` prints it and a record has it."""
-    from paged_dist.launch import report
+    from paged_dist.launch.serving import report
 
     m = run.model
     settings = {
@@ -232,7 +232,7 @@ def described(run: Run) -> dict:
 
 def record_of(run: Run, measured, everyone: list[dict]) -> dict:
     """The run's results as one flat record, from what every process told."""
-    from paged_dist.launch import report
+    from paged_dist.launch.serving import report
 
     gathered = report.gather([told for told in everyone if told is not None])
     if len(set(gathered["digest"].tolist())) > 1:
@@ -281,8 +281,8 @@ def main(argv) -> int:
 
 def serve(model, requests: list[Request], workload: str, watch) -> int:
     """The run, on every process; the exit code, the same on all."""
-    from paged_dist.launch import report
-    from paged_dist.watchdog import FAILED, PREEMPTED
+    from paged_dist.cluster.watchdog import FAILED, PREEMPTED
+    from paged_dist.launch.serving import report
 
     say = sayer(NAME, watch)
     watch.agree(given_alike(requests))
@@ -329,10 +329,10 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     import jax
 
     from paged_dist import PageAllocator, describe_mesh
-    from paged_dist.launch import report
-    from paged_dist.launch.engine import Engine
-    from paged_dist.launch.schedule import Schedule, choose_checks
-    from paged_dist.watchdog import PREEMPTED
+    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.launch.serving import report
+    from paged_dist.launch.serving.engine import Engine
+    from paged_dist.launch.serving.row_schedule import Schedule, choose_checks
 
     measured = told = None
     ctrl_c = CtrlC(NAME)
@@ -373,7 +373,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
 def dry_text(run: Run) -> str:
     """What would run, as lines of at most 80 columns."""
     from paged_dist import describe_mesh
-    from paged_dist.launch.report import quantity, work_lines, wrap
+    from paged_dist.launch.serving.report import quantity, work_lines, wrap
 
     head, *axes = describe_mesh(run.mesh).splitlines()
     more = {

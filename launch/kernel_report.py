@@ -13,10 +13,10 @@ import dataclasses
 import sys
 
 from paged_dist._errors import require
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch.traces import read_trace
-from paged_dist.launch.workload import pages_needed, whole_pool
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.serving.traces import read_trace
+from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
 KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
@@ -120,9 +120,9 @@ def plan_of(s: Settings, target):
 
     from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
-    from paged_dist.kernels.paged_attention import decode_plan
-    from paged_dist.kernels.paged_attention.checks import check_pools
-    from paged_dist.launch.synthetic import input_dtype
+    from paged_dist.kernels.attention.checks import check_pools
+    from paged_dist.kernels.decode import launch_plan as decode_plan
+    from paged_dist.launch.serving.synthetic import input_dtype
 
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
     num_pages = whole_pool(sum(pages), s.page_size, s.dtype)
@@ -153,11 +153,12 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     import jax.numpy as jnp
 
     from paged_dist import CacheSpec
-    from paged_dist._head_dim import cut_heads, pad_heads
-    from paged_dist.kernels.paged_attention import decode_cost, decode_plan
-    from paged_dist.kernels.paged_attention.decode import decode_stored_pages
+    from paged_dist.cache.head_dim import cut_heads, pad_heads
+    from paged_dist.kernels.decode import launch_plan as decode_plan
+    from paged_dist.kernels.decode import traffic as decode_cost
+    from paged_dist.kernels.decode.api import decode_stored_pages
     from paged_dist.kernels.quantization import scale_rows
-    from paged_dist.launch.compiled import timed_compile
+    from paged_dist.launch.planning.compiled import timed_compile
 
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
@@ -198,9 +199,9 @@ def report_ours(s: Settings, mesh, plan) -> dict:
 
 def report_jax(s: Settings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
-    from paged_dist.kernels.paged_attention import decode_cost
-    from paged_dist.launch import jax_kernel
-    from paged_dist.launch.compiled import timed_compile
+    from paged_dist.kernels.decode import traffic as decode_cost
+    from paged_dist.launch.planning import jax_kernel
+    from paged_dist.launch.planning.compiled import timed_compile
 
     pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.call(plan, pages, mesh)
@@ -219,7 +220,7 @@ def _counted(copies, live_bytes: int) -> dict:
 
 
 def _compiled(compiled, plan) -> dict:
-    from paged_dist.launch.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
+    from paged_dist.launch.planning.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
 
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
@@ -238,7 +239,7 @@ def _compiled(compiled, plan) -> dict:
 
 def report_chip(s: Settings, chip: str, mesh, plan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
-    from paged_dist.launch import jax_kernel
+    from paged_dist.launch.planning import jax_kernel
 
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
@@ -275,7 +276,7 @@ def _kib(size: int | None) -> str:
 
 def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
-    from paged_dist.launch.report import head_dim_words
+    from paged_dist.launch.serving.report import head_dim_words
 
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
@@ -321,9 +322,9 @@ def main(argv) -> int:
         s = settings_from_flags()
         shared.start_tpu_compiler()
 
-        from paged_dist.kernels.paged_attention.megacore import Target
-        from paged_dist.launch import report
-        from paged_dist.launch.compiled import one_chip_mesh
+        from paged_dist.kernels.target import Target
+        from paged_dist.launch.planning.compiled import one_chip_mesh
+        from paged_dist.launch.serving import report
 
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
-LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.watchdog, which would import jax
+LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.cluster.watchdog, which would import jax
 MOST_PROCESSES = 256
 MOST_DEVICES = 1024  # of a process: 4,096 take 16 s to start, 100,000 eight minutes in which no signal is heard
 # Asks the kernel (prctl 1 is PR_SET_PDEATHSIG) and becomes the command. It is no preexec_fn: that runs Python in a fork

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from paged_dist._errors import BadValue, require
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch import sizing, workload_flags
-from paged_dist.launch.chips import Chip, chip_of_topology, slice_of
-from paged_dist.launch.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
-from paged_dist.launch.workload import Request, sequences_on_shards
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.chips import Chip, chip_of_topology, slice_of
+from paged_dist.launch.planning import sizing
+from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
+from paged_dist.launch.serving import workload_flags
+from paged_dist.launch.serving.workload import Request, sequences_on_shards
 
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -134,7 +135,7 @@ def check_hbm_gib(chip: Chip) -> None:
 def mesh_of(s: Settings):
     """The mesh over the absent pod; model takes what divides the kv heads where nothing says how many."""
     from paged_dist import make_pod_mesh
-    from paged_dist.topology import topology_devices
+    from paged_dist.mesh.topology import topology_devices
 
     model = s.model
     if model is None and s.model_parallelism is None:
@@ -187,7 +188,7 @@ def checked_sizes(
     Raises:
       ValueError: what does not fit, with the nearest that does.
     """
-    from paged_dist.launch import pod_step
+    from paged_dist.launch.planning import pod_step
 
     def holds(changes: Mapping[str, int]) -> bool:
         changed = dataclasses.replace(s, **changes)
@@ -220,7 +221,7 @@ def compile_what_fits(
       ValueError: --num_pages leaves the program too little room: names the most pages that compile.
       RuntimeError: the compiler refused the program for another reason.
     """
-    from paged_dist.launch import pod_step
+    from paged_dist.launch.planning import pod_step
 
     sizes = checked_sizes(s, mesh, chip, None, fits)
     for _ in range(4):
@@ -258,7 +259,8 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
     """
     from paged_dist import describe_mesh
     from paged_dist.describe import mesh_facts
-    from paged_dist.launch import pod_step, report
+    from paged_dist.launch.planning import pod_step
+    from paged_dist.launch.serving import report
 
     chip = chip_of_topology(s.topology)
     start = time.perf_counter()
@@ -311,7 +313,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
 
 def dry_text(s: Settings) -> str:
     """What would be compiled, as lines of at most 80 columns."""
-    from paged_dist.launch.report import wrap
+    from paged_dist.launch.serving.report import wrap
 
     mesh = mesh_of(s)
     sizes = checked_sizes(s, mesh, chip_of_topology(s.topology))
@@ -340,7 +342,7 @@ def problems(r: dict) -> list[str]:
 
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.report import head_dim_words, options, quantity, wrap
+    from paged_dist.launch.serving.report import head_dim_words, options, quantity, wrap
 
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
@@ -423,7 +425,7 @@ def _weights_text(r: dict) -> str:
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:
-    from paged_dist.launch.report import quantity
+    from paged_dist.launch.serving.report import quantity
 
     size = lambda count: quantity(count, "B")
     lines = []
@@ -463,7 +465,7 @@ def main(argv) -> int:
     except RuntimeError as e:
         print(f"{NAME}: error: {e}", file=sys.stderr)
         return 1
-    from paged_dist.launch import report
+    from paged_dist.launch.serving import report
 
     written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
     return int(not written or bool(problems(record)))

@@ -26,14 +26,16 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 
-from paged_dist._devices import place_of
 from paged_dist._errors import bad_value, require
-from paged_dist.launch import decode, plan, sizing, workload_flags
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch.chips import chip_of_topology, slice_of
+from paged_dist.launch import decode, plan
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.chips import chip_of_topology, slice_of
 from paged_dist.launch.local_pod import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
-from paged_dist.launch.workload import Request, repeated
+from paged_dist.launch.planning import sizing
+from paged_dist.launch.serving import workload_flags
+from paged_dist.launch.serving.workload import Request, repeated
+from paged_dist.mesh.devices import place_of
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
 PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Local pods of so many processes each.")
@@ -219,7 +221,7 @@ class Sweep:
     """
 
     def __init__(self, points: list[Point], say, requests: list[Request], devices: dict[str, int] | None = None):
-        from paged_dist.launch.report import git_commit, versions
+        from paged_dist.launch.serving.report import git_commit, versions
 
         self.points, self._say = points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
@@ -235,7 +237,7 @@ class Sweep:
 
     def add(self, point: Point, record: dict) -> bool:
         """Writes a point's row; False where that fails."""
-        from paged_dist.launch.report import append_output
+        from paged_dist.launch.serving.report import append_output
 
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
         row["flags"] = shared.given_flags()
@@ -245,7 +247,8 @@ class Sweep:
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
-        from paged_dist.launch import report, scaling_report
+        from paged_dist.launch.serving import report
+        from paged_dist.launch.sweeps import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
         printed = not rows or report.print_text(NAME, scaling_report.table(rows))
@@ -329,7 +332,7 @@ class _Pods:
             signal.signal(number, handler)
 
     def _stop(self, number, frame) -> None:
-        from paged_dist.watchdog import PREEMPTED
+        from paged_dist.cluster.watchdog import PREEMPTED
 
         self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
         if self._pod is not None and self._pod.poll() is None:
@@ -399,7 +402,7 @@ def run_here(model, requests, workload: str) -> int:
     import jax
 
     from paged_dist import make_pod_mesh
-    from paged_dist.watchdog import PREEMPTED
+    from paged_dist.cluster.watchdog import PREEMPTED
 
     with shared.watchdog(NAME) as watch:
         watch.watch_for_preemption()
@@ -533,7 +536,7 @@ def planned() -> tuple[dict[Point, sizing.Settings], Callable[[Mapping[str, int]
     Raises:
       ValueError: what does not fit a slice, with what fits all of them.
     """
-    from paged_dist.topology import topology_devices
+    from paged_dist.mesh.topology import topology_devices
 
     names = dict.fromkeys(slice_of(t, "--plan").topology for t in PLAN.value)
     settings = settings_of(

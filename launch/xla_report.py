@@ -14,9 +14,9 @@ import os
 import time
 
 from paged_dist._errors import BadValue, bad_value, require
-from paged_dist.launch import flags as shared
-from paged_dist.launch import own_flags as flags
-from paged_dist.launch.workload import whole_pool
+from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.common import flags as shared
+from paged_dist.launch.serving.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
 LIVE = flags.DEFINE_list("live", ["1", "0.25"], "Shares of those tokens that are live, one measurement each.")
@@ -118,7 +118,7 @@ def make_forms(sizes: dict) -> dict:
 
     from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, quantize_kv, sharded_paged_attention
     from paged_dist._compat import broadcasts
-    from paged_dist.launch.synthetic import input_dtype
+    from paged_dist.launch.serving.synthetic import input_dtype
 
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
     columns = sizes["table_tokens"] // sizes["page_size"]
@@ -162,7 +162,7 @@ def measure(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
     import numpy as np
 
-    from paged_dist.launch.engine import relative_error
+    from paged_dist.launch.serving.engine import relative_error
 
     first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
     # An idle row is 0 here; what the plain form makes of no token means nothing.
@@ -200,7 +200,7 @@ def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> di
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.report import head_dim_words, wrap
+    from paged_dist.launch.serving.report import head_dim_words, wrap
 
     s, results = record["settings"], record["results"]
     lines = [
@@ -236,8 +236,8 @@ def main(argv) -> int:
 
     import jax.numpy as jnp
 
-    from paged_dist.launch import report
-    from paged_dist.launch.engine import ERROR_BOUNDS
+    from paged_dist.launch.serving import report
+    from paged_dist.launch.serving.engine import ERROR_BOUNDS
 
     try:
         forms = make_forms(sizes)

@@ -20,16 +20,16 @@ def eight_devices():
     assert jax.device_count() == 8
 
 
-# Cases of some seconds that prove again what a sibling among the fast ones does.
-REPEATS = frozenset((pathlib.Path(__file__).parent / "repeats.txt").read_text().splitlines())
+# Cases of some seconds that prove again what a sibling among the fast ones does: file::test[case], without the folder.
+REPEATS = frozenset((pathlib.Path(__file__).parent / "support" / "repeats.txt").read_text().splitlines())
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(config, items):
-    found = {item.nodeid.removeprefix("tests/"): item for item in items}
+    found = {item.path.name + "::" + item.nodeid.partition("::")[2]: item for item in items}
     for name in REPEATS & found.keys():
         found[name].add_marker(pytest.mark.slow)
     if not any("::" in argument for argument in config.args):
         files = {name.partition("::")[0] for name in found}
         gone = [name for name in sorted(REPEATS - found.keys()) if name.partition("::")[0] in files]
-        assert not gone, f"tests/repeats.txt names cases that are not there: {gone}"
+        assert not gone, f"tests/support/repeats.txt names cases that are not there: {gone}"

@@ -1,0 +1,1 @@
+"""What every paged-attention kernel shares: the checks of a call, the oracle, and the form in XLA operations."""

@@ -1,0 +1,59 @@
+"""Dead tokens that share a tile with live ones: zeros, for what they hold may be NaN, and 0 x NaN is NaN."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.work_list import Cell, Ring, div
+from paged_dist.kernels.tiling import LANES, SUBLANES
+
+
+def clear_edges(plan: Plan, notes, ring: Ring, buffers) -> None:
+    """Clears the tiles in which the sequences of the step at `ring` begin and end, in `buffers` [C, blocks, T, 128].
+
+    notes: `Refs.cells`. Every other tile that was fetched is live throughout.
+    """
+    if not plan.cache_may_hold_nan:
+        return
+    for c in range(plan.C):
+        cell = Cell.load(notes, ring.cells, c, plan)
+        for edge in (cell.end, cell.start) if plan.has_starts else (cell.end,):
+            _clear_tile(plan, buffers.at[c], cell, edge)
+
+
+def _clear_tile(plan: Plan, buffer, cell: Cell, edge) -> None:
+    """Clears the tile that `edge`'s token is in, by whole registers' rows."""
+    rows = plan.register_rows
+    edge = jnp.clip(edge, 0, plan.tokens_per_cell - 1)
+    if plan.tile == rows:
+        first, count = div(edge, rows * plan.tokens_per_row), 1
+    else:  # the whole page
+        count = plan.page_rows // rows
+        first = div(edge, plan.page_size) * count
+    for i in range(count):
+        _clear_register(plan, buffer, cell, first + i)
+
+
+def _clear_register(plan: Plan, buffer, cell: Cell, at) -> None:
+    """Rows that share a 32-bit word are cleared as its parts, whatever they stand for."""
+    rows, in_word = plan.register_rows, plan.register_rows // SUBLANES
+    word, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
+    mask = jnp.zeros((SUBLANES, LANES), jnp.int32)
+    for i in range(in_word):
+        token = plan.token_of_row(at * rows + word * in_word + i)
+        if plan.tokens_per_row > 1:
+            token += lax.div(lane, jnp.int32(plan.D))
+        live = token < cell.end
+        if plan.has_starts:
+            live &= token >= cell.start
+        bits = 32 // in_word
+        part = -1 if in_word == 1 else np.uint32(((1 << bits) - 1) << (bits * i)).view(np.int32)
+        mask |= jnp.where(live, jnp.int32(part), 0)
+    for block in range(buffer.shape[0]):
+        part = buffer.at[block, pl.ds(pl.multiple_of(at * rows, rows), rows)]
+        part[...] = pltpu.bitcast(pltpu.bitcast(part[...], jnp.int32) & mask, part.dtype)

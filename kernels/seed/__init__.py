@@ -1,0 +1,14 @@
+"""Kernels with the signatures of JAX's and ejkernel's paged attention: kept and tested, no op runs on them."""
+
+from paged_dist.kernels.seed.api import page_attention
+from paged_dist.kernels.seed.descriptor import MultiPageAsyncCopyDescriptor
+from paged_dist.kernels.seed.kernel import paged_flash_attention_kernel, paged_flash_attention_kernel_inline_seq_dim
+from paged_dist.kernels.seed.reference import ref_paged_attention
+
+__all__ = [
+    "MultiPageAsyncCopyDescriptor",
+    "page_attention",
+    "paged_flash_attention_kernel",
+    "paged_flash_attention_kernel_inline_seq_dim",
+    "ref_paged_attention",
+]

@@ -1,0 +1,1 @@
+"""What every launcher shares: its flags, how it starts and ends, and facts of TPU chips."""

@@ -1,0 +1,1 @@
+"""What a program compiled for absent TPUs says: sizes, collectives, copies, memory."""

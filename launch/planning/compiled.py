@@ -1,0 +1,281 @@
+"""Ahead-of-time compiles for one absent TPU chip, and what can be read from a compiled program's text."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paged_dist._compat import lowering_for
+from paged_dist.mesh.topology import topology_devices
+
+# One single-chip topology for each generation.
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+
+
+class Compiled(NamedTuple):
+    """A program compiled for an absent chip."""
+
+    lower_s: float  # tracing, and lowering to what XLA takes; the kernel is in it, not yet compiled
+    compile_s: float  # XLA, and the kernel's own compiler
+    text: str
+    temp_bytes: int  # HBM beside arguments and results
+
+
+def one_chip_mesh(chip: str) -> Mesh:
+    """A mesh of one absent device of generation `chip`, a key of CHIPS."""
+    return Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("chip",))
+
+
+def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> Compiled:
+    """`jit(fn)` over `arrays`, replicated on `mesh`, from nothing: neither traces nor programs are reused."""
+    place = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arrays]
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=place)
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        with lowering_for(mesh):
+            jax.jit(lambda x: x + 1).lower(scalar).compile()  # starts the chip's compiler, a second on the first call
+            jax.clear_caches()
+            start = time.perf_counter()
+            lowered = jax.jit(fn).lower(*arrays)
+            between = time.perf_counter()
+            compiled = lowered.compile()
+            end = time.perf_counter()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
+    return Compiled(between - start, end - between, compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes)
+
+
+# A tuple's type has parentheses inside: those of its arrays' tiles.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_NO_MEMORY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
+_NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+
+
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+
+
+_LAID_OUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
+
+
+def _array_bytes(types: str) -> list[int]:
+    """Bytes of each array in an HLO type, a tuple's elements one by one."""
+    found = _ARRAY.findall(types)
+    return [_BYTES[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], dtype=float)) for dtype, dims in found]
+
+
+def values_as_large_as(hlo: str, size: int) -> list[str]:
+    """Instructions of a compiled program that make a value of `size` bytes or more, apart from those that only
+    pass one on (parameters, tuples, bitcasts, loops) and kernels whose large results alias their operands."""
+    made = []
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, types, op, rest = match.groups()
+        large = [i for i, n in enumerate(_array_bytes(types)) if n >= size]
+        if not large or op in _NO_MEMORY:
+            continue
+        aliased = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", rest) if op == "custom-call" else None
+        outputs = {int(i) for i in re.findall(r"\{(\d+)\}: \(", rest)} if aliased else set()
+        if aliased and (set(large) <= outputs or (not types.startswith("(") and "{}: (" in rest)):
+            continue
+        made.append(f"{op} {name} {types}")
+    return made
+
+
+class Made(NamedTuple):
+    """A value that a compiled program writes to HBM."""
+
+    name: str
+    array: str  # 'bf16[80,8,128,8192]', of one device
+    bytes: int
+    loops: int  # loops that it stands in
+
+
+def made_in_hbm(hlo: str, size: int) -> list[Made]:
+    """The values of `size` bytes or more that a compiled program writes to HBM, kernels' in-place results apart.
+
+    What a fusion has inside is not written, nor what another computation hands on; an asynchronous pair is one.
+    """
+    loops, large = loop_depths(hlo), {x.split()[1] for x in values_as_large_as(hlo, size)}
+    inner = {
+        called
+        for _, _, _, op, rest in _instructions(hlo)
+        for role, names in _CALLED.findall(rest)
+        if not (op in ("while", "conditional") and role != "condition")
+        for called in re.findall(r"[\w.\-]+", names)
+    }
+    return [
+        Made(name, f"{dtype}[{dims}]", count, loops.get(inside, 0))
+        for inside, name, types, op, _ in _instructions(hlo)
+        if name in large and inside not in inner and not op.endswith("-start")
+        for (dtype, dims, layout), count in zip(_LAID_OUT.findall(types), _array_bytes(types), strict=True)
+        if count >= size and "S(" not in layout
+    ]
+
+
+class Collective(NamedTuple):
+    """One collective operation of a compiled program."""
+
+    kind: str  # 'all-reduce', 'reduce-scatter', 'all-gather', ...
+    arrays: tuple[str, ...]  # its operands as 'f32[8,4,128]', of one device
+    bytes: int  # of these
+    groups: tuple[tuple[int, ...], ...]  # the devices, by number in the mesh, that talk to each other
+    loops: int = 0  # loops that it stands in; the text for a TPU does not say how often one runs
+
+
+_COLLECTIVES = (
+    "all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+)
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collective operations of a compiled program, one for each instruction; an asynchronous pair is one.
+
+    Raises ValueError for groups in a form that is not known here.
+    """
+    types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
+    loops = loop_depths(hlo)
+    found = []
+    for inside, name, _, op, rest in _instructions(hlo):
+        kind = re.fullmatch(rf"({_COLLECTIVES})(-start)?", op)
+        if kind is None:
+            continue
+        operands = re.findall(r"%([\w.\-]+)", rest[: rest.index(")")])
+        arrays = [f"{dtype}[{dims}]" for x in operands for dtype, dims in _ARRAY.findall(types[x])]
+        size = sum(_array_bytes(" ".join(arrays)))
+        found.append(Collective(kind[1], tuple(arrays), size, _groups(name, rest), loops.get(inside, 0)))
+    return found
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls|(?:branch|called)_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+def _instructions(hlo: str):
+    """(computation, name, type, operation, rest of the line) of each instruction."""
+    inside = ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            inside = match[1]
+        elif match := _INSTRUCTION.match(line):
+            yield inside, *match.groups()
+
+
+def loop_depths(hlo: str) -> dict[str, int]:
+    """How many loops each computation of a compiled program stands in, those of its callers counted."""
+    callers: dict[str, list[tuple[str, int]]] = {}
+    for inside, _, _, op, rest in _instructions(hlo):
+        for role, names in _CALLED.findall(rest):
+            within = int(op == "while" and role in ("body", "condition"))
+            for name in re.findall(r"[\w.\-]+", names):
+                callers.setdefault(name, []).append((inside, within))
+
+    @functools.cache
+    def depth(name: str) -> int:
+        return max((depth(caller) + within for caller, within in callers.get(name, ())), default=0)
+
+    return {name: depth(name) for name in callers}
+
+
+class Crossing(NamedTuple):
+    """One send of a program for several slices: what leaves a device for another slice, over DCN, or for the host."""
+
+    arrays: tuple[str, ...]
+    bytes: int
+    loops: int
+
+
+def crossings(hlo: str) -> list[Crossing]:
+    """The sends of a compiled program. libtpu turns a collective over several slices into sends and receives."""
+    types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
+    loops, found = loop_depths(hlo), []
+    for inside, _, _, op, rest in _instructions(hlo):
+        if op == "send":
+            first = re.search(r"%([\w.\-]+)", rest)
+            arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(types[first[1]])] if first else []
+            found.append(Crossing(tuple(arrays), sum(_array_bytes(" ".join(arrays))), loops.get(inside, 0)))
+    return found
+
+
+_MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+
+def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
+    """The replica groups of an instruction, which XLA writes in one of four ways."""
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}"
+    if match := re.search(mesh, text):
+        numbers = lambda x: [int(n) for n in x.split(",")]
+        sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        ids = np.arange(np.prod(list(sizes.values())))
+        if match[2]:
+            ids = ids.reshape(numbers(match[2])).transpose(numbers(match[3]))
+        # 'model', or 'model':(4)2 for its part of size 2 behind one of size 4: every axis as three, before, it, behind.
+        parts = {k: (int(before or 1), int(n or sizes[k])) for k, before, n in _MESH_AXIS.findall(match[4])}
+        split = {k: parts.get(k, (1, 1)) for k in sizes}
+        ids = ids.reshape(
+            [n for k, (before, size) in split.items() for n in (before, size, sizes[k] // before // size)]
+        )
+        where = [3 * list(sizes).index(k) + 1 for k in parts]
+        within = math.prod(size for _, size in parts.values())
+        return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, within))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, dims, order = ([int(n) for n in x.split(",")] if x else None for x in match.groups())
+        ids = np.arange(np.prod(dims)).reshape(dims)
+        return _as_groups((ids if order is None else ids.transpose(order)).reshape(shape))
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    raise ValueError(f"the groups of {name} are in a form that is not known: {text[:200]}")
+
+
+def _as_groups(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in ids.tolist())
+
+
+def ops_around_kernels(hlo: str) -> list[str]:
+    """The entry computation's instructions that do work beside its kernels; an asynchronous pair is one."""
+    found = [m.groups() for m in map(_INSTRUCTION.match, hlo[hlo.index("\nENTRY ") :].splitlines()) if m]
+    return [
+        f"{op} {name}"
+        for name, _, op, rest in found
+        if op not in _NO_WORK and not op.endswith("-done") and not (op == "custom-call" and _KERNEL in rest)
+    ]
+
+
+def kernel_vmem(hlo: str) -> list[int]:
+    """Bytes of vector memory that each kernel of a compiled program was given by the compiler."""
+    return [size for _, size in kernels(hlo)]
+
+
+def kernels(hlo: str) -> list[tuple[str, int]]:
+    """(name, bytes of vector memory that the compiler gave it) of each kernel of a compiled program."""
+    used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+    named = re.compile(r'op_name="[^"]*?([^"/]+)/pallas_call"')
+    lines = [line for line in hlo.splitlines() if _KERNEL in line]
+    return [
+        (m[1] if (m := named.search(line)) else "kernel", int(m[1]) if (m := used.search(line)) else 0)
+        for line in lines
+    ]

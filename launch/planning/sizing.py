@@ -1,0 +1,299 @@
+"""What of a plan fits into a pod's HBM: the cache, the rows of a step, the weights; and what would, where they do not.
+
+No device and no compiler is needed: everything follows from `Settings`, the sizes of a mesh, and a `Chip`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from paged_dist._errors import bad_value
+from paged_dist.kernels.tiling import LANES
+from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.serving.workload import MOST_TOKENS, Request, pages_needed, whole_pool
+
+KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
+_ROWS_A_SHARD = 16
+_INT32 = 2**31 - 1  # the largest number of pages: their ids are int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to plan. B rows over the pod, Hq, Hkv, D, P; None where the pod decides."""
+
+    topology: str
+    num_slices: int
+    data: int | None
+    context: int | None
+    model: int | None
+    model_parallelism: int | None
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    soft_cap: float | None
+    sliding_window: int | None
+    width: int
+    batch: int | None
+    page_size: int
+    num_pages: int | None
+    pages_per_sequence: int | None
+    context_tokens: int | None
+    hbm_gib: float | None
+    requests: tuple[Request, ...]  # to count, and to live as long as; none: sequences of context_tokens
+    workload: str  # what to call them
+    mlp_width: int = 0
+    times: int = 1  # B is `batch` so many times: a weak point of a sweep
+    batch_step: int = 1  # `batch` is a multiple of it: what divides over every mesh of a sweep
+
+
+_SEQUENCE = ("model", "context")  # the chips that share a sequence
+
+
+class Weight(NamedTuple):
+    """One matrix of all layers: its shape, and the mesh axes over which each of its axes is split."""
+
+    shape: tuple[int, ...]
+    split: tuple[str | tuple[str, ...] | None, ...]
+
+
+def output_heads(s: Settings, mesh) -> str:
+    """How attention leaves its output, as `sharded_paged_attention` takes it: 'scattered' before a projection that is
+    split over model x context, as in README's layer, where the heads divide over both."""
+    divides = s.num_q_heads % (mesh.shape["model"] * mesh.shape["context"]) == 0
+    return "scattered" if s.width and divides else "replicated"
+
+
+def weights(s: Settings, mesh) -> dict[str, Weight]:
+    """The weights that the step has, in its order, split as in README's layer; none without width.
+
+    The projections before attention lie on every context shard, each of which needs all heads of its model shard. The
+    one behind it is split over model x context where the heads divide over both, the MLP always.
+
+    All are [layers, width, n, lanes], wo and w_down too, the hidden width in rows of 128 where each device has whole
+    ones: of [layers, n, width] in a loop over layers XLA makes a copy in other tiles, in every step, for v7x.
+    """
+    if not s.width:
+        return {}
+    layers, width, d = s.num_layers, s.width, s.head_dim
+    heads = {"wq": s.num_q_heads, "wk": s.num_kv_heads, "wv": s.num_kv_heads}
+    found = {name: Weight((layers, width, n, d), (None, None, "model", None)) for name, n in heads.items()}
+    over = _SEQUENCE if output_heads(s, mesh) == "scattered" else "model"
+    found["wo"] = Weight((layers, width, s.num_q_heads, d), (None, None, over, None))
+    if s.mlp_width:
+        parts = math.prod(mesh.shape[name] for name in _SEQUENCE)
+        rows = (s.mlp_width // LANES, LANES) if s.mlp_width % (parts * LANES) == 0 else (s.mlp_width,)
+        mlp = Weight((layers, width, *rows), (None, None, _SEQUENCE, None)[: 2 + len(rows)])
+        found |= {"w_gate": mlp, "w_up": mlp, "w_down": mlp}
+    return found
+
+
+def weights_bytes(s: Settings, mesh) -> int:
+    """Bytes of the weights on each device, in the dtype of the step's inputs."""
+    itemsize = 4 if s.dtype == "float32" else 2
+    return sum(itemsize * math.prod(shape) for shape in weight_shards(s, mesh))
+
+
+def weight_shards(s: Settings, mesh) -> list[tuple[int, ...]]:
+    """The shape of each weight on a device, in the step's order."""
+    over = lambda axes: math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
+    return [tuple(n // over(axes) for n, axes in zip(*w, strict=True)) for w in weights(s, mesh).values()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the pod makes of the settings: the cache, the rows, and what they take of a device's HBM."""
+
+    spec: object
+    batch: int
+    pages_per_sequence: int
+    context_tokens: int  # live tokens of each row
+    hbm_bytes: int  # of a device
+    weights_bytes: int  # on a device
+
+
+_FLAGS = {"num_layers": "layers"}  # where a setting's flag has another name
+
+
+class Way(NamedTuple):
+    """A way out of settings that do not fit: the largest multiple of `step` up to `most` of `field` that does."""
+
+    field: str
+    most: int
+    step: int = 1
+    beside: Mapping[str, int] = {}  # other settings to change with it
+
+    def best(self, fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int] | None:
+        """The changes of settings, tried with `fits`, which is taken to hold for less where it does for more."""
+        changed = lambda n: {**self.beside, self.field: n * self.step}
+        low, high = 0, self.most // self.step  # low fits, or is 0
+        if high >= 1 and fits(changed(high)):
+            return changed(high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(changed(middle)) else (low, middle)
+        return changed(low) if low else None
+
+
+class Refused(NamedTuple):
+    """Settings that do not fit: `_errors.bad_value`'s parts, and the ways out, the first that works to be advised."""
+
+    argument: str
+    value: object
+    rule: str
+    ways: tuple[Way, ...]
+    otherwise: str | None = None  # what to say where none works
+
+    def error(self, fits: Callable[[Mapping[str, int]], bool]) -> ValueError:
+        """The error to raise; what it advises was tried with `fits`."""
+        for way in self.ways:
+            if found := way.best(fits):
+                flags = " ".join(f"--{_FLAGS.get(name, name)}={value}" for name, value in found.items())
+                return bad_value(
+                    self.argument, self.value, self.rule, f"{flags} {'fits' if len(found) == 1 else 'fit'}"
+                )
+        return bad_value(self.argument, self.value, self.rule, self.otherwise)
+
+
+def sizes_of(
+    s: Settings,
+    mesh,
+    chip: Chip,
+    kept: int | None = None,
+    fits: Callable[[Mapping[str, int]], bool] = lambda changes: True,
+) -> Sizes:
+    """Sizes the cache to the pod's HBM, or checks the one that was asked for against it.
+
+    Args:
+      mesh: only its sizes are read.
+      kept: bytes of a device's HBM that cache and weights leave to the program; default 2%.
+      fits: what else must hold of settings, changed so, before they are advised.
+
+    Raises:
+      ValueError: what does not fit, by which limit, and the nearest that does.
+    """
+    found = fit(s, mesh, chip, kept)
+    if isinstance(found, Refused):
+        raise found.error(lambda changes: fits_with(s, mesh, chip, changes, kept) and fits(changes))
+    return found
+
+
+def fits_with(s: Settings, mesh, chip: Chip, changes: Mapping[str, int], kept: int | None = None) -> bool:
+    """Whether the settings, changed so, fit."""
+    try:
+        return isinstance(fit(dataclasses.replace(s, **changes), mesh, chip, kept), Sizes)
+    except ValueError:
+        return False
+
+
+def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refused:
+    """The sizes, or why there are none; `sizes_of` has the arguments.
+
+    Raises:
+      ValueError: heads that do not divide, or what no cache may be.
+    """
+    from paged_dist import CacheSpec
+
+    data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
+    shards = data * context
+    if s.num_q_heads % model:
+        raise bad_value("--num_q_heads", s.num_q_heads, f"must be a multiple of model {model}")
+    hbm = chip.device_hbm_bytes if s.hbm_gib is None else int(s.hbm_gib * 2**30) // chip.devices
+    weight_bytes = weights_bytes(s, mesh)
+    unit = whole_pool(1, s.page_size, s.dtype)
+    cache = lambda pages: CacheSpec(s.num_kv_heads, s.head_dim, pages, s.page_size, s.dtype, s.num_layers)
+    page_bytes = cache(unit).bytes_per_token * s.page_size // model  # on each device that holds it
+    room = lambda size: min(max(size, 0) // page_bytes // unit, _INT32 // shards // unit) * unit * shards  # in pages
+
+    longest, mean = _lengths(s.requests)
+    columns = s.pages_per_sequence or pages_needed(max(longest, s.context_tokens or 0), s.page_size)
+    tokens = s.context_tokens or mean
+    step = math.lcm(s.batch_step, data // math.gcd(data, s.times))  # of --batch: data divides B
+    batch = s.batch or _ROWS_A_SHARD * data // s.times
+    most = room(hbm - weight_bytes - (int(hbm * KEPT) if kept is None else kept))
+    out = _ways_out(s, Way("batch", -(-batch // step) * step, step), tokens, most, unit * shards)
+    over = model * context
+    if s.mlp_width % over:
+        up = -(-s.mlp_width // over) * over
+        ways = Way("mlp_width", up), *(_beside(way, mlp_width=up) for way in out)
+        return Refused("--mlp_width", s.mlp_width, f"must be a multiple of model x context = {over}", ways)
+    if tokens > columns * s.page_size:
+        rule = f"a row's {columns} pages hold {columns * s.page_size}"
+        longer = Way("pages_per_sequence", pages_needed(tokens, s.page_size))
+        ways = longer, Way("context_tokens", columns * s.page_size), *out
+        return Refused("--context_tokens", tokens, rule, ways)
+    if batch % step:
+        of = f"the mesh's data size {data}" if s.times == 1 else f"{step}: {s.times} times it is split over data {data}"
+        return Refused("--batch", batch, f"must be a multiple of {of}", out)
+    if most == 0:
+        argument, value = ("--width", s.width) if weight_bytes else ("--layers", s.num_layers)
+        rule = f"{gib(weight_bytes)} of weights and the program leave" if weight_bytes else "the program leaves"
+        rule += f" no room for a page of {s.num_layers} layers in the {gib(hbm)} of a device's HBM"
+        ways = Way("num_layers", s.num_layers), *out
+        return Refused(argument, value, rule, ways, "it wants more chips to a sequence: a larger --model or --context")
+    pages = s.num_pages or most
+    if pages % (unit * shards):
+        rule = f"must be a multiple of the mesh's data x context size {data} x {context}"
+        rule += f" with {unit} pages on each, whose scales fill whole tiles" if unit > 1 else ""
+        nearest = Way("num_pages", _nearest(pages, unit * shards, most))
+        return Refused("--num_pages", pages, rule, (nearest, *out))
+    if pages > room(hbm - weight_bytes):
+        rule = f"a cache of {gib(pages // shards * page_bytes)} a device"
+        rule += f" and {gib(weight_bytes)} of weights" if weight_bytes else ""
+        rule += f", where its HBM gives a program {gib(hbm)}"
+        rule = f"page ids are int32, at most {_INT32}" if pages > _INT32 else rule
+        return Refused("--num_pages", pages, rule, (Way("num_pages", most), *out))
+    # An allocator begins each sequence on the context shard where the last one ended: all of a data shard's pages fill.
+    a_row, there = pages_needed(tokens, s.page_size), pages // data
+    if s.batch is None and s.times == 1:  # rows that nobody asked for are as many as there is room for
+        batch = min(batch, max(there // a_row, 1) * data // s.times)
+    rows = batch * s.times // data
+    if rows * a_row > there:
+        of = f"{rows} row{'s' * (rows > 1)} of {tokens} tokens"
+        rule = f"{of} on a data shard take {rows * a_row} pages, it has {there}"
+        return Refused("--batch", batch, rule, out, "give a larger slice")
+    return Sizes(cache(pages), batch * s.times, columns, tokens, hbm, weight_bytes)
+
+
+@functools.lru_cache(maxsize=4)
+def _lengths(requests: tuple[Request, ...]) -> tuple[int, int]:
+    """(tokens of the longest request, the mean of all, half answered); 0 where there is none."""
+    mean = sum(r.context + r.generated / 2 for r in requests) / max(len(requests), 1)
+    return max((r.tokens for r in requests), default=0), round(mean)
+
+
+def _ways_out(s: Settings, rows: Way, tokens: int, most: int, page_step: int) -> tuple[Way, ...]:
+    """What may help where something does not fit, what changes the least first.
+
+    `rows`: of --batch; `most`: the pages that fit, in steps of `page_step`.
+    """
+    few = {rows.field: rows.step}  # a row on each data shard
+    shorter = Way("context_tokens", min(tokens, MOST_TOKENS), beside=few)
+    fewer_layers = Way("num_layers", s.num_layers, beside=few)
+    least = Way("num_layers", s.num_layers, beside={**few, "context_tokens": 1})
+    out = rows, shorter, fewer_layers, least
+    if s.num_pages is None:
+        return out
+    found = list(out)  # with the pages that were asked for, with as many as can be, with all that fit
+    for pages in (_nearest(s.num_pages, page_step, most), most):
+        found += [Way("num_pages", pages), *(_beside(way, num_pages=pages) for way in out)]
+    return tuple(found)
+
+
+def _nearest(pages: int, step: int, most: int) -> int:
+    """The number of pages nearest to `pages` from above that is a multiple of `step`, and `most` at most."""
+    return min(-(-pages // step) * step, most)
+
+
+def _beside(way: Way, **changes: int) -> Way:
+    return way._replace(beside={**changes, **way.beside})
+
+
+def gib(size: float) -> str:
+    """`size` bytes, in GiB."""
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,319 @@
+"""Runs a schedule on the devices, times it, and checks a sample of what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from paged_dist import CacheSpec, PagedKVCache, Watchdog
+from paged_dist._compat import lowering_for
+from paged_dist.kernels.attention.oracle import attention_oracle
+from paged_dist.launch.serving.programs import Model, decode_step, prefill_chunks, shardings
+from paged_dist.launch.serving.row_schedule import Check, Schedule, StepPlan
+from paged_dist.launch.serving.synthetic import Kind, as_held, keys_or_values, values
+
+CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
+DIGEST_STEPS = 64  # after so many steps the processes' allocators are compared
+_CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
+
+# By the cache's dtype, relative to the largest output of the row. The oracle is exact, of an 8-bit cache too, for it
+# takes what such a cache holds: what is allowed is the output's own rounding and that of the weights.
+ERROR_BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4, "int8": 2e-2, "float8_e4m3fn": 2e-2}
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one process saw. Seconds; one entry a step where a list."""
+
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+    live_tokens: list[int] = dataclasses.field(default_factory=list)  # read by attention, each layer, all rows
+    live_rows: list[int] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+    warmup_seconds: float = 0.0  # one call of each program that serves nobody
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    check_seconds: float = 0.0
+    profile_seconds: float = 0.0  # starting and writing the profile
+    loop_seconds: float = 0.0  # the whole loop
+    checked: int = 0
+    worst_error: float = 0.0
+    tally: tuple[int, int] = (0, 0)  # of this process's shards
+    stopped: bool = False  # before the schedule was done, because a process was asked to
+    profile_error: str | None = None  # why there is no profile, where one was asked for
+
+    @property
+    def host_seconds(self) -> float:
+        """The loop's time but for steps, prompts, oracle checks and profile: the host's bookkeeping between them."""
+        others = self.prefill_seconds + self.check_seconds + self.profile_seconds
+        return self.loop_seconds - sum(self.step_seconds) - others
+
+
+def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> np.ndarray:
+    """float64 [heads, D]: what the checked row's query heads `heads` should give, from indices alone."""
+    group = model.num_q_heads // model.num_kv_heads
+    heads = range(model.num_q_heads)[heads]
+    kv_heads = np.arange(heads.start // group, (heads.stop - 1) // group + 1)
+    channels, tokens = np.arange(model.head_dim), np.arange(check.length)
+
+    def make(kind, position, which):
+        where = model.seed, kind, check.request, position, check.layer, which, channels
+        if kind == Kind.QUERY:
+            return values(np, jnp.dtype(model.input_dtype), *where)
+        return as_held(keys_or_values(np, jnp.dtype(model.dtype), *where), jnp.dtype(model.dtype))
+
+    # Query heads start and end inside a group where the mesh does not split between groups: take whole groups.
+    q_heads = np.arange(kv_heads[0] * group, (kv_heads[-1] + 1) * group)
+    query = make(Kind.QUERY, check.length - 1, q_heads)  # [1, Hq', D]
+    pages = -(-check.length // page_size)
+    padding = ((0, pages * page_size - check.length), (0, 0), (0, 0))
+    pools = [
+        np.pad(make(kind, tokens, kv_heads), padding)
+        .swapaxes(0, 1)
+        .reshape(len(kv_heads), pages, page_size, model.head_dim)
+        for kind in (Kind.KEY, Kind.VALUE)
+    ]
+    output, _ = attention_oracle(
+        query,
+        *pools,
+        np.array([check.length]),
+        np.arange(pages)[None],
+        sm_scale=model.sm_scale,
+        soft_cap=model.soft_cap,
+        sliding_window=model.sliding_window,
+    )
+    return output[0, heads.start - q_heads[0] : heads.stop - q_heads[0]]
+
+
+def relative_error(output: np.ndarray, want: np.ndarray) -> float:
+    """The largest |output - want| over the largest |want|; infinite where output is not finite."""
+    error = np.abs(output.astype(np.float64) - want).max() / max(np.abs(want).max(), 1e-30)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+class _Profile:
+    """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's.
+
+    Where it fails, as on a full disk, `measured.profile_error` says why, and the run goes on without it.
+    """
+
+    def __init__(self, folder: str | None, measured: Measured):
+        self._folder, self._measured, self._running = folder, measured, False
+
+    def before_step(self, step: int) -> None:
+        start = time.perf_counter()
+        if self._folder and step == 1:
+            self._try(jax.profiler.start_trace, self._folder)
+            self._running = self._measured.profile_error is None
+        elif step == 11:
+            self.stop()
+        self._measured.profile_seconds += time.perf_counter() - start
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            self._try(jax.profiler.stop_trace)
+
+    def _try(self, call: Callable, *arguments) -> None:
+        try:
+            call(*arguments)
+        except Exception as e:  # the profiler raises RuntimeError, OSError and errors of XLA's own
+            self._measured.profile_error = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
+class Engine:
+    """The compiled programs, the cache and what is measured, of one run on one process.
+
+    Building it lowers both programs, which is where the ops refuse what they do not serve, and compiles nothing;
+    `compile()` compiles and allocates; `run()` decodes.
+
+    Args:
+      spec: the cache, num_layers set to model.num_layers.
+      batch: B rows. pages_per_sequence: S.
+      implementation: as `sharded_paged_attention` takes it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        spec: CacheSpec,
+        mesh: Mesh,
+        batch: int,
+        pages_per_sequence: int,
+        implementation: str | None = None,
+    ):
+        self.model, self.spec, self.mesh = model, spec, mesh
+        self._batch, self._columns = batch, pages_per_sequence
+        self._at = shardings(mesh)
+        # Whole pages: two chunks of one prompt may come in one call, and must not write one page.
+        self.chunk_tokens = max(1, _CHUNK_TOKENS // spec.page_size) * spec.page_size
+        self.measured = Measured()
+        data, shards = mesh.shape["data"], mesh.shape["model"]
+        int32 = lambda name, *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._at[name])
+        self._tally = jax.ShapeDtypeStruct((data, shards, 2), jnp.uint32, sharding=self._at["tally"])
+        tables = int32("rows", batch, pages_per_sequence)
+        cache = PagedKVCache.abstract(spec, mesh)
+        start = time.perf_counter()
+        with lowering_for(mesh):
+            self._lowered = (
+                jax.jit(decode_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
+                    cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
+                ),
+                jax.jit(prefill_chunks(model, mesh, self.chunk_tokens, implementation), donate_argnums=0).lower(
+                    cache, int32("chunks", CHUNKS, 4), tables
+                ),
+            )
+        self.measured.compile_seconds = time.perf_counter() - start
+
+    def compile(self) -> None:
+        """Compiles both programs, and allocates the cache straight into its shards."""
+        start = time.perf_counter()
+        self._step, self._fill = (lowered.compile() for lowered in self._lowered)
+        self._cache = PagedKVCache.create(self.spec, self.mesh)
+        self._tally = self._put("tally", np.zeros(self._tally.shape, np.uint32))
+        jax.block_until_ready((self._cache, self._tally))
+        self.measured.compile_seconds += time.perf_counter() - start
+
+    def warm_up(self) -> None:
+        """Runs each program once with idle rows, which write and count nothing: the first step is then like others."""
+        start = time.perf_counter()
+        data = self.mesh.shape["data"]
+        rows = np.tile(np.array([0, -1, 0], np.int32), (self._batch, 1))
+        tables = self._put("rows", np.full((self._batch, self._columns), -1, np.int32))
+        chunks = np.tile(np.array([-1, -1, 0, 0], np.int32), (CHUNKS, 1))
+        self._cache = self._fill(self._cache, self._put("chunks", chunks), tables)
+        self._cache, self._tally, sample = self._step(
+            self._cache,
+            self._tally,
+            self._put("rows", rows),
+            tables,
+            self._put("rows", np.zeros((data, 2), np.int32)),
+        )
+        jax.block_until_ready((self._cache, self._tally, sample))
+        self.measured.warmup_seconds = time.perf_counter() - start
+
+    def _put(self, name: str, array: np.ndarray) -> jax.Array:
+        """A global array from each process's own copy: no process sends another anything."""
+        return jax.make_array_from_callback(array.shape, self._at[name], lambda index: array[index])
+
+    def run(
+        self,
+        schedule: Schedule,
+        progress: Callable[[str], None] | None = None,
+        profile_dir: str | None = None,
+        watch: Watchdog | None = None,
+        *,
+        first_step: int = 0,
+        stops: bool = True,
+    ) -> Measured:
+        """Decodes until the schedule is done, or a process was asked to stop.
+
+        Args:
+          watch: hears of each step, and every DIGEST_STEPS of them of the pages that were given out.
+          first_step: what the watch hears of as the first step's number.
+          stops: whether SIGTERM ends the run.
+          progress: called with a line of text about every 10 seconds.
+          profile_dir: where to write a profile of steps 1 to 10, counted from 0 (of a shorter run: of what there is).
+        """
+        m = self.measured
+        begin = said = time.perf_counter()
+        done = tokens = 0
+        plan = next(schedule, None)
+        tables, profile = None, _Profile(profile_dir, m)
+        while plan is not None:
+            number = len(m.step_seconds)
+            if watch is not None:
+                if stops and watch.stops(first_step + number):
+                    m.stopped = True
+                    break
+                if profile_dir:  # which may take longer to write than a step may take
+                    watch.phase("profile")
+            profile.before_step(number)
+            if watch is not None:
+                watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
+            if plan.block_tables is not None:
+                tables = self._put("rows", plan.block_tables)
+            self._prefill(plan, tables)
+            start = time.perf_counter()
+            sample = self._dispatch(plan, tables)
+            if watch is not None:
+                watch.dispatched()
+            following = next(schedule, None)  # planned while the devices work
+            jax.block_until_ready((self._tally, sample))
+            m.step_seconds.append(time.perf_counter() - start)
+            self._count(plan)
+            if plan.checks:
+                self._check(plan, sample)
+            done, tokens = done + plan.finished, tokens + plan.live_rows
+            if progress and (now := time.perf_counter()) - said >= 10:
+                said = now
+                progress(
+                    f"step {len(m.step_seconds)}: {done} requests done, {plan.live_rows} live, {tokens} tokens, "
+                    f"{1e3 * m.step_seconds[-1]:.1f} ms the last step, {now - begin:.0f} s"
+                )
+            plan = following
+        m.loop_seconds = time.perf_counter() - begin
+        if watch is not None:
+            watch.phase("report")
+        profile.stop()
+        shards = [np.asarray(s.data) for s in self._tally.addressable_shards if s.replica_id == 0]
+        sums = np.sum([s.reshape(-1, 2).astype(np.uint64).sum(axis=0) for s in shards], axis=0)
+        m.tally = (int(sums[0]) & 0xFFFFFFFF, int(sums[1]) & 0xFFFFFFFF) if shards else (0, 0)
+        return m
+
+    def _dispatch(self, plan: StepPlan, tables: jax.Array) -> jax.Array:
+        self._cache, self._tally, sample = self._step(
+            self._cache, self._tally, self._put("rows", plan.rows), tables, self._put("rows", plan.pick)
+        )
+        return sample
+
+    def _prefill(self, plan: StepPlan, tables: jax.Array) -> None:
+        if not len(plan.chunks):
+            return
+        start = time.perf_counter()
+        for i in range(0, len(plan.chunks), CHUNKS):
+            chunks = np.full((CHUNKS, 4), -1, np.int32)
+            some = plan.chunks[i : i + CHUNKS]
+            chunks[: len(some)] = some
+            chunks[len(some) :, 2:] = 0  # nothing: an empty range of a negative row
+            self._cache = self._fill(self._cache, self._put("chunks", chunks), tables)
+        jax.block_until_ready(self._cache)
+        self.measured.prefill_seconds += time.perf_counter() - start
+        self.measured.prefill_tokens += int((plan.chunks[:, 3] - plan.chunks[:, 2]).sum())
+
+    def _count(self, plan: StepPlan) -> None:
+        m, lengths, window = self.measured, plan.rows[:, 2], self.model.sliding_window
+        m.live_tokens.append(int((lengths if window is None else np.minimum(lengths, window)).sum(dtype=np.int64)))
+        m.live_rows.append(plan.live_rows)
+        m.pages.append(plan.pages)
+
+    def _check(self, plan: StepPlan, sample: jax.Array) -> None:
+        """Each process checks the heads and rows that it holds; a check is counted by the holder of head 0."""
+        start = time.perf_counter()
+        for shard in sample.addressable_shards:
+            if shard.replica_id != 0:
+                continue
+            for check in plan.checks:
+                rows, heads = range(sample.shape[0])[shard.index[0]], shard.index[1]
+                if check.data_shard not in rows:
+                    continue
+                output = np.asarray(shard.data)[check.data_shard - rows.start]
+                want = oracle_output(self.model, check, heads, self.spec.page_size)
+                error = relative_error(output, want)
+                if not error <= ERROR_BOUNDS[self.model.dtype]:
+                    print(
+                        f"wrong output: {check}, query heads {range(self.model.num_q_heads)[heads]}, "
+                        f"off by {error:.2e} of its scale",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self.measured.worst_error = max(self.measured.worst_error, error)
+                self.measured.checked += range(self.model.num_q_heads)[heads].start == 0
+        self.measured.check_seconds += time.perf_counter() - start

@@ -1,0 +1,118 @@
+"""Copies of whole pages inside the cache, in place, each shard its own: what forks leave due."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from paged_dist._compat import broadcasts
+from paged_dist._errors import require
+from paged_dist.cache import PagedKVCache
+from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
+from paged_dist.mesh import MeshAxes
+from paged_dist.ops.in_shard_map import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
+from paged_dist.ops.write_conflicts import check_copies_apart, on_host
+
+COPIES_AT_ONCE = 512  # pairs of a launch of an eager call
+
+
+def copy_pages(
+    cache: PagedKVCache,
+    copies: jax.Array,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    axes: MeshAxes = MeshAxes(),
+    implementation: Implementation = None,
+) -> PagedKVCache:
+    """Copies pages onto others of their shard, all heads and layers, in place: `cache` is donated.
+
+    K, V and scales of each page move once; no shard talks to another, and a shard without copies does nothing.
+
+    Args:
+      cache: the cache; after an eager call use the returned one only. Inside a jit, donate it to the jit.
+      copies: [M, 2] int32 global page ids, (page to read, page to write), as `PageAllocator.take_copies` gives them:
+        both of a pair on one shard, no page written twice, none written that another pair reads. Pairs with a negative
+        id, or on two shards, are left out.
+      mesh, axes, implementation: as in `sharded_paged_attention`.
+
+    Returns:
+      The cache with the pages copied.
+
+    Raises:
+      ValueError: copies of another shape or dtype; a cache that does not divide over the mesh; two pairs of one page,
+        where the host has them (NumPy, lists, arrays on CPU; not in a jit).
+    """
+    if not isinstance(copies, jax.Array):
+        copies = np.asarray(copies)
+        copies = copies.astype(jax.dtypes.canonicalize_dtype(copies.dtype))  # as jnp.asarray would
+    mesh = op_mesh(cache, mesh, axes, implementation)
+    _check_copies(copies)
+    if (seen := on_host(copies)) is not None:
+        check_copies_apart(cache.spec, mesh, axes, *seen)
+    for part in _parts(copies):
+        cache = _copy_sharded(cache, part, mesh=mesh, axes=axes, implementation=implementation)
+    return cache
+
+
+def _parts(copies: np.ndarray | jax.Array) -> list[jax.Array]:
+    """`copies` in parts of one shape, so that an eager call has one program for any number of them.
+
+    Those of a jit stay as they are. Of NumPy's, those that are due: without any there is nothing to run.
+    """
+    if isinstance(copies, jax.core.Tracer):
+        return [copies]
+    xp = np if isinstance(copies, np.ndarray) else jnp
+    if xp is np:
+        copies = copies[(copies >= 0).all(axis=1)]
+    missing = -len(copies) % COPIES_AT_ONCE
+    padded = xp.concatenate([copies, xp.full((missing, 2), -1, xp.int32)])
+    return [jnp.asarray(part) for part in padded.reshape(-1, COPIES_AT_ONCE, 2)]
+
+
+@in_place
+def _copy_sharded(cache, copies, *, mesh, axes, implementation):
+    pools = cache.partition_specs(axes)
+    local = functools.partial(_copy_local, axes=axes, implementation=implementation)
+    return run_sharded(local, mesh, (pools, P()), pools, cache, copies)
+
+
+def copy_pages_local(
+    cache: PagedKVCache, copies: jax.Array, *, axes: MeshAxes = MeshAxes(), implementation: Implementation = None
+) -> PagedKVCache:
+    """`copy_pages` inside a caller's `shard_map` (with `check_vma=True` too): this shard's pages of `copies`, all ids
+    global. Returns this shard's pools.
+
+    Raises:
+      ValueError: as `copy_pages`; no `shard_map` around the call, or one with another part of the cache.
+    """
+    copies = jnp.asarray(copies)
+    check_shard(cache, axes)
+    _check_copies(copies)
+    return _copy_local(cache, copies, axes=axes, implementation=implementation)
+
+
+def _check_copies(copies) -> None:
+    shape, rule = copies.shape, "must be [M, 2]: page to read, page to write"
+    require(copies.ndim == 2 and shape[1] == 2, "copies.shape", shape, rule)
+    require(copies.dtype == jnp.int32, "copies.dtype", str(copies.dtype), "must be int32")
+
+
+@broadcasts
+def _copy_local(cache, copies, *, axes, implementation):
+    names, pages = axes.pages, cache.key_pages.shape[-3]
+    shard = lax.axis_index(names) if names else 0
+    local = copies - jnp.int32(shard * pages)
+    is_mine = jnp.all((local >= 0) & (local < pages), axis=1)
+    local = local[jnp.argsort(~is_mine, stable=True)]
+    pools = (*cache.stacked_pages(), *cache.stacked_scales().values())
+    with jax.named_scope("copy_pages"):
+        count = jnp.sum(is_mine, dtype=jnp.int32)
+        return cache.with_pools(
+            *copy_stored_pages(pools, local, count, cache.spec.page_size, interpret_of(implementation))
+        )

@@ -1,0 +1,6 @@
+"""Who owns which page: the allocator and its prefix cache, on the host alone; no device is touched."""
+
+from paged_dist.pages.allocator import OutOfPages, PageAllocator
+from paged_dist.pages.prefix_cache import PrefixMatch
+
+__all__ = ["OutOfPages", "PageAllocator", "PrefixMatch"]

@@ -21,7 +21,7 @@ before = set(flags.FLAGS)
 HERE = [flags.DEFINE_string(name, "mine", "A flag of this program.") for name in sys.argv[1].split(",")]
 
 import paged_dist.launch
-names = [f"paged_dist.launch.{module.name}" for module in pkgutil.iter_modules(paged_dist.launch.__path__)]
+names = [module.name for module in pkgutil.walk_packages(paged_dist.launch.__path__, "paged_dist.launch.")]
 modules = [importlib.import_module(name) for name in names]
 assert len(names) > 15, names
 assert set(flags.FLAGS) - before == {flag.name for flag in HERE}, set(flags.FLAGS) - before

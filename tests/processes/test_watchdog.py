@@ -772,7 +772,9 @@ def test_a_launcher_has_a_flag_for_each_time_out_and_refuses_what_is_none(monkey
     with flagsaver.flagsaver():
         flags.FLAGS(["decode", f"--{name}=7"])
         asked = {}
-        monkeypatch.setattr("paged_dist.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout))
+        monkeypatch.setattr(
+            "paged_dist.launch.common.start_jax.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout)
+        )
         watchdog("decode")
         usual = {"timeout_seconds": 60, "start_timeout_seconds": None, "phase_timeout_seconds": 3600}
         assert asked == usual | {name: 7, "name": "decode"}

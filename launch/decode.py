@@ -287,7 +287,7 @@ def main(argv) -> int:
 
 def serve(model, requests: list[Request], workload: str, watch) -> int:
     """The run, on every process; the exit code, the same on all."""
-    from paged_dist.cluster.watchdog import FAILED, PREEMPTED
+    from paged_dist.cluster import FAILED, PREEMPTED
     from paged_dist.launch.serving import report
 
     say = sayer(NAME, watch)
@@ -338,7 +338,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     import jax
 
     from paged_dist import PageAllocator, describe_mesh
-    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.cluster import PREEMPTED
     from paged_dist.launch.serving import report
     from paged_dist.launch.serving.engine import Engine
     from paged_dist.launch.serving.row_schedule import Schedule, choose_checks

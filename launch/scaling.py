@@ -31,9 +31,9 @@ from paged_dist.launch import decode, plan
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import chip_of_topology, slice_of
+from paged_dist.launch.common.local_processes import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
 from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.common.start_jax import start_jax, watchdog
-from paged_dist.launch.local_pod import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
 from paged_dist.launch.planning import sizing
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.workload import Request, repeated
@@ -337,7 +337,7 @@ class _Pods:
             signal.signal(number, handler)
 
     def _stop(self, number, frame) -> None:
-        from paged_dist.cluster.watchdog import PREEMPTED
+        from paged_dist.cluster import PREEMPTED
 
         self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
         if self._pod is not None and self._pod.poll() is None:
@@ -407,7 +407,7 @@ def run_here(model, requests, workload: str) -> int:
     import jax
 
     from paged_dist import make_pod_mesh
-    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.cluster import PREEMPTED
 
     with watchdog(NAME) as watch:
         watch.watch_for_preemption()

@@ -11,6 +11,7 @@ from paged_dist.cluster.startup import DistributedInfo, initialize_distributed
 from paged_dist.cluster.watchdog import Watchdog
 from paged_dist.launch.common import host
 from paged_dist.launch.common.flag_checks import at_least, at_most
+from paged_dist.launch.common.local_processes import MOST_DEVICES
 from paged_dist.launch.common.run_program import end_with_error
 from paged_dist.launch.common.shared_flags import (
     BIND_ADDRESS,
@@ -23,7 +24,6 @@ from paged_dist.launch.common.shared_flags import (
     START_TIMEOUT_SECONDS,
     TIMEOUT_SECONDS,
 )
-from paged_dist.launch.local_pod import MOST_DEVICES
 
 
 def _environment_int(name: str) -> int | None:

@@ -22,7 +22,7 @@ from aot import needs_libtpu
 from jax._src.clusters import cloud_tpu_cluster
 
 from paged_dist._compat import detect_cluster
-from paged_dist.cluster.watchdog import PREEMPTED
+from paged_dist.cluster import PREEMPTED
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.host import has_accelerator

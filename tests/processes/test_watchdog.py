@@ -25,16 +25,17 @@ import pytest
 from processes import free_port, run_processes, start
 
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, make_pod_mesh
+from paged_dist.cluster import DISAGREE, LOST
 from paged_dist.cluster import startup as distributed
 from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_action
-from paged_dist.cluster.verdicts import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
+from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Judge, Place
 from paged_dist.cluster.watchers import Spoke
 from paged_dist.cluster.wire import Peer, encoded
 from paged_dist.launch import compare
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import shared_flags
+from paged_dist.launch.common.local_processes import pod_environment, reserve_port
 from paged_dist.launch.common.start_jax import start_jax, watchdog
-from paged_dist.launch.local_pod import pod_environment, reserve_port
 from paged_dist.launch.serving import report
 
 # What process 0 judges, on a clock of the test's own

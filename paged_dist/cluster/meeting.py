@@ -8,52 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import resource
 import selectors
 import socket
-import struct
 import threading
 import time
-from typing import TYPE_CHECKING
 
-from paged_dist._errors import require
-
-if TYPE_CHECKING:
-    from paged_dist.cluster.startup import DistributedInfo
+from paged_dist.cluster.addresses import is_on_this_host, split_address
+from paged_dist.cluster.distributed_info import DistributedInfo
+from paged_dist.cluster.host_claims import claim_process_id, other_holder, this_process
 
 _HELLO = b"paged-dist/1"  # first word of the line that a process sends; the answer starts with it too
 _MAX_LINE = 1000
 _RETRY_SECONDS = 0.1
-
-
-def split_address(argument: str, address: str) -> tuple[str, int]:
-    """(host, port) of `host:port` or `[ipv6]:port`; raises ValueError, naming `argument`, for anything else."""
-    example = "write host:port, such as 10.0.0.1:8476 or [::1]:8476"
-    require(isinstance(address, str), argument, address, "must be a string", example)
-    host, colon, port = address.rpartition(":")
-    require(
-        bool(colon) and bool(host) and not any(c.isspace() or c == "/" for c in host),
-        argument,
-        address,
-        "must be a host and a port",
-        example,
-    )
-    bracketed = host.startswith("[") and host.endswith("]")
-    require(bracketed or ":" not in host, argument, address, "must have an IPv6 host in brackets", example)
-    require(
-        port.isascii() and port.isdigit() and 1 <= int(port) <= 65535,
-        argument,
-        address,
-        "must have a port from 1 to 65535",
-        example,
-    )
-    return host[1:-1] if bracketed else host, int(port)
-
-
-def _here() -> str:
-    """This process, as an error names it and as two words of a line: host and pid."""
-    return f"{''.join(socket.gethostname().split()) or 'unknown'} {os.getpid()}"
 
 
 def _named(who: str) -> str:
@@ -61,21 +28,21 @@ def _named(who: str) -> str:
     return f"{host}, pid {pid}"
 
 
-def _two(process_id: int, first: str, second: str) -> str:
+def _same_id_twice(process_id: int, first: str, second: str) -> str:
     return (
         f"two processes were started with process_id={process_id}: one on {_named(first)}, one on {_named(second)}; "
         "give each process its own"
     )
 
 
-class Refused(RuntimeError):
+class StartRefused(RuntimeError):
     """Process 0 says that these processes cannot start."""
 
 
 # Process 0
 
 
-def _listen(bind: str) -> socket.socket:
+def _listen_on(bind: str) -> socket.socket:
     host, port = split_address("bind_address", bind)
     if host == "::":  # every interface
         dual = socket.has_dualstack_ipv6()
@@ -86,17 +53,17 @@ def _listen(bind: str) -> socket.socket:
     return socket.create_server(address[:2], family=family, backlog=1024)
 
 
-def _cannot_listen(bind: str, e: OSError, info: DistributedInfo) -> RuntimeError:
+def _cannot_listen_on(bind: str, e: OSError, info: DistributedInfo) -> RuntimeError:
     """Why process 0 has no port: another process 0 has it, which is told as well, or any other program."""
     if e.errno == errno.EADDRINUSE:
         try:
             join(*split_address("coordinator_address", info.coordinator_address), info, time.monotonic() + 1).close()
-        except Refused as refused:
+        except StartRefused as refused:
             return refused
         except RuntimeError:
             pass
-        if holder := _holder(info):
-            return RuntimeError(_two(0, holder, _here()))
+        if holder := other_holder(info):
+            return RuntimeError(_same_id_twice(0, holder, this_process()))
     return RuntimeError(
         f"process 0 cannot listen on {bind}: {e}; check that the host part is this machine's and that no other process "
         "(an earlier run, a second one with process_id=0?) has the port, or choose another"
@@ -120,7 +87,7 @@ class _Elsewhere:
         while not self._over:
             try:
                 join(*address, self._info, time.monotonic() + 1).close()
-            except Refused as e:
+            except StartRefused as e:
                 self.refusal, self._over = str(e), True
             except RuntimeError:
                 pass  # nobody there yet, or it is this one
@@ -132,32 +99,20 @@ class _Elsewhere:
         self._over = True  # JAX has the port from then on
 
 
-def _is_here(address: str) -> bool:
-    """Whether the host of `address` is this one, as far as can be told."""
-    host, _ = split_address("coordinator_address", address)
-    try:
-        family, *_, found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as s:
-            s.bind(found)
-    except OSError as e:
-        return e.errno != errno.EADDRNOTAVAIL
-    return True
-
-
 def await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int, socket.socket]:
     """Process 0's part: answers when all other processes have said who they are; their connections."""
     here: dict[int, socket.socket] = {}
-    who = {0: _here()}
+    who = {0: this_process()}
     refusal = None
     _allow_open_files(2 * info.num_processes + 256)
     try:
-        server = _listen(bind)
+        server = _listen_on(bind)
     except OSError as e:
-        raise _cannot_listen(bind, e, info) from e
+        raise _cannot_listen_on(bind, e, info) from e
     with server, selectors.DefaultSelector() as events, contextlib.ExitStack() as stack:
-        claim(info)
+        claim_process_id(info)
         elsewhere = None
-        if info.num_processes > 1 and not _is_here(info.coordinator_address):
+        if info.num_processes > 1 and not is_on_this_host(info.coordinator_address):
             elsewhere = stack.enter_context(_Elsewhere(info))
         server.setblocking(False)
         events.register(server, selectors.EVENT_READ)
@@ -187,7 +142,7 @@ def await_others(bind: str, info: DistributedInfo, deadline: float) -> dict[int,
                     events.unregister(peer)
                     peer.close()
                 elif received.endswith(b"\n") and peer not in here.values():
-                    refusal = refusal or _admit(lines[peer], peer, here, who, info)
+                    refusal = refusal or _admit_process(lines[peer], peer, here, who, info)
             refusal = refusal or (elsewhere and elsewhere.refusal)
         answer = "go" if refusal is None else f"no {refusal}"
         for peer in lines:
@@ -213,7 +168,7 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _admit(
+def _admit_process(
     line: bytes, peer: socket.socket, here: dict[int, socket.socket], who: dict[int, str], info: DistributedInfo
 ) -> str | None:
     """Enters the process that said `line` in `here` and `who`; returns why the start-up fails instead, if it does."""
@@ -230,7 +185,7 @@ def _admit(
     if process_id == 0 and speaker == who[0]:
         return None  # this one: it looked for another
     if process_id == 0 or process_id in here:
-        return _two(process_id, who[process_id], speaker)
+        return _same_id_twice(process_id, who[process_id], speaker)
     here[process_id], who[process_id] = peer, speaker
     return None
 
@@ -238,7 +193,7 @@ def _admit(
 def _who_is_missing(here: dict[int, socket.socket], info: DistributedInfo, elsewhere: bool) -> str:
     missing = [i for i in range(1, info.num_processes) if i not in here]
     listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-    wrong = f" (which is no address of {_named(_here())}, that was started as process 0)" if elsewhere else ""
+    wrong = f" (which is no address of {_named(this_process())}, that was started as process 0)" if elsewhere else ""
     return (
         f"timed out: {len(missing)} of {info.num_processes} processes did not reach the coordinator at "
         f"{info.coordinator_address}{wrong}, process {listed}; check that they were started, each with its own "
@@ -254,13 +209,13 @@ def join(host: str, port: int, info: DistributedInfo, deadline: float) -> socket
 
     Returns the connection to process 0."""
     last = "no answer"
-    claim(info)
+    claim_process_id(info)
     while (left := deadline - time.monotonic()) > 0:
         try:
             peer = socket.create_connection((host, port), timeout=left)
             with contextlib.ExitStack() as stack:
                 stack.enter_context(peer)
-                words = info.process_id, info.num_processes, _here().encode(errors="replace")
+                words = info.process_id, info.num_processes, this_process().encode(errors="replace")
                 peer.sendall(b"%s %d %d %s\n" % (_HELLO, *words))
                 last = "it accepts connections, but the other processes did not all come"
                 # Process 0 gives up when its own time is over, perhaps after this one's, and says who is missing.
@@ -273,9 +228,9 @@ def join(host: str, port: int, info: DistributedInfo, deadline: float) -> socket
             last = last if isinstance(e, TimeoutError) and last != "no answer" else str(e)
         else:
             if answer.startswith(_HELLO + b" no "):
-                raise Refused(answer[len(_HELLO) + 4 :].decode(errors="replace"))
-            if holder := _holder(info):  # and so the run has begun, without this one
-                raise RuntimeError(_two(info.process_id, holder, _here()))
+                raise StartRefused(answer[len(_HELLO) + 4 :].decode(errors="replace"))
+            if holder := other_holder(info):  # and so the run has begun, without this one
+                raise RuntimeError(_same_id_twice(info.process_id, holder, this_process()))
             last = (
                 "something answers there that is not the process 0 of this start-up: another program, or a run that "
                 f"has begun, perhaps with another process of process_id={info.process_id}"
@@ -297,41 +252,3 @@ def _read_line(peer: socket.socket, deadline: float) -> bytes:
         if not received or not line.startswith(_HELLO[: len(line)]):
             break
     return line.strip()
-
-
-# Who has a place in a run, on one host: it holds a local socket of that name while it lives. Nobody is refused for that
-# alone, an earlier run's process may be about to end; it explains why a port is taken.
-
-_claims: dict[str, socket.socket] = {}
-
-
-def _claim_name(info: DistributedInfo) -> str:
-    return f"\0paged-dist {info.coordinator_address} {info.process_id}"  # no file: it is gone with the process
-
-
-def claim(info: DistributedInfo) -> None:
-    """Takes the place of `info` on this host, if it is free."""
-    name = _claim_name(info)
-    if name in _claims:
-        return
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        held = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        held.bind(name)
-        held.listen(128)
-        stack.pop_all()
-        _claims[name] = held
-
-
-def _holder(info: DistributedInfo) -> str | None:
-    """Host and pid of another process of this host that has the place of `info`; None where there is none."""
-    name = _claim_name(info)
-    if name in _claims:
-        return None
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-        s.setblocking(False)
-        s.connect(name)
-        pid, _, _ = struct.unpack("3i", s.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if pid:
-            os.kill(pid, 0)  # a fork of it may hold the socket longer
-        return f"{_here().split()[0]} {pid or 'unknown'}"
-    return None

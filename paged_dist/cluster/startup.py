@@ -8,9 +8,7 @@ there does JAX's start-up begin, on the same address.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import ipaddress
 import math
 import numbers
 import os
@@ -23,29 +21,14 @@ from absl import logging
 
 from paged_dist._compat import backends_are_initialized, detect_cluster
 from paged_dist._errors import bad_value, require
-from paged_dist.cluster.meeting import await_others, join, split_address
+from paged_dist.cluster.addresses import is_loopback, split_address
+from paged_dist.cluster.distributed_info import DistributedInfo
+from paged_dist.cluster.meeting import await_others, join
+from paged_dist.cluster.wire import wait_for_end
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributedInfo:
-    """What `initialize_distributed` set up.
-
-    Attributes:
-      process_id: this process, 0 to num_processes - 1.
-      num_processes: how many there are.
-      coordinator_address: host:port of process 0's coordinator; None where there is one process without one.
-      how: 'explicit' (arguments), 'detected:NAME' (a cluster that JAX knows, by its name for it: 'gcetpu', 'gketpu',
-        'slurm', 'ompi', 'k8s'), or 'single' (nothing set and nothing found).
-    """
-
-    process_id: int
-    num_processes: int
-    coordinator_address: str | None
-    how: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
+class _StartRequest:
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
@@ -53,7 +36,7 @@ class _Request:
     bind_address: str | None
 
 
-_done: tuple[_Request, DistributedInfo] | None = None
+_done: tuple[_StartRequest, DistributedInfo] | None = None
 _peers: dict[int, socket.socket] = {}  # the meeting's connections: process 0's to all others, or one to process 0
 
 
@@ -93,7 +76,7 @@ def initialize_distributed(
         not all come within `timeout_seconds`, or disagree about who they are.
     """
     global _done, _peers
-    request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+    request = _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
     check_seconds("timeout_seconds", timeout_seconds)
     silence = timeout_seconds if silence_timeout_seconds is None else silence_timeout_seconds
     check_seconds("silence_timeout_seconds", silence)
@@ -106,9 +89,9 @@ def initialize_distributed(
         )
     if jax.distributed.is_initialized():
         raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
-    info = _find_out(request, timeout_seconds)
+    info = _find_this_process(request, timeout_seconds)
     if info.how == "explicit" or info.num_processes > 1:
-        _peers = _start(info, request, timeout_seconds, silence)
+        _peers = _start_distributed(info, request, timeout_seconds, silence)
     logging.info(
         "distributed: process %d of %d, coordinator %s, %s",
         info.process_id,
@@ -136,16 +119,7 @@ def wait_for_others_to_end(seconds: float) -> None:
             wait_for_end(peer, until)
 
 
-def wait_for_end(peer: socket.socket, until: float) -> None:
-    """Reads from a connection until it ends, `until` that time at most."""
-    with contextlib.suppress(OSError):
-        while (left := until - time.monotonic()) > 0:
-            peer.settimeout(left)
-            if not peer.recv(1 << 16):
-                return
-
-
-def _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _Request:
+def _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _StartRequest:
     """The arguments as one value, in range."""
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -181,7 +155,7 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
             local_device_ids,
             "must be one or more device numbers from 0",
         )
-    return _Request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+    return _StartRequest(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
 
 
 def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
@@ -191,16 +165,7 @@ def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
     require(timely, argument, seconds, f"must be a positive number of seconds{', or math.inf' if endless else ''}")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
+def _find_this_process(request: _StartRequest, timeout_seconds: float) -> DistributedInfo:
     """Who this process is: from the request, or from the cluster it finds itself in."""
     if request.num_processes is not None:
         return DistributedInfo(request.process_id, request.num_processes, request.coordinator_address, "explicit")
@@ -222,8 +187,8 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
     return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
 
 
-def _start(
-    info: DistributedInfo, request: _Request, timeout_seconds: float, silence: float
+def _start_distributed(
+    info: DistributedInfo, request: _StartRequest, timeout_seconds: float, silence: float
 ) -> dict[int, socket.socket]:
     """Waits until all processes are there, then starts JAX's distributed runtime; the connections, which stay open."""
     if backends_are_initialized():
@@ -237,7 +202,7 @@ def _start(
     host, port = split_address("coordinator_address", info.coordinator_address)
     bind = request.bind_address or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     if bind is None:
-        bind = info.coordinator_address if _is_loopback(host) else f"[::]:{port}"
+        bind = info.coordinator_address if is_loopback(host) else f"[::]:{port}"
     deadline = time.monotonic() + timeout_seconds
     is_first = info.process_id == 0
     connections = await_others(bind, info, deadline) if is_first else {0: join(host, port, info, deadline)}

@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import collections
-import math
 from typing import NamedTuple
 
-FAILED = 1  # exit code of a process that failed itself
-LOST = 3  # of one that ends because another was lost, stuck or failed
-DISAGREE = 4  # of all, where they were started differently or went apart
-PREEMPTED = 75  # of all, after SIGTERM: sysexits' EX_TEMPFAIL, start it again
+from paged_dist.cluster.exit_codes import DISAGREE, LOST
+from paged_dist.cluster.progress import IDLE, START, Progress
 
 PATIENCE = 2.0  # seconds that a failure waits for the reason behind it: a peer's death breaks a collective here first
 
 SILENT = "it has been silent for {:.0f} s"
 NOT_HERE = "it has been silent for {:.0f} s, it has not come into the block of this Watchdog"
-
-_PHASES = 1 << 20  # between two steps are more places than a run names phases there
-
-
-class Place(NamedTuple):
-    """How far a process is: in a phase, or at a step.
-
-    Attributes:
-      phase: its name; of a step 'step', and 'devices' from when it only waits for them.
-      step: the step's number, None in a phase.
-      order: of two processes, the one with the smaller is behind.
-      limit: seconds that a phase may take.
-    """
-
-    phase: str
-    step: int | None = None
-    order: int = -(1 << 60)
-    limit: float = math.inf
-
-    def next_phase(self, name: str, limit: float = math.inf) -> Place:
-        """The phase `name` behind this place."""
-        return Place(name, None, self.order + 2, limit)  # behind the same step's wait for the devices, too
-
-    @classmethod
-    def of_step(cls, number: int, *, waits: bool = False) -> Place:
-        """Step `number`, from when it `waits` for the devices."""
-        return cls("devices" if waits else "step", number, number * _PHASES + waits)
-
-    @property
-    def is_phase(self) -> bool:
-        """Whether the run named a phase, with a time of its own."""
-        return self.step is None and self not in (START, IDLE)
-
-    def __str__(self) -> str:
-        return f"at step {self.step}" if self.step is not None else f"at no step ({self.phase})"
-
-
-START = Place("start")
-IDLE = Place("idle", None, 1 << 90)
 
 
 class Verdict(NamedTuple):
@@ -98,7 +56,7 @@ class Judge:
         self._heard[i] = now
         self._here.add(i)
 
-    def at(self, i: int, place: Place, now: float) -> None:
+    def at(self, i: int, place: Progress, now: float) -> None:
         """Process i is at `place`."""
         if self._places[i][0] != place:
             self._places[i] = place, now

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from paged_dist._errors import require
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, scale_rows
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.mesh import MeshAxes
 

@@ -42,7 +42,8 @@ class PoolShape(NamedTuple):
 
 def pool_shape(pool: jax.Array, head_dim: int) -> PoolShape:
     """The PoolShape of a stored pool [L, Hkv, N, rows, lanes]."""
-    return PoolShape(*pool.shape, head_dim)
+    layers, kv_heads, pages, rows, lanes = pool.shape
+    return PoolShape(layers, kv_heads, pages, rows, lanes, head_dim)
 
 
 class Tiles(NamedTuple):
@@ -172,7 +173,7 @@ def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
     return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, head_dim)
 
 
-def as_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
+def as_stored_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
     """What `align` made as stored rows, [M, Hkv, tile_rows, W]; a lone token in all places of its row, for a mask."""
     if tokens.shape[2] == 1:
         return jnp.tile(tokens, (1, 1, 1, pool.tokens_per_row))

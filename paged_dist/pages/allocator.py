@@ -33,7 +33,7 @@ from paged_dist.pages.prefix_cache import (
 )
 from paged_dist.pages.relocation import relocate
 from paged_dist.pages.rows import read_only
-from paged_dist.pages.saved_state import load_state, sizes_of, state_of
+from paged_dist.pages.saved_state import load_state, state_of, state_sizes
 
 
 class PageAllocator(AllocatorView):
@@ -394,7 +394,7 @@ class PageAllocator(AllocatorView):
         Raises:
           ValueError: a state that no allocator of `spec` can be in.
         """
-        sizes = sizes_of(state)
+        sizes = state_sizes(state)
         mesh = AbstractMesh((sizes["data"], sizes["context"], 1), ("data", "context", "model"))
         made = cls(spec, mesh, sizes["num_sequences"], sizes["pages_per_sequence"])
         load_state(made._ledger, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from paged_dist._errors import bad_value, require, whole_number
@@ -36,7 +36,7 @@ def state_of(ledger: PageLedger) -> dict[str, Any]:
     }
 
 
-def sizes_of(state: dict[str, Any]) -> dict[str, int]:
+def state_sizes(state: dict[str, Any]) -> dict[str, int]:
     """The four sizes of the allocator that `state_of` told of. Raises ValueError where they are no sizes."""
     with _refusing_other_forms():
         sizes = {name: state[name] for name in ("data", "context", "num_sequences", "pages_per_sequence")}
@@ -57,7 +57,7 @@ def load_state(ledger: PageLedger, state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _refusing_other_forms() -> Iterator[None]:
+def _refusing_other_forms() -> Generator[None]:
     """Turns what Python raises over a part that is missing or of another type into the ValueError of a bad state."""
     try:
         yield
@@ -66,7 +66,7 @@ def _refusing_other_forms() -> Iterator[None]:
 
 
 def _require_state(holds: bool, what: str) -> None:
-    require(bool(holds), "state", what, "is not what to_state() gives")
+    require(holds, "state", what, "is not what to_state() gives")
 
 
 def _load_rows(ledger: PageLedger, rows: Sequence[Any]) -> dict[int, int]:

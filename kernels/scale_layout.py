@@ -9,12 +9,14 @@ row beside this module: `decode/scales.py` (the attention kernel), `attention/xl
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
-from paged_dist.kernels.tiling import LANES
+from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
 def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size") -> None:
@@ -22,7 +24,7 @@ def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size"
     fits = page_size % LANES == 0 or LANES % page_size == 0
     rule = "with int8 and fp8 must divide 128 or be a multiple of it, for scales are stored 128 to a row"
     require(fits, argument, page_size, rule)
-    pages = max(1, LANES // page_size)
+    pages = max(1, LANES // page_size)  # that share a row
     require(
         num_pages % pages == 0,
         "num_pages",
@@ -35,6 +37,19 @@ def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size"
 def scale_rows(num_pages: int, page_size: int) -> int:
     """Rows of 128 that the scales of one head's pages take."""
     return num_pages * page_size // LANES
+
+
+def rows_of_page(page_size: int) -> int:
+    """Rows of 128 that hold the scales of one page of one head; pages of 64 tokens and less share a row."""
+    return max(1, page_size // LANES)
+
+
+def pages_of_whole_tiles(page_size: int) -> int:
+    """How many pages' scales fill whole tiles of (8, 128): a shard has a multiple of them.
+
+    Another number of rows XLA would lay out in a way that every call copies.
+    """
+    return math.lcm(SUBLANES * LANES, page_size) // page_size
 
 
 def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:

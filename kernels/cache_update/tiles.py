@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.stripes import Stripes
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
@@ -86,7 +87,7 @@ def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
 
 def scale_unit(pool: PoolShape) -> int:
     """Rows of 128 scales that are read and written together: a page's, or the one that several pages share."""
-    return max(1, pool.page_size // LANES)
+    return rows_of_page(pool.page_size)
 
 
 def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from paged_dist.cache import CacheSpec, PagedKVCache
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
-from paged_dist.kernels.tiling import LANES, SUBLANES
+from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
 from paged_dist.ops.in_shard_map import Implementation, interpret_of, run_sharded
 
@@ -31,7 +30,7 @@ def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
 
 def round_slots(spec: CacheSpec, slots: int) -> int:
     """`slots` pages a shard, rounded up to what a cache of `spec` may have."""
-    unit = math.lcm(SUBLANES * LANES, spec.page_size) // spec.page_size if spec.is_quantized else 1
+    unit = pages_of_whole_tiles(spec.page_size) if spec.is_quantized else 1
     return -(-slots // unit) * unit
 
 

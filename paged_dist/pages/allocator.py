@@ -37,27 +37,30 @@ from paged_dist.pages.saved_state import load_state, state_of, state_sizes
 
 
 class PageAllocator(AllocatorView):
-    """Gives pages of a pool to the rows (sequences) of a batch, one instance in every process.
+    """Gives the pages of a cache to the rows of a batch, a sequence to a row. Every process has an instance.
 
-    Row b lives on data shard d = `b // (num_sequences / data)`. Its page i is on context shard (o + i) mod C of the C
-    that the mesh has, o being that of its first page: the allocator chooses o so that all fill alike. Shard
-    r = d * C + c owns the page ids `[r*n, (r+1)*n)`, n = `spec.num_pages / (data * C)`, and gives the lowest free
-    one first, so a sequence's ids tend to come in runs. Processes that make the same calls in the same order get the
-    same ids: nothing depends on time, Python's hashes or the host; `digest()` compares them.
+    Where pages lie: row b lives on data shard d = `b // (num_sequences / data)`. Its page i is on context shard
+    (o + i) mod C of the C that the mesh has; o, the context shard of its page 0, is chosen so that all shards fill
+    alike. Shard r = d * C + c owns the page ids `[r*n, (r+1)*n)`, n = `spec.num_pages / (data * C)`. It gives the
+    lowest free one first, so a sequence's ids tend to come in runs.
 
-    A row is free, or held by a sequence of 0 or more tokens: `allocate` takes a row, `free` gives it back. A
-    call that raises changes nothing. Not thread-safe.
+    Determinism: processes that make the same calls in the same order get the same ids. Nothing depends on time,
+    Python's hashes or the host. `digest()` compares the processes.
 
-    Pages are shared by reference count, within one data shard: `fork` makes a second sequence of the same tokens,
+    Rows: a row is free, or held by a sequence of 0 or more tokens. `allocate` takes a row, `free` gives it back. A call
+    that raises changes nothing. Not thread-safe.
+
+    Sharing: several rows of a data shard may hold a page. `fork` makes a second sequence of the same tokens;
     `cache_prefix` and `prefix_match` let prompts begin with the full pages of others. A row never writes into a page
-    that another holds: growth gives it one of its own, and a copy falls due, for each step to make first::
+    that another row holds (copy-on-write): as it grows it gets a page of its own, and a copy into it is due, which each
+    step makes before it writes::
 
         positions = pages.grow_all(rows)  # of the new tokens, -1 in rows that did not grow: those write nothing
         cache = copy_pages(cache, pages.take_copies())  # nothing where nothing was forked
         cache = append_kv(cache, key, value, positions, pages.block_tables)
 
-    `lengths - 1` is no substitute for `positions`: in a row that is held and did not grow it is the last token's, which
-    would be written over, in a page that others may hold too.
+    Take `positions` and not `lengths - 1`: in a row that is held and did not grow, `lengths - 1` is the last token's
+    position. That token would be written over, in a page that other rows may hold too.
 
     Args:
       spec: the cache whose pages are given out.
@@ -68,6 +71,20 @@ class PageAllocator(AllocatorView):
 
     Raises:
       ValueError: sizes that are not positive or do not divide over the mesh.
+
+    Example:
+      >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=64, page_size=128)
+      >>> pages = pd.PageAllocator(spec, pd.make_pod_mesh(model=8), num_sequences=4, pages_per_sequence=8)
+      >>> row = pages.place(300)  # a prompt of 300 tokens takes 3 pages
+      >>> pages.allocate(row, 300)
+      0
+      >>> pages.grow_all([row]).tolist()  # a decode step: the position of each row's new token
+      [300, -1, -1, -1]
+      >>> pages.lengths.tolist(), pages.block_tables[row, :4].tolist()
+      ([301, 0, 0, 0], [0, 1, 2, -1])
+      >>> pages.free(row)
+      >>> pages.free_pages()
+      64
     """
 
     def __init__(
@@ -81,21 +98,28 @@ class PageAllocator(AllocatorView):
     ):
         super().__init__(spec, Geometry.of(spec, mesh, num_sequences, pages_per_sequence, axes))
 
-    # What changes it.
+    # Rows.
 
     def place(self, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
-        """A free row with room for a sequence of `num_tokens` tokens: it looks, `allocate` takes the row.
+        """A free row for a sequence of `num_tokens` tokens, on a data shard that has the pages. `allocate` takes it.
 
-        Of the data shards that have a free row and the room, the row is on the one with the most free pages; the lowest
-        shard, then the lowest row, where several are alike. With a `prefix` the shard where most of it is cached and
-        can be used comes first; where no such shard has a free row and the room, another one is taken without it.
-        `allocate` says how many tokens are cached there.
+        Of the data shards with a free row and the pages, it is the one with the most free pages; the lowest shard, then
+        its lowest row, where several are alike. With a `prefix`, the shard on which the row can begin with the most
+        cached tokens comes first. Where no such shard has a free row and the pages, it is another shard, without the
+        prefix: `allocate` returns how many tokens are cached there.
 
         Raises:
           ValueError: num_tokens is negative or more than a block table holds; a prefix that is longer, or of which a
             page holds something else by now.
           OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
             beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
+
+        Example:
+          >>> pages = pd.PageAllocator(pd.CacheSpec(4, 128, num_pages=8), pd.make_pod_mesh(data=2, model=4), 4, 4)
+          >>> pages.allocate(pages.place(200), 200)  # row 0, on data shard 0
+          0
+          >>> pages.place(500)  # data shard 1 has more pages free; its rows are 2 and 3
+          2
         """
         num_tokens = whole_number("num_tokens", num_tokens)
         count = self._ledger.pages_asked(num_tokens)
@@ -103,20 +127,29 @@ class PageAllocator(AllocatorView):
         return choose_row(self._ledger, count, prefix)
 
     def allocate(self, row: int, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
-        """Takes the free row `row` for a sequence of `num_tokens` tokens (0 allowed), gives it their pages.
+        """Gives the free row `row` to a sequence of `num_tokens` tokens (0 allowed), with the pages for them.
 
         Args:
-          prefix: what `prefix_match` found for the sequence's first tokens: the row begins with those of the pages
-            that are on its data shard, or with none where none are, or where only other pages have the room.
+          row: a free row, see `place`.
+          num_tokens: the sequence's length; their keys and values are still to be written.
+          prefix: what `prefix_match` found for the sequence's first tokens. The row begins with the cached pages that
+            are on its data shard. It begins with none where there are none, or where they leave no room for the rest.
 
         Returns:
-          How many tokens the row begins with, a multiple of page_size: `write_prefill_kv(..., starts=)` goes on
-          behind them. 0 without a prefix.
+          How many tokens of the prefix the row begins with, a multiple of page_size; 0 without one. They are there:
+          `write_prefill_kv(..., starts=)` writes those behind them.
 
         Raises:
           ValueError: no such row, the row is held, num_tokens is negative or more than a block table holds; the
             prefix is longer than num_tokens, or a page of it on the row's shard holds something else by now.
           OutOfPages: the row's shard has too few pages free.
+
+        Example:
+          >>> pages = pd.PageAllocator(pd.CacheSpec(8, 128, num_pages=16), pd.make_pod_mesh(model=8), 2, 4)
+          >>> pages.allocate(1, 129)
+          0
+          >>> pages.block_tables.tolist()
+          [[-1, -1, -1, -1], [0, 1, -1, -1]]
         """
         num_tokens = whole_number("num_tokens", num_tokens)
         ledger = self._ledger
@@ -158,7 +191,7 @@ class PageAllocator(AllocatorView):
         return start if num_tokens else -1
 
     def grow_all(self, rows: Iterable[int], num_tokens: int = 1) -> np.ndarray:
-        """`grow(row, num_tokens)` for each of `rows` in turn, all of them or, where one is refused, none.
+        """`grow(row, num_tokens)` for each of `rows` in turn: all of them or, where one is refused, none.
 
         Returns:
           [B] int32, read-only: the position of each row's first new token, -1 in all other rows. It is what
@@ -167,6 +200,14 @@ class PageAllocator(AllocatorView):
         Raises:
           ValueError: as `grow`, or a row named twice. It names the row.
           OutOfPages: a shard has too few pages free for all its rows together. It names both.
+
+        Example:
+          >>> pages = pd.PageAllocator(pd.CacheSpec(8, 128, num_pages=16), pd.make_pod_mesh(model=8), 3, 4)
+          >>> _ = pages.allocate(0, 128), pages.allocate(2, 5)
+          >>> pages.grow_all([0, 2]).tolist()
+          [128, -1, 5]
+          >>> pages.lengths.tolist(), pages.used_pages
+          ([129, 0, 6], 3)
         """
         num_tokens, ledger, rows = _new_tokens(num_tokens), self._ledger, list(rows)
         for row in rows:
@@ -232,16 +273,26 @@ class PageAllocator(AllocatorView):
     # Shared pages.
 
     def fork(self, row: int, new_row: int) -> None:
-        """A second sequence, in the free row `new_row`, of the tokens that `row` holds: it takes no page.
+        """Copy-on-write: the sequence in the free row `new_row` shares all pages of the one in `row`, and takes none.
 
-        All pages are shared, the last one too. The first of their holders to grow into a last page that is not full
-        gets one of its own on the same shard, and `take_copies` says what to copy into it; the last one left writes in
-        place. Fork after the writes of what `row` has grown by.
+        It has the same tokens. The last page is shared too: where it is not full, the first of its holders that grows
+        gets a page of its own on the same shard, and `take_copies` says what to copy into it. The last holder that is
+        left writes in place. Fork after the writes of what `row` has grown by.
 
         Raises:
           ValueError: no such row, `row` is free, `new_row` is held, or it is on another data shard: pages are shared
             within one. Or a copy into the row's last page is due: what the row has grown by is not written yet, and a
             fork that grew would never get it.
+
+        Example:
+          >>> pages = pd.PageAllocator(pd.CacheSpec(8, 128, num_pages=16), pd.make_pod_mesh(model=8), 2, 4)
+          >>> _ = pages.allocate(0, 200)
+          >>> pages.fork(0, 1)
+          >>> pages.block_tables.tolist()
+          [[0, 1, -1, -1], [0, 1, -1, -1]]
+          >>> _ = pages.grow_all([0, 1])  # row 0 gets a last page of its own, row 1 writes in place
+          >>> pages.take_copies().tolist(), pages.block_tables.tolist()
+          ([[1, 2], [-1, -1]], [[0, 2, -1, -1], [0, 1, -1, -1]])
         """
         pages = self._ledger.pages_of(row)
         self._geometry.check_row(new_row)
@@ -261,10 +312,10 @@ class PageAllocator(AllocatorView):
         self._ledger.lengths.hold(new_row, self._ledger.lengths.tokens[row])
 
     def take_copies(self) -> np.ndarray:
-        """[num_sequences, 2] int32: the copies that are due, (page to read, page to write), -1 in the rest.
+        """[num_sequences, 2] int32: the copies that are due, (page to read, page to write), and -1 in the other rows.
 
-        They are the caller's from now on: `copy_pages(cache, ...)` makes them, before anything is written. There is
-        one at most for each row.
+        They are the caller's to make from now on, with `copy_pages(cache, ...)` and before anything is written. At most
+        one is due for each row.
         """
         made = np.full((self.num_sequences, 2), -1, np.int32)
         due = self._ledger.copies.take()
@@ -272,14 +323,14 @@ class PageAllocator(AllocatorView):
         return made
 
     def cache_prefix(self, row: int, token_ids: np.ndarray | Sequence[int], namespace: bytes = b"") -> int:
-        """Makes the full pages that hold the first tokens of `row` findable by `prefix_match`, once they are written.
+        """Publishes the full pages that hold the first tokens of `row`: `prefix_match` finds them. Write them before.
 
-        They stay so when the sequence ends, until their space is needed: the least recently used go first. Of rows
-        that hold the same tokens each has its own pages; while one of them is left, the tokens are found.
+        They stay when the sequence ends, until their space is needed; the least recently used go first. Rows that hold
+        the same tokens have pages of their own: while one of them is left, the tokens are found.
 
         Args:
-          token_ids: [n] integers, the row's first tokens; what of them fills no page, or lies past its length, is
-            left out.
+          token_ids: [n] integers, the row's first tokens. Those that fill no whole page, or lie past the row's length,
+            are left out.
           namespace: what else decides the pages' content, such as an adapter, an image's hash, a tenant or a version
             of the weights. `prefix_match` finds them under the same one only.
 
@@ -299,14 +350,10 @@ class PageAllocator(AllocatorView):
     def prefix_match(
         self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None, namespace: bytes = b""
     ) -> PrefixMatch:
-        """The longest run of cached full pages that a prompt begins with; it looks, `allocate` takes them.
+        """The longest run of cached full pages that a prompt begins with. `allocate` takes them.
 
-        Pages are found by a hash of the namespace, their tokens and all before (blake2b, 128 bits). To get logits at
-        least one token must be run, so leave the prompt's last out. `allocate` says how many tokens are there::
-
-            match = pages.prefix_match(token_ids[:-1])
-            row = pages.place(len(token_ids), match)
-            num_cached = pages.allocate(row, len(token_ids), match)  # 0 where only shards without them had room
+        A page is found by a hash of the namespace, its tokens and all tokens before them (blake2b, 128 bits). At least
+        one token of a prompt must be run for its logits, so leave the last one out.
 
         Args:
           token_ids: [n] integers, the prompt.
@@ -314,10 +361,21 @@ class PageAllocator(AllocatorView):
           namespace: what the pages were cached under, see `cache_prefix`.
 
         Returns:
-          A PrefixMatch, of 0 tokens where nothing was found. It is good until the next call that changes the allocator.
+          A PrefixMatch, of 0 tokens where nothing was found. It holds until the next call that changes the allocator.
 
         Raises:
           ValueError: token_ids are not integers in one dimension, no such data shard, or a namespace that is no bytes.
+
+        Example:
+          >>> pages = pd.PageAllocator(pd.CacheSpec(8, 128, num_pages=16), pd.make_pod_mesh(model=8), 2, 4)
+          >>> prompt = list(range(300))
+          >>> _ = pages.allocate(0, 300), pages.cache_prefix(0, prompt)  # once its 2 full pages are written
+          >>> match = pages.prefix_match(prompt[:-1])
+          >>> row = pages.place(300, match)
+          >>> pages.allocate(row, 300, match)  # tokens that are there; 0 where only shards without them had room
+          256
+          >>> pages.block_tables.tolist()
+          [[0, 1, 2, -1], [0, 1, 3, -1]]
         """
         shards = range(self.num_shards) if data_shard is None else (whole_number("data_shard", data_shard),)
         rule = f"there are {self.num_shards} data shards"
@@ -326,23 +384,23 @@ class PageAllocator(AllocatorView):
         return find_prefix(self._ledger, tokens, namespace, shards)
 
     def forget_prefixes(self, namespace: bytes | None = None) -> int:
-        """Makes what `cache_prefix` published under a namespace, or under any, not findable any more.
+        """Withdraws what `cache_prefix` published under a namespace, or under any: nobody finds it any more.
 
-        For new weights, or an adapter that went. Rows keep their pages and tokens; `cache_prefix` may publish them
-        anew. Pages that no row holds are free at once.
+        For new weights, or an adapter that is gone. Rows keep their pages and tokens; `cache_prefix` may publish them
+        again. Pages that no row holds are free at once.
 
         Args:
           namespace: whose pages; None: all.
 
         Returns:
-          How many pages it was.
+          How many pages were withdrawn.
 
         Raises:
           ValueError: a namespace that is no bytes.
         """
         return self._ledger.pool.forget_all(None if namespace is None else as_namespace(namespace))
 
-    # Elsewhere.
+    # The whole state, elsewhere.
 
     def moved(
         self,
@@ -352,10 +410,10 @@ class PageAllocator(AllocatorView):
         num_sequences: int | None = None,
         axes: MeshAxes = MeshAxes(),
     ) -> tuple[PageAllocator, np.ndarray]:
-        """The same sequences, in the same rows, in the pages of another pool size or mesh shape.
+        """A new allocator with the same sequences in the same rows, over another pool size or mesh shape.
 
-        Pages stay shared where their rows are on one data shard still, and are doubled where not. Cached prefixes come
-        along while they fit, the most recently used first.
+        Pages stay shared where their rows are still on one data shard; elsewhere each shard gets a copy. Cached
+        prefixes come along while they fit, the most recently used first. `resize` and `reshard` move the pages.
 
         Args:
           spec: as this one's but for num_pages.
@@ -380,7 +438,7 @@ class PageAllocator(AllocatorView):
         return new, np.array(relocate(self._ledger, new._ledger), np.int32).reshape(-1, 2)
 
     def to_state(self) -> dict[str, Any]:
-        """The sequences and cached prefixes as numbers, strings and lists: what JSON can hold. See `from_state`.
+        """The sequences and cached prefixes as numbers, strings and lists, which JSON can hold; `from_state` reads it.
 
         Raises:
           ValueError: copies are due, see `take_copies`.
@@ -389,7 +447,7 @@ class PageAllocator(AllocatorView):
 
     @classmethod
     def from_state(cls, state: dict[str, Any], spec: CacheSpec) -> PageAllocator:
-        """The allocator that `to_state` told of, over a mesh of the same data and context sizes.
+        """The allocator whose `to_state` gave `state`, over a mesh of the same data and context sizes.
 
         Raises:
           ValueError: a state that no allocator of `spec` can be in.

@@ -39,12 +39,12 @@ class AllocatorView:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[B] int32, read-only: live tokens of each row, 0 for a free one. The same object until a change."""
+        """[B] int32, read-only: live tokens of each row, 0 for a free one. The same object until the next change."""
         return self._ledger.lengths.snapshot()
 
     @property
     def block_tables(self) -> np.ndarray:
-        """[B, pages_per_sequence] int32, read-only: global page ids, -1 in unused entries. As `lengths`."""
+        """[B, pages_per_sequence] int32, read-only: global page ids, -1 in unused entries. The same until a change."""
         return self._ledger.row_pages.block_tables()
 
     # What there is.
@@ -56,12 +56,14 @@ class AllocatorView:
 
     @property
     def used_pages(self) -> int:
-        """Pages that sequences hold, over all shards; one that several hold counts once."""
+        """Pages that sequences hold, over all shards; a shared page counts once."""
         return self.spec.num_pages - self.free_pages()
 
     def free_pages(self, shard: int | None = None, context_shard: int | None = None) -> int:
-        """Free pages of data shard `shard`, or of all; of one context shard there, or of all. Those that are only
-        kept as cached prefixes count: they go when no other is left."""
+        """Free pages of one data shard, or of all; on one context shard, or on all.
+
+        Pages that are kept as cached prefixes and that no sequence holds count as free: they are given out last.
+        """
         data, context = self.num_shards, self.num_context_shards
         for name, value in (("shard", shard), ("context_shard", context_shard)):
             if value is not None:
@@ -77,7 +79,7 @@ class AllocatorView:
 
     @property
     def live_pages(self) -> np.ndarray:
-        """[m] int32, ascending: pages with content that a sequence holds or a prompt may begin with."""
+        """[m] int32, ascending: the pages with content, which a sequence holds or a prompt may begin with."""
         held = {page for pages in self._ledger.row_pages.pages for page in pages}
         return np.array(sorted(held | set(self._ledger.pool.cached())), np.int32)
 
@@ -87,7 +89,7 @@ class AllocatorView:
         return self._geometry.data_shard_of_row(row)
 
     def is_held(self, row: int) -> bool:
-        """Whether a sequence has `row`, be it empty."""
+        """Whether a sequence has `row`; it may have 0 tokens."""
         self._geometry.check_row(row)
         return self._ledger.lengths.is_held[row]
 
@@ -98,8 +100,8 @@ class AllocatorView:
     def digest(self) -> str:
         """SHA-256 (hex) of the whole state: spec, geometry, rows held, lengths, block tables, free and cached pages.
 
-        Equal on processes that made the same calls. Two states with the same digest answer every later call
-        alike; how they were reached does not enter (an `allocate` that was freed again leaves no mark).
+        Equal on processes that made the same calls. Two states with the same digest answer every later call alike. How
+        a state was reached does not matter: an `allocate` that was freed again leaves no mark.
         """
         h = hashlib.sha256()
         geometry = self.num_sequences, self.pages_per_sequence, self.num_shards, self.num_context_shards

@@ -9,7 +9,7 @@ from paged_dist.pages.ledger import PageLedger
 
 
 class OutOfPages(RuntimeError):
-    """A call asked for more pages than its shard has free. The allocator is as it was before the call.
+    """A call of `PageAllocator` needed more pages than a shard has free. The allocator is as it was before the call.
 
     Attributes:
       asked: pages the call needed of that shard.
@@ -17,6 +17,16 @@ class OutOfPages(RuntimeError):
       shard: the data shard that ran out; None where `place` looked at all of them.
       context_shard: which of its context shards ran out; None where there is one only.
       rows: the rows of that data shard that needed pages; empty where `place` looked for a row.
+
+    Example:
+      >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=2)
+      >>> pages = pd.PageAllocator(spec, pd.make_pod_mesh(model=8), num_sequences=2, pages_per_sequence=4)
+      >>> _ = pages.allocate(0, 256)
+      >>> try:
+      ...     pages.grow_all([0])
+      ... except pd.OutOfPages as error:  # a scheduler would end or preempt a row of that shard
+      ...     print(error, error.rows, error.shard)
+      row 0 on data shard 0: 1 more pages needed, 0 of its 2 are free (0,) 0
     """
 
     def __init__(

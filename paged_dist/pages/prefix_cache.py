@@ -32,15 +32,24 @@ class PrefixRun(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixMatch:
-    """Cached pages that hold the first tokens of a prompt, see `PageAllocator.prefix_match`.
+    """Cached pages that hold the first tokens of a prompt; `PageAllocator.prefix_match` gives it.
 
     The fields tell of the longest run of pages. A row on another data shard begins with what that shard has, or with
     nothing: `PageAllocator.allocate` returns with how many tokens.
 
     Attributes:
       data_shard: where the longest run is. None where nothing was found.
-      num_tokens: tokens that it holds, a multiple of page_size.
-      pages: its global ids, in the prompt's order.
+      num_tokens: tokens that the run holds, a multiple of page_size.
+      pages: the run's global page ids, in the prompt's order.
+
+    Example:
+      >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=16)
+      >>> pages = pd.PageAllocator(spec, pd.make_pod_mesh(model=8), num_sequences=2, pages_per_sequence=4)
+      >>> _ = pages.allocate(0, 300), pages.cache_prefix(0, range(300))
+      >>> pages.prefix_match(range(200))
+      PrefixMatch(data_shard=0, num_tokens=128, pages=(0,))
+      >>> pages.prefix_match([7, 7, 7])
+      PrefixMatch(data_shard=None, num_tokens=0, pages=())
     """
 
     data_shard: int | None

@@ -16,7 +16,8 @@ from paged_dist.ops.page_copies import copy_pages, copy_pages_local
 from paged_dist.ops.table_check import check_block_tables
 from paged_dist.pages import OutOfPages, PageAllocator, PrefixMatch
 from paged_dist.transfer.checkpoint import restore, save
-from paged_dist.transfer.reshard import reshard, resize
+from paged_dist.transfer.reshard import reshard
+from paged_dist.transfer.resize import resize
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,8 @@ from paged_dist._compat import reshape_minor
 from paged_dist._errors import require
 from paged_dist.cache.head_dim import cut_heads, pad_heads
 from paged_dist.cache.spec import CacheSpec
-from paged_dist.kernels.attention.checks import check_scales
 from paged_dist.kernels.dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype
-from paged_dist.kernels.quantization import pack_scales, unpack_scales
+from paged_dist.kernels.scale_layout import check_scales, pack_scales, unpack_scales
 from paged_dist.kernels.tiling import LANES
 from paged_dist.mesh import MeshAxes
 

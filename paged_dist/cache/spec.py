@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from paged_dist._errors import require
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, pages_of_whole_tiles, scale_rows
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.mesh import MeshAxes
 
@@ -148,7 +149,7 @@ class CacheSpec:
             f"{-(-self.num_pages // (data * context)) * data * context} works",
         )
         if self.is_quantized:
-            pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size
+            pages = pages_of_whole_tiles(self.page_size)
             require(
                 self.num_pages % (pages * data * context) == 0,
                 "num_pages",

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.quantization import LARGEST, fp8_bits, pack_scales, unpack_scales
+from paged_dist.kernels.quantization import LARGEST, fp8_bits
+from paged_dist.kernels.scale_layout import pack_scales, unpack_scales
 from paged_dist.ops.attention import _smoothed
 
 DTYPES = ["int8", "float8_e4m3fn"]

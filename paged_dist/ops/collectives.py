@@ -81,7 +81,6 @@ def attention_collectives(
     """
     spec.check_mesh(mesh, axes)
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
-    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
     for name, size in (("batch", batch), ("num_q_heads", num_q_heads), ("num_query_tokens", num_query_tokens)):
         require(isinstance(size, numbers.Integral) and size >= 1, name, size, "must be a whole number, at least 1")
     require(num_query_tokens <= MAX_QUERIES, "num_query_tokens", num_query_tokens, f"must be at most {MAX_QUERIES}")
@@ -97,13 +96,7 @@ def attention_collectives(
         up(num_q_heads, spec.num_kv_heads),
     )
     heads = num_q_heads // model
-    require(
-        output_heads == "replicated" or heads % context == 0,
-        "output_heads",
-        output_heads,
-        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
-        "'replicated' takes any",
-    )
+    check_output_heads(output_heads, heads, context)
     if context == 1:
         return ()
     rows = (batch // data,) if num_query_tokens == 1 else (batch // data, num_query_tokens)
@@ -113,3 +106,15 @@ def attention_collectives(
     if output_heads == "replicated":
         return top, collective("all-reduce", "sum", output, weights)
     return top, collective("reduce-scatter", "sum", output), collective("all-reduce", "sum", weights)
+
+
+def check_output_heads(output_heads: str, heads: int, context: int) -> None:
+    """Raises ValueError unless `output_heads` is one of OUTPUT_HEADS that serves the `heads` of one model shard."""
+    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
+    require(
+        output_heads == "replicated" or heads % context == 0,
+        "output_heads",
+        output_heads,
+        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
+        "'replicated' takes any",
+    )

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from paged_dist._errors import bad_value, require
 from paged_dist.cache import PagedKVCache
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import as_arrays, check_batch
+from paged_dist.ops.arguments import as_arrays, as_optional_arrays, check_batch
 
 _OUTSIDE = "must be a page id in [0, {pages}), for the row has {tokens} tokens"
 _ELSEWHERE = "must be on data shard {data} and context shard {context}, which own ids [{first}, {end})"
@@ -50,7 +50,8 @@ def check_block_tables(
       ValueError: the first wrong entry, by row and column, with the ids that would be right; shapes or dtypes that
         disagree. Under checkify the error of `error.throw()` says the same.
     """
-    block_tables, lengths, starts = as_arrays(block_tables, lengths, starts)
+    block_tables, lengths = as_arrays(block_tables, lengths)
+    (starts,) = as_optional_arrays(starts)
     require(block_tables.ndim == 2, "block_tables.shape", block_tables.shape, "must be [B, pages_per_sequence]")
     batch, columns = block_tables.shape
     for name, array, shape in (("lengths", lengths, (batch,)), ("starts", starts, (batch,))):
@@ -76,12 +77,12 @@ def check_block_tables(
     shard = row // (batch // data) * context + (begins + column) % context  # that owns each entry's page
     elsewhere = ~outside & (block_tables // own != shard)
 
-    _check(live & outside, _OUTSIDE, block_tables, pages=pages, tokens=lengths[:, None])
+    _check_no_entry(live & outside, _OUTSIDE, block_tables, pages=pages, tokens=lengths[:, None])
     more = dict(data=shard // context, context=shard % context, first=shard * own, end=(shard + 1) * own)
-    _check(live & elsewhere, _ELSEWHERE, block_tables, **more)
+    _check_no_entry(live & elsewhere, _ELSEWHERE, block_tables, **more)
 
 
-def _check(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> None:
+def _check_no_entry(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> None:
     """Raises, or checks under checkify, for the first entry of `wrong` [B, S], whose values fill `rule`."""
     batch, columns = wrong.shape
     place = jax.lax.broadcasted_iota(jnp.int32, wrong.shape, 0) * columns

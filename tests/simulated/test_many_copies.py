@@ -50,7 +50,7 @@ def test_pairs_go_through_scalar_memory_in_parts(monkeypatch, count, interpret):
 
 
 def test_eager_copies_of_any_number_are_one_program(monkeypatch):
-    monkeypatch.setattr(copies, "COPIES_AT_ONCE", 4)
+    monkeypatch.setattr(copies, "PAIRS_PER_LAUNCH", 4)
     spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), pod(2, 1, 1)
     program = copies._copy_sharded.jitted
     before = program._cache_size()

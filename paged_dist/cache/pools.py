@@ -29,10 +29,10 @@ def stored_dtype(spec: CacheSpec, mesh: Mesh | AbstractMesh | None) -> jnp.dtype
     return bits_dtype(spec.dtype) if on_cpu else jnp.dtype(spec.dtype)
 
 
-_ARRAYS = ("key_pages", "value_pages", "key_scales", "value_scales", "key_smoothing")
+_ARRAY_FIELDS = ("key_pages", "value_pages", "key_scales", "value_scales", "key_smoothing")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=list(_ARRAYS), meta_fields=["spec", "mesh"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=list(_ARRAY_FIELDS), meta_fields=["spec", "mesh"])
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
     """The key and value pools of a model, sharded over a mesh: a pytree of two arrays, of four where they are 8-bit.
@@ -261,13 +261,15 @@ class PagedKVCache:
         """The cache with new contents, given as `stacked` and `stacked_scales` gave them: two pools, and scales."""
         if self.spec.num_layers is None:
             arrays = tuple(x[0] for x in arrays)
-        return dataclasses.replace(self, **dict(zip(_ARRAYS, arrays, strict=False)))
+        return dataclasses.replace(self, **dict(zip(_ARRAY_FIELDS, arrays, strict=False)))
 
 
 def _partition_specs(spec: CacheSpec, axes: MeshAxes) -> dict[str, PartitionSpec]:
     """How each array that a cache may have is split."""
     pools, scales = spec.partition_spec(axes), spec.scales_partition_spec(axes)
-    return dict(zip(_ARRAYS, (pools, pools, scales, scales, spec.key_smoothing_partition_spec(axes)), strict=True))
+    return dict(
+        zip(_ARRAY_FIELDS, (pools, pools, scales, scales, spec.key_smoothing_partition_spec(axes)), strict=True)
+    )
 
 
 def _stored_arrays(spec: CacheSpec, mesh, axes: MeshAxes, key_smoothing: bool) -> dict[str, jax.ShapeDtypeStruct]:

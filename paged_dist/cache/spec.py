@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from paged_dist._errors import require
+from paged_dist._errors import require, whole_number
 from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.mesh import MeshAxes
 
-_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
+CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +47,13 @@ class CacheSpec:
             name = jnp.dtype(self.dtype).name
         except TypeError:
             name = str(self.dtype)
-        require(name in _DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {_DTYPES}")
+        require(name in CACHE_DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {CACHE_DTYPES}")
         object.__setattr__(self, "dtype", name)
         for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
             value = getattr(self, field)
             if field == "num_layers" and value is None:
                 continue
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            require(whole and value >= 1, field, value, "must be a whole number, at least 1")
-            object.__setattr__(self, field, int(value))
+            object.__setattr__(self, field, whole_number(field, value, at_least=1))
         rule = SUBLANES * self.tokens_per_row
         require(
             self.page_size % rule == 0,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 
 from jax.sharding import AbstractMesh, Mesh
 
-from paged_dist._errors import require
+from paged_dist._errors import require, whole_number
 from paged_dist.cache import CacheSpec
 from paged_dist.kernels.attention.checks import MAX_QUERIES
 from paged_dist.mesh import MeshAxes
@@ -82,7 +81,7 @@ def attention_collectives(
     spec.check_mesh(mesh, axes)
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
     for name, size in (("batch", batch), ("num_q_heads", num_q_heads), ("num_query_tokens", num_query_tokens)):
-        require(isinstance(size, numbers.Integral) and size >= 1, name, size, "must be a whole number, at least 1")
+        whole_number(name, size, at_least=1)
     require(num_query_tokens <= MAX_QUERIES, "num_query_tokens", num_query_tokens, f"must be at most {MAX_QUERIES}")
     up = lambda size, multiple: f"{-(-size // multiple) * multiple} works"
     require(

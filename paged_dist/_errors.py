@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from typing import TypeGuard
 
 
@@ -42,4 +43,4 @@ def whole_number(argument: str, value: object, *, at_least: int | None = None) -
     rule = "must be a whole number" + ("" if at_least is None else f", at least {at_least}")
     if not is_whole_number(value) or (at_least is not None and value < at_least):
         raise bad_value(argument, value, rule)
-    return int(value)
+    return operator.index(value)

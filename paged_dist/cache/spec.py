@@ -46,7 +46,7 @@ class CacheSpec:
         try:
             name = jnp.dtype(self.dtype).name
         except TypeError:
-            name = str(self.dtype)
+            name = f"{self.dtype}"
         require(name in CACHE_DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {CACHE_DTYPES}")
         object.__setattr__(self, "dtype", name)
         for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
@@ -100,6 +100,14 @@ class CacheSpec:
         return (*self._layers, self.num_kv_heads, scale_rows(self.num_pages, self.page_size), LANES)
 
     @property
+    def shard_page_multiple(self) -> int:
+        """What the number of pages on each shard is a multiple of: as many as fill whole (8, 128) tiles of scales.
+
+        1 where there are no scales.
+        """
+        return math.lcm(SUBLANES * LANES, self.page_size) // self.page_size if self.is_quantized else 1
+
+    @property
     def key_smoothing_shape(self) -> tuple[int, ...]:
         """Shape of a key smoothing: [Hkv, D], or [L, Hkv, D]."""
         return (*self._layers, self.num_kv_heads, self.head_dim)
@@ -144,8 +152,8 @@ class CacheSpec:
             f"must be a multiple of the mesh's data x context size {data} x {context}",
             f"{-(-self.num_pages // (data * context)) * data * context} works",
         )
-        if self.is_quantized:
-            pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size
+        pages = self.shard_page_multiple
+        if pages > 1:
             require(
                 self.num_pages % (pages * data * context) == 0,
                 "num_pages",

@@ -255,7 +255,7 @@ def _attend_local(
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
-        pad_heads(_smoothed(query, smoothing), cache.spec),
+        pad_heads(smoothed_query(query, smoothing), cache.spec),
         key_pages,
         value_pages,
         lengths,
@@ -300,7 +300,7 @@ def _attend_local(
     return (output, lse) if return_lse else output
 
 
-def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
+def smoothed_query(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     """query [..., Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
     if smoothing is None:
         return query

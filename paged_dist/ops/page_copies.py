@@ -26,7 +26,7 @@ PAIRS_PER_LAUNCH = 512  # of an eager call
 
 def copy_pages(
     cache: PagedKVCache,
-    copies: jax.Array,
+    copies: jax.Array | np.ndarray,
     *,
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),

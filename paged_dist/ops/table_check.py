@@ -93,6 +93,6 @@ def _check_no_entry(wrong: jax.Array, rule: str, block_tables: jax.Array, **valu
     values = {name: there(x) for name, x in values.items()} | dict(row=first // columns, column=first % columns)
     page, message = there(block_tables), "block_tables[{row}, {column}]"
     if isinstance(wrong, jax.core.Tracer):
-        checkify.check(first == batch * columns, message + "={page}: " + rule, page=page, **values)
+        checkify.check(first == batch * columns, message + "={page}: " + rule, debug=False, page=page, **values)
     elif wrong.any():
         raise bad_value(message.format(**values), int(page), rule.format(**values))

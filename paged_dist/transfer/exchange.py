@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from paged_dist.cache import CacheSpec, PagedKVCache
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import run_sharded
+from paged_dist.ops.sharded_call import run_sharded
 from paged_dist.transfer.source import copy_smoothing
 from paged_dist.transfer.staging import (
     copy_between,

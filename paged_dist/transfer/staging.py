@@ -20,7 +20,8 @@ from paged_dist.cache import CacheSpec, PagedKVCache
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import Implementation, interpret_of, run_sharded
+from paged_dist.ops.arguments import Implementation, interpret_of
+from paged_dist.ops.sharded_call import run_sharded
 
 
 def page_shards(mesh: Mesh, axes: MeshAxes) -> int:

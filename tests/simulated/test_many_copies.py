@@ -15,7 +15,7 @@ from simulated import RACES, assert_no_races
 import paged_dist as pd
 from paged_dist.kernels.cache_update import page_copy as copy
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
-from paged_dist.ops import page_copies as copies
+from paged_dist.ops import page_copies
 from paged_dist.transfer import resize, staging
 
 
@@ -49,9 +49,9 @@ def test_pairs_go_through_scalar_memory_in_parts(monkeypatch, count, interpret):
 
 
 def test_eager_copies_of_any_number_are_one_program(monkeypatch):
-    monkeypatch.setattr(copies, "COPIES_AT_ONCE", 4)
+    monkeypatch.setattr(page_copies, "PAIRS_PER_LAUNCH", 4)
     spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), pod(2, 1, 1)
-    program = copies._copy_sharded.jitted
+    program = page_copies._copy_sharded.jitted
     before = program._cache_size()
     for as_array in (np.int64, np.ndarray.tolist, jnp.asarray):
         for count in (0, 1, 4, 9):

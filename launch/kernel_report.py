@@ -18,7 +18,7 @@ from paged_dist.launch.common import flags as shared
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
-KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
+KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # absent_chips.CHIP_TOPOLOGIES, which imports jax
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
@@ -158,7 +158,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.kernels.decode.api import decode_stored_pages
     from paged_dist.kernels.quantization import scale_rows
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
@@ -201,7 +201,7 @@ def report_jax(s: Settings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.launch.planning import jax_kernel
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.call(plan, pages, mesh)
@@ -220,7 +220,7 @@ def _counted(copies, live_bytes: int) -> dict:
 
 
 def _compiled(compiled, plan) -> dict:
-    from paged_dist.launch.planning.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
+    from paged_dist.launch.planning.hlo_text import kernel_vmem, ops_around_kernels, values_as_large_as
 
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
@@ -323,7 +323,7 @@ def main(argv) -> int:
         shared.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
-        from paged_dist.launch.planning.compiled import one_chip_mesh
+        from paged_dist.launch.planning.absent_chips import one_chip_mesh
         from paged_dist.launch.serving import report
 
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load

@@ -457,9 +457,9 @@ def _check_output(path: str | None, inputs: Sequence[str]) -> None:
     """Raises ValueError where the results could not be appended to `path`, or would be to what is compared."""
     if path is None:
         return
-    from paged_dist.launch.common import flags as shared
+    from paged_dist.launch.common import flag_checks
 
-    shared.check_output(path)
+    flag_checks.check_output(path)
     if os.path.exists(path) and any(os.path.samefile(path, other) for other in inputs):
         raise ValueError(f"--output={path!r}: is one of the files to compare")
 

@@ -13,8 +13,9 @@ import dataclasses
 import sys
 
 from paged_dist._errors import require
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
@@ -66,12 +67,14 @@ def settings_from_flags() -> Settings:
     Raises:
       ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
-    shared.refuse_others(_TAKEN, {"context": "give --context_tokens"})
+    shared_flags.refuse_others(_TAKEN, {"context": "give --context_tokens"})
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
-    tokens = shared.CONTEXT_TOKENS.value or 4096
-    shared.at_least(1, context_tokens=shared.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
-    shared.check_sizes()
-    shared.at_most(shared.MOST_ROWS, batch=values["batch"])
+    tokens = shared_flags.CONTEXT_TOKENS.value or 4096
+    flag_checks.at_least(
+        1, context_tokens=shared_flags.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values
+    )
+    flag_checks.check_sizes()
+    flag_checks.at_most(flag_checks.MOST_ROWS, batch=values["batch"])
     q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
@@ -83,7 +86,7 @@ def settings_from_flags() -> Settings:
         whole = len(BLOCK_SIZES.value) == 3 and all(x.strip().isdecimal() for x in BLOCK_SIZES.value)
         require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
         sizes = tuple(map(int, BLOCK_SIZES.value))
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     batch = values.pop("batch")
     lengths, lengths_of = (tokens,) * batch, None
     if LENGTHS_TRACE.value is not None:
@@ -92,7 +95,7 @@ def settings_from_flags() -> Settings:
         chips=tuple(CHIPS.value),
         lengths=lengths,
         lengths_of=lengths_of,
-        dtype=shared.kv_dtype(shared.KV_DTYPE.value),
+        dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
         block_sizes=sizes,
         jax=JAX.value,
         jax_block_tokens=JAX_BLOCK_TOKENS.value,
@@ -320,7 +323,7 @@ def main(argv) -> int:
     del argv
     try:
         s = settings_from_flags()
-        shared.start_tpu_compiler()
+        host.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
         from paged_dist.launch.planning.absent_chips import one_chip_mesh
@@ -330,7 +333,7 @@ def main(argv) -> int:
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
         plans = {chip: plan_of(s, Target.of(mesh.devices.flat[0])) for chip, mesh in meshes.items()}
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
 
     records = []
     for chip, mesh in meshes.items():
@@ -338,7 +341,7 @@ def main(argv) -> int:
         records += report_chip(s, chip, mesh, plans[chip])
     versions = report.versions()
     record = json_record(s, records, versions)
-    if not report.deliver(NAME, table(s, records, versions), shared.OUTPUT.value, record):
+    if not report.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 
@@ -357,7 +360,7 @@ def cli() -> None:
     """The console script."""
     for name, value in _DEFAULTS.items():
         flags.FLAGS.set_default(name, value)
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

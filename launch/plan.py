@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Mapping
 
 from paged_dist._errors import BadValue, require
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.common.chips import Chip, chip_of_topology, slice_of
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.planning import sizing
 from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
 from paged_dist.launch.serving import workload_flags
@@ -85,25 +86,25 @@ def settings_from_flags(topology: str | None = None) -> Settings:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
     if topology is None:
-        shared.refuse_others(_TAKEN)
+        shared_flags.refuse_others(_TAKEN)
         topology = TOPOLOGY.value
     require(topology is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
     topology, chip = slice_of(topology)
     f = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
     sizes += ("num_pages", "pages_per_sequence", "sliding_window", "model_parallelism", "num_slices", "context_tokens")
-    shared.at_least(1, **{name: f[name].value for name in sizes})
-    shared.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
+    flag_checks.at_least(1, **{name: f[name].value for name in sizes})
+    flag_checks.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
     hidden = MLP_WIDTH.value
     require(WIDTH.value > 0 or hidden == 0, "--mlp_width", hidden, "needs the model's width", "give --width too")
-    q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
+    q, kv = shared_flags.NUM_Q_HEADS.value, shared_flags.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     cap = f["soft_cap"].value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
     check_hbm_gib(chip)
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()
-    tokens = shared.CONTEXT_TOKENS.value
+    tokens = shared_flags.CONTEXT_TOKENS.value
     if tokens is not None and not workload_flags.are_given():  # what was asked is counted, not what nobody asked
         requests, workload = [], ""
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
@@ -112,8 +113,8 @@ def settings_from_flags(topology: str | None = None) -> Settings:
     return Settings(
         **{name: f[name].value for name in same},
         topology=topology,
-        num_layers=shared.NUM_LAYERS.value,
-        dtype=shared.kv_dtype(shared.KV_DTYPE.value),
+        num_layers=shared_flags.NUM_LAYERS.value,
+        dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
         requests=tuple(requests),
         workload=workload,
     )
@@ -121,8 +122,8 @@ def settings_from_flags(topology: str | None = None) -> Settings:
 
 def check_hbm_gib(chip: Chip) -> None:
     """Raises ValueError where --hbm_gib is none of such a chip, or more than it gives a program."""
-    shared.check_hbm_gib()
-    gib, most = shared.HBM_GIB.value, chip.hbm_gib * chip.devices
+    flag_checks.check_hbm_flag()
+    gib, most = shared_flags.HBM_GIB.value, chip.hbm_gib * chip.devices
     require(
         gib is None or gib <= most,
         "--hbm_gib",
@@ -307,7 +308,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         "compile_s": compile_s,
         "processes": len({d.process_index for d in mesh.devices.flat}),
         "partial": False,
-        **report.origin(shared.given_flags()),
+        **report.origin(shared_flags.given_flags()),
     }
 
 
@@ -455,25 +456,25 @@ def main(argv) -> int:
     del argv
     try:
         s = settings_from_flags()
-        shared.start_tpu_compiler()
-        if shared.DRY_RUN.value:
+        host.start_tpu_compiler()
+        if shared_flags.DRY_RUN.value:
             print(dry_text(s))
             return 0
         record = plan(s)
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
     except RuntimeError as e:
         print(f"{NAME}: error: {e}", file=sys.stderr)
         return 1
     from paged_dist.launch.serving import report
 
-    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
+    written = report.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(problems(record)))
 
 
 def cli() -> None:
     """The console script."""
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

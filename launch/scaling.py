@@ -28,10 +28,12 @@ from collections.abc import Callable, Mapping
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.common.chips import chip_of_topology, slice_of
-from paged_dist.launch.local_pod import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
+from paged_dist.launch.common.local_processes import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
+from paged_dist.launch.common.run_program import UsageError, run_program
+from paged_dist.launch.common.start_jax import start_jax, watchdog
 from paged_dist.launch.planning import sizing
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.workload import Request, repeated
@@ -59,7 +61,8 @@ for _name in ("num_slices", "width", "mlp_width", "context_tokens"):
 
 _SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")  # not a run's
 _OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
-_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared.TIMEOUTS, "trace", "trace_format")  # of a trace its requests count
+# Of a trace its requests count, not its name.
+_NOT_THE_WORK = (*_SWEEP, *_OF_A_PROCESS, *shared_flags.TIMEOUTS, "trace", "trace_format")
 _OF_PLANS = ("num_slices", "width", "mlp_width", "context_tokens")
 _MOST_RUNS = 1000
 _STEPS_A_POINT = 10**9  # numbers of a point's steps, for the watch over the processes
@@ -115,14 +118,14 @@ def check_flags() -> None:
         if flags.FLAGS[name].present:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "see --plan, --model")
     require(PLAN.value is None or any(PLAN.value), "--plan", "", "must name a slice", "such as v5p:4x4x4")
-    shared.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
-    shared.check_hbm_gib()
+    flag_checks.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
+    flag_checks.check_hbm_flag()
     for mode in SCALING.value:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
-    shared.at_least(1, runs=RUNS.value, devices=DEVICES.value)
-    shared.at_most(MOST_DEVICES, devices=DEVICES.value)
-    shared.at_most(_MOST_RUNS, runs=RUNS.value)
+    flag_checks.at_least(1, runs=RUNS.value, devices=DEVICES.value)
+    flag_checks.at_most(MOST_DEVICES, devices=DEVICES.value)
+    flag_checks.at_most(_MOST_RUNS, runs=RUNS.value)
     require(
         PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
     )
@@ -132,10 +135,10 @@ def check_flags() -> None:
     if PLAN.value is not None:
         chips = [chip_of_topology(topology, "--plan") for topology in PLAN.value]
         plan.check_hbm_gib(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
-        shared.check_output(PLOT.value, "plot")
+        flag_checks.check_output(PLOT.value, "plot")
         try:
             import matplotlib  # noqa: F401
         except ImportError as e:
@@ -157,13 +160,13 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
       ValueError: a size over which context and model do not divide, or a batch that does not divide over a mesh.
     """
     sizes = sorted(sizes, key=lambda item: (item[0], item[1].get("topology") or ""))
-    context, kv_heads, smallest = shared.CONTEXT.value or 1, shared.NUM_KV_HEADS.value, sizes[0][0]
-    model = shared.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
+    context, kv_heads, smallest = shared_flags.CONTEXT.value or 1, shared_flags.NUM_KV_HEADS.value, sizes[0][0]
+    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
     for size, _ in sizes:
         require(
             size % (context * model) == 0,
-            "--model" if shared.MODEL.value else "--context",
-            model if shared.MODEL.value else context,
+            "--model" if shared_flags.MODEL.value else "--context",
+            model if shared_flags.MODEL.value else context,
             f"context x model = {context} x {model} must divide each size, and {size} devices are one",
         )
     largest, by_mode = sizes[-1][0] // (context * model), []  # (mode, devices, how often the work is done, what else)
@@ -174,7 +177,7 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
             by_mode.append((mode, size, size // smallest if mode == "weak" else 1, more))
     data_of = lambda size: size // (context * model)
     step = math.lcm(*(data_of(size) // math.gcd(data_of(size), times) for _, size, times, _ in by_mode))
-    batch = shared.BATCH.value
+    batch = shared_flags.BATCH.value
     require(
         batch is None or batch % step == 0,
         "--batch",
@@ -226,13 +229,13 @@ class Sweep:
         self.points, self._say = points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
         self._keys = {p: p.key(origin) for p in points}
-        known = {r["key"]: r for r in rows_of(shared.OUTPUT.value, say) if _counts(r)}
+        known = {r["key"]: r for r in rows_of(shared_flags.OUTPUT.value, say) if _counts(r)}
         self.done = {p: known[key] for p, key in self._keys.items() if key in known}
 
     def due(self) -> list[Point]:
         """The points that are not in the file."""
         if self.done:
-            self._say(f"{len(self.done)} of {len(self.points)} rows are in {shared.OUTPUT.value} already")
+            self._say(f"{len(self.done)} of {len(self.points)} rows are in {shared_flags.OUTPUT.value} already")
         return [p for p in self.points if p not in self.done]
 
     def add(self, point: Point, record: dict) -> bool:
@@ -240,10 +243,10 @@ class Sweep:
         from paged_dist.launch.serving.report import append_output
 
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
-        row["flags"] = shared.given_flags()
+        row["flags"] = shared_flags.given_flags()
         if _counts(row):
             self.done[point] = row
-        return append_output(NAME, shared.OUTPUT.value, row)
+        return append_output(NAME, shared_flags.OUTPUT.value, row)
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
@@ -253,7 +256,7 @@ class Sweep:
         rows = [self.done[p] for p in self.points if p in self.done]
         printed = not rows or report.print_text(NAME, scaling_report.table(rows))
         mine = {r["key"] for r in rows}
-        rows += [r for r in rows_of(shared.OUTPUT.value) if _counts(r) and r["key"] not in mine]
+        rows += [r for r in rows_of(shared_flags.OUTPUT.value) if _counts(r) and r["key"] not in mine]
         if PLOT.value is not None and rows:
             folder = os.path.dirname(os.path.abspath(PLOT.value))
             beside = os.path.join(folder, f".{os.getpid()}-{os.path.basename(PLOT.value)}")
@@ -277,10 +280,12 @@ def pod_command(point: Point, output: str) -> list[str]:
     data, context, model = point.mesh
     own = {"data": data, "context": context, "model": model, "batch": point.batch}
     own["repeat_requests"] = point.times * workload_flags.REPEAT_REQUESTS.value
-    taken = {f.name for module in (shared, workload_flags, decode) for f in flags.FLAGS.get_flags_for_module(module)}
+    taken = {
+        f.name for module in (shared_flags, workload_flags, decode) for f in flags.FLAGS.get_flags_for_module(module)
+    }
     given = [
         f"{name}={value}"
-        for name, value in shared.given_flags(whole_run=True).items()
+        for name, value in shared_flags.given_flags(whole_run=True).items()
         if name[2:] in taken and name[2:] not in (*own, *_SWEEP, *_OF_A_PROCESS)
     ]
     pod = [f"--processes={point.processes}", f"--devices={point.size // point.processes}", "--", "decode"]
@@ -332,7 +337,7 @@ class _Pods:
             signal.signal(number, handler)
 
     def _stop(self, number, frame) -> None:
-        from paged_dist.cluster.watchdog import PREEMPTED
+        from paged_dist.cluster import PREEMPTED
 
         self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
         if self._pod is not None and self._pod.poll() is None:
@@ -402,9 +407,9 @@ def run_here(model, requests, workload: str) -> int:
     import jax
 
     from paged_dist import make_pod_mesh
-    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.cluster import PREEMPTED
 
-    with shared.watchdog(NAME) as watch:
+    with watchdog(NAME) as watch:
         watch.watch_for_preemption()
         say = decode.sayer(NAME, watch)
         watch.agree(decode.given_alike(requests))
@@ -420,9 +425,9 @@ def run_here(model, requests, workload: str) -> int:
                 served = repeated(requests, p.times)
                 runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
         except (ValueError, NotImplementedError) as e:
-            raise shared.UsageError(str(e)) from e
+            raise UsageError(str(e)) from e
         watch.agree(decode.made_alike(runs[points[-1]]) | {"the sweep": points})
-        if shared.DRY_RUN.value:
+        if shared_flags.DRY_RUN.value:
             return _dry_run(points) if watch.process_id == 0 else 0
         sweep = Sweep(points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
         due = watch.decide("what is due", None, lambda _: [points.index(p) for p in sweep.due()])
@@ -519,14 +524,14 @@ def main(argv) -> int:
             return _main_of_plans(say)
         model = decode.model_from_flags()
         requests, workload = workload_flags.requests_from_flags()
-        if SIZES.value is None and shared.is_lone_cpu_host():
+        if SIZES.value is None and host.is_lone_cpu_host():
             counts = whole_numbers("processes", PROCESSES.value)
-            shared.at_most(MOST_PROCESSES, processes=counts[-1])
+            flag_checks.at_most(MOST_PROCESSES, processes=counts[-1])
             points = points_of([(n * DEVICES.value, {"processes": n}) for n in counts])
-            return _dry_run(points) if shared.DRY_RUN.value else run_in_pods(Sweep(points, say, requests), say)
-        shared.start_jax(NAME)
+            return _dry_run(points) if shared_flags.DRY_RUN.value else run_in_pods(Sweep(points, say, requests), say)
+        start_jax(NAME)
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
     return run_here(model, requests, workload)
 
 
@@ -550,14 +555,14 @@ def planned() -> tuple[dict[Point, sizing.Settings], Callable[[Mapping[str, int]
 
 
 def _main_of_plans(say) -> int:
-    shared.start_tpu_compiler()
+    host.start_tpu_compiler()
     settings, fits = planned()  # refused before anything is compiled
-    return _dry_run(list(settings)) if shared.DRY_RUN.value else run_plans(settings, fits, say)
+    return _dry_run(list(settings)) if shared_flags.DRY_RUN.value else run_plans(settings, fits, say)
 
 
 def cli() -> None:
     """The console script."""
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paged_dist._errors import bad_value
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import host
 from paged_dist.launch.serving.workload import Request, whole_pool
 from paged_dist.mesh.devices import memory_limit
 
@@ -27,7 +27,7 @@ def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *,
         return
     have, where = memory_limit(here[0]), "a device has"
     if here[0].platform == "cpu":  # simulated devices share the host
-        have, where = shared.host_bytes() / len(here), f"each of this host's {len(here)} devices has"
+        have, where = host.memory_bytes() / len(here), f"each of this host's {len(here)} devices has"
     tables = 4 * columns * pool.batch // pool.data
     need = spec.bytes_per_chip(mesh) + tables
     if need <= have:

@@ -18,7 +18,8 @@ from paged_dist.kernels.decode import traffic as decode_cost
 from paged_dist.kernels.target import Target
 from paged_dist.launch import accuracy, kernel_report, xla_report
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.help_text import help_text
+from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.planning import absent_chips, hlo_text
 
 # What is read from a compiled program
@@ -180,7 +181,7 @@ def test_a_kernel_that_does_not_compile_is_said_to_and_ours_fails_the_run(monkey
 
 def test_without_libtpu_the_report_says_what_to_install(monkeypatch):
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: False)
-    with settings_of(), pytest.raises(shared.UsageError, match=r"libtpu.*not installed: pip install"):
+    with settings_of(), pytest.raises(UsageError, match=r"libtpu.*not installed: pip install"):
         kernel_report.main(())
 
 
@@ -229,7 +230,7 @@ def test_bad_flags_are_refused_before_anything_is_compiled(monkeypatch, name):
     change, message = BAD_FLAGS[name]
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: True)
     monkeypatch.setattr(absent_chips, "one_chip_mesh", lambda chip: pytest.fail("went on to compile"))
-    with settings_of(**change), pytest.raises(shared.UsageError) as refusal:
+    with settings_of(**change), pytest.raises(UsageError) as refusal:
         kernel_report.main(())
     assert message in str(refusal.value)
 
@@ -261,7 +262,7 @@ def test_help_says_one_default_of_each_flag(launcher):
     with flagsaver.flagsaver():
         for name, value in launcher._DEFAULTS.items():  # as its `cli` does
             flags.FLAGS.set_default(name, value)
-        words = " ".join(shared.help_text(launcher.__name__).split())
+        words = " ".join(help_text(launcher.__name__).split())
     of_flags = re.split(r" (?=--[\[\w])", words)
     assert [of for of in of_flags if of.lower().count("default: ") > 1] == []
     assert any(of.endswith(f"(default: {launcher._DEFAULTS['batch']})") for of in of_flags if of.startswith("--batch:"))

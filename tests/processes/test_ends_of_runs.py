@@ -14,7 +14,7 @@ import pytest
 from test_watchdog import Pod
 
 from paged_dist.launch.common.interrupt import CtrlC
-from paged_dist.launch.local_pod import pod_environment
+from paged_dist.launch.common.local_processes import pod_environment
 from paged_dist.launch.serving import report
 from paged_dist.launch.serving.engine import Measured, _Profile
 

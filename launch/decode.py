@@ -15,7 +15,7 @@ import warnings
 import zlib
 
 from paged_dist._errors import BadValue, require
-from paged_dist.launch.common import flag_checks, shared_flags
+from paged_dist.launch.common import flag_checks, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import chip_of
 from paged_dist.launch.common.interrupt import INTERRUPTED, CtrlC
@@ -164,12 +164,11 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
 
 def given_alike(requests: list[Request]) -> dict[str, object]:
     """What every process must have been started with alike, known before anything is made of it."""
-    from paged_dist.launch.serving import report
 
     return {
         **shared_flags.given_flags(whole_run=True),
         "the requests' digest": f"{zlib.crc32(repr(requests).encode()):08x}",
-        **{f"the version of {name}": version for name, version in report.versions().items()},
+        **{f"the version of {name}": version for name, version in provenance.versions().items()},
     }
 
 
@@ -200,7 +199,6 @@ def _hbm_gib(mesh) -> float:
 
 def described(run: Run) -> dict:
     """What is run on what, as `report.work_lines` prints it and a record has it."""
-    from paged_dist.launch.serving import report
 
     m = run.model
     settings = {
@@ -221,7 +219,7 @@ def described(run: Run) -> dict:
     return {
         "settings": settings,
         "platform": run.mesh.devices.flat[0].platform,
-        "devices": report.device_counts(run.mesh),
+        "devices": provenance.device_counts(run.mesh),
         "processes": len({d.process_index for d in run.mesh.devices.flat}),
         "mesh": dict(run.mesh.shape),
         "requests": len(run.requests),
@@ -244,7 +242,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
         measured,
         bytes_per_token=run.spec.bytes_per_token,
         num_pages=run.spec.num_pages,
-        devices=report.device_counts(run.mesh),
+        devices=provenance.device_counts(run.mesh),
         dtype=run.model.dtype,
     )
     record["capacity"] = report.capacity(run.spec, run.requests, _hbm_gib(run.mesh), record["chips"])
@@ -256,7 +254,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
             "partial": measured.stopped,
             "profile_error": next((text for told in everyone if told and (text := told["profile_error"])), None),
             "projected": False,
-            **report.origin(shared_flags.given_flags()),
+            **provenance.record_origin(shared_flags.given_flags()),
         }
     )
 
@@ -302,7 +300,7 @@ def serve(model, requests: list[Request], workload: str, watch) -> int:
 
     def finish(record: dict) -> int:
         if (
-            not report.deliver(NAME, report.table(record), shared_flags.OUTPUT.value, record)
+            not record_output.deliver(NAME, report.table(record), shared_flags.OUTPUT.value, record)
             or not record["oracle_passed"]
         ):
             return FAILED
@@ -384,7 +382,9 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
 def dry_text(run: Run) -> str:
     """What would run, as lines of at most 80 columns."""
     from paged_dist import describe_mesh
-    from paged_dist.launch.serving.report import quantity, work_lines, wrap
+    from paged_dist.launch.common.number_formats import quantity
+    from paged_dist.launch.common.report_lines import report_line
+    from paged_dist.launch.serving.report import work_lines
 
     head, *axes = describe_mesh(run.mesh).splitlines()
     more = {
@@ -397,7 +397,7 @@ def dry_text(run: Run) -> str:
         lines.append((name, head.removeprefix("mesh: ") if name == "mesh" else text))
         lines += [("", one) for one in more.get(name, [])]
     lines.append(("dry run", "nothing was compiled, allocated or written"))
-    return "\n".join(wrap(*line) for line in lines)
+    return "\n".join(report_line(*line) for line in lines)
 
 
 def cli() -> None:

@@ -279,7 +279,7 @@ def _kib(size: int | None) -> str:
 
 def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
-    from paged_dist.launch.serving.report import head_dim_words
+    from paged_dist.launch.common.report_lines import head_dim_words
 
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
@@ -326,8 +326,8 @@ def main(argv) -> int:
         host.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
+        from paged_dist.launch.common import provenance, record_output
         from paged_dist.launch.planning.absent_chips import one_chip_mesh
-        from paged_dist.launch.serving import report
 
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
@@ -339,9 +339,9 @@ def main(argv) -> int:
     for chip, mesh in meshes.items():
         print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
         records += report_chip(s, chip, mesh, plans[chip])
-    versions = report.versions()
+    versions = provenance.versions()
     record = json_record(s, records, versions)
-    if not report.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
+    if not record_output.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 

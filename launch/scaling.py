@@ -224,7 +224,7 @@ class Sweep:
     """
 
     def __init__(self, points: list[Point], say, requests: list[Request], devices: dict[str, int] | None = None):
-        from paged_dist.launch.serving.report import git_commit, versions
+        from paged_dist.launch.common.provenance import git_commit, versions
 
         self.points, self._say = points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
@@ -240,7 +240,7 @@ class Sweep:
 
     def add(self, point: Point, record: dict) -> bool:
         """Writes a point's row; False where that fails."""
-        from paged_dist.launch.serving.report import append_output
+        from paged_dist.launch.common.record_output import append_output
 
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
         row["flags"] = shared_flags.given_flags()
@@ -250,11 +250,11 @@ class Sweep:
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.record_output import print_text
         from paged_dist.launch.sweeps import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
-        printed = not rows or report.print_text(NAME, scaling_report.table(rows))
+        printed = not rows or print_text(NAME, scaling_report.table(rows))
         mine = {r["key"] for r in rows}
         rows += [r for r in rows_of(shared_flags.OUTPUT.value) if _counts(r) and r["key"] not in mine]
         if PLOT.value is not None and rows:

@@ -9,6 +9,7 @@ import pytest
 from aot import needs_libtpu
 
 from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
+from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
 from paged_dist.launch.serving import report, workload_flags
@@ -48,7 +49,7 @@ TRACE = "ContextTokens,GeneratedTokens,Request tokens,Response tokens\n900,90,80
 def described(**values):
     with flagsaver.flagsaver(**values):
         run = decode.plan_run(decode.model_from_flags(), *workload_flags.requests_from_flags())
-        lines = [report.wrap(*line) for line in report.work_lines(decode.described(run))]
+        lines = [report_lines.report_line(*line) for line in report.work_lines(decode.described(run))]
         return "\n".join(lines), decode.dry_text(run)
 
 

@@ -236,7 +236,7 @@ def failures(results: list[dict]) -> list[str]:
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, wrap
+    from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
     s, results = record["settings"], record["results"]
     at = {(r["length"], r["dtype"], r["case"]): r for r in results}
@@ -248,8 +248,8 @@ def table(record: dict) -> str:
     )
     columns = lambda cells: "".join(cell.rjust(9) for cell in cells)
     lines = [
-        wrap("shapes", shapes),
-        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        report_line("shapes", shapes),
+        report_line("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
         "",
         (" " * 6 + "".join(dtype.center(36) for dtype in DTYPES)).rstrip(),
         "tokens" + columns([*CASES, "own"]) * 2,
@@ -278,7 +278,8 @@ def main(argv) -> int:
         host.simulate_devices(1, many_processes=False)
 
         from paged_dist import CacheSpec
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.provenance import versions
+        from paged_dist.launch.common.record_output import deliver
 
         CacheSpec(s.num_kv_heads, s.head_dim, 128, s.page_size, "int8")
     except ValueError as e:
@@ -295,9 +296,9 @@ def main(argv) -> int:
             "growth": GROWTH_BOUND,
         },
         "failures": failures(results),
-        "versions": report.versions(),
+        "versions": versions(),
     }
-    written = report.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
+    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(record["failures"]))
 
 

@@ -489,10 +489,10 @@ def main(argv: Sequence[str]) -> int:
         return 1
     print(table(record), flush=True)
     if args.output is not None:
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.record_output import append_json_line
 
         try:
-            report.append_json_line(args.output, record)
+            append_json_line(args.output, record)
         except OSError as e:
             _say(f"error: --output={args.output!r}: could not be written: {e}")
             return 1

@@ -19,7 +19,7 @@ from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
-KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
+KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # absent_chips.CHIP_TOPOLOGIES, which imports jax
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
@@ -161,7 +161,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.kernels.decode.api import decode_stored_pages
     from paged_dist.kernels.scale_layout import scale_rows
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
@@ -204,7 +204,7 @@ def report_jax(s: Settings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.launch.planning import jax_kernel
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.call(plan, pages, mesh)
@@ -223,7 +223,7 @@ def _counted(copies, live_bytes: int) -> dict:
 
 
 def _compiled(compiled, plan) -> dict:
-    from paged_dist.launch.planning.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
+    from paged_dist.launch.planning.hlo_text import kernel_vmem, ops_around_kernels, values_as_large_as
 
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
@@ -279,7 +279,7 @@ def _kib(size: int | None) -> str:
 
 def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
-    from paged_dist.launch.serving.report import head_dim_words
+    from paged_dist.launch.common.report_lines import head_dim_words
 
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
@@ -326,8 +326,8 @@ def main(argv) -> int:
         host.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
-        from paged_dist.launch.planning.compiled import one_chip_mesh
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common import provenance, record_output
+        from paged_dist.launch.planning.absent_chips import one_chip_mesh
 
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
@@ -339,9 +339,9 @@ def main(argv) -> int:
     for chip, mesh in meshes.items():
         print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
         records += report_chip(s, chip, mesh, plans[chip])
-    versions = report.versions()
+    versions = provenance.versions()
     record = json_record(s, records, versions)
-    if not report.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
+    if not record_output.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 

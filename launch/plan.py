@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from paged_dist._errors import BadValue, require
-from paged_dist.launch.common import flag_checks, host, shared_flags
+from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import Chip, chip_of_topology, slice_of
+from paged_dist.launch.common.number_formats import gib, kib, quantity
 from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.planning import sizing
-from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
+from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, sizes_of
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.workload import Request, sequences_on_shards
 
@@ -261,7 +262,6 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
     from paged_dist import describe_mesh
     from paged_dist.describe import mesh_facts
     from paged_dist.launch.planning import pod_step
-    from paged_dist.launch.serving import report
 
     chip = chip_of_topology(s.topology)
     start = time.perf_counter()
@@ -287,7 +287,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         },
         "chip": chip.name,
         "chips": devices / chip.devices,
-        "devices": report.device_counts(mesh),
+        "devices": provenance.device_counts(mesh),
         "mesh": dict(mesh.shape),
         "axes": dataclasses.asdict(mesh_facts(mesh))["axes"],
         "mesh_text": describe_mesh(
@@ -308,13 +308,13 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         "compile_s": compile_s,
         "processes": len({d.process_index for d in mesh.devices.flat}),
         "partial": False,
-        **report.origin(shared_flags.given_flags()),
+        **provenance.record_origin(shared_flags.given_flags()),
     }
 
 
 def dry_text(s: Settings) -> str:
     """What would be compiled, as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import wrap
+    from paged_dist.launch.common.report_lines import report_line
 
     mesh = mesh_of(s)
     sizes = checked_sizes(s, mesh, chip_of_topology(s.topology))
@@ -326,7 +326,7 @@ def dry_text(s: Settings) -> str:
         ("step", f"{sizes.batch} rows of {sizes.context_tokens} tokens, tables of {sizes.pages_per_sequence} pages"),
         ("dry run", "nothing was compiled or written"),
     ]
-    return "\n".join(wrap(*line) for line in lines)
+    return "\n".join(report_line(*line) for line in lines)
 
 
 def problems(r: dict) -> list[str]:
@@ -343,7 +343,7 @@ def problems(r: dict) -> list[str]:
 
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, options, quantity, wrap
+    from paged_dist.launch.common.report_lines import attention_options, head_dim_words, report_line
 
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
@@ -359,7 +359,7 @@ def table(r: dict) -> str:
         (
             "model",
             f"{s['num_layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{options(s)}{projections}",
+            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{attention_options(s)}{projections}",
         ),
         (
             "step",
@@ -382,10 +382,10 @@ def table(r: dict) -> str:
         ("pools", f"{len(r['pool_copies'])} copies, {gib(r['aliased_bytes'])} written in place"),
         *(("copies", f"{c['times']} x {c['array']}, {size(c['bytes'])}, in each step") for c in r["other_copies"]),
         *_traffic_lines(r),
-        *(("kernel", f"{k['name']}: {_kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
+        *(("kernel", f"{k['name']}: {kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
         (
             "",
-            f"attention plans {_kib(launch['vmem_bytes'])} of VMEM and {_kib(launch['smem_bytes'])} of SMEM, "
+            f"attention plans {kib(launch['vmem_bytes'])} of VMEM and {kib(launch['smem_bytes'])} of SMEM, "
             f"{launch['launches']} launch{'es' * (launch['launches'] > 1)} a layer, of {launch['rows']} rows",
         ),
         ("compile", f"{r['lower_s']:.2f} s to lower, {r['compile_s']:.2f} s to compile, on this host's CPU"),
@@ -404,7 +404,7 @@ def table(r: dict) -> str:
         ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {size(floor['ici_bytes_sent'])} sent in a ring"),
         *(("PROBLEM", text) for text in problems(r)),
     ]
-    return "\n".join(wrap(*line) if line else "" for line in lines)
+    return "\n".join(report_line(*line) if line else "" for line in lines)
 
 
 def _weights_text(r: dict) -> str:
@@ -426,8 +426,6 @@ def _weights_text(r: dict) -> str:
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:
-    from paged_dist.launch.serving.report import quantity
-
     size = lambda count: quantity(count, "B")
     lines = []
     for c in r["collectives"]:
@@ -447,10 +445,6 @@ def _traffic_lines(r: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def _kib(size: int) -> str:
-    return f"{size / 1024:.0f} KiB"
-
-
 def main(argv) -> int:
     """Plans what the flags describe; 0, or 1 where the step would not run as it should or the file not be written."""
     del argv
@@ -466,9 +460,8 @@ def main(argv) -> int:
     except RuntimeError as e:
         print(f"{NAME}: error: {e}", file=sys.stderr)
         return 1
-    from paged_dist.launch.serving import report
 
-    written = report.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
+    written = record_output.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(problems(record)))
 
 

@@ -35,7 +35,7 @@ from paged_dist.launch.common.local_processes import MOST_DEVICES, MOST_PROCESSE
 from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.common.start_jax import start_jax, watchdog
 from paged_dist.launch.planning import sizing
-from paged_dist.launch.serving import workload_flags
+from paged_dist.launch.serving import run_setup, workload_flags
 from paged_dist.launch.serving.workload import Request, repeated
 from paged_dist.mesh.devices import place_of
 
@@ -186,7 +186,7 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
     )
     points = []
     for mode, size, times, more in by_mode:
-        rows = decode.ROWS_A_SHARD * (largest if mode == "strong" else smallest // (context * model))
+        rows = run_setup.ROWS_A_SHARD * (largest if mode == "strong" else smallest // (context * model))
         rows = -(-rows // step) * step if batch is None else batch
         shape = data_of(size), context, model
         point = Point(mode, shape, more.get("processes"), more.get("topology"), rows * times, times, 0)
@@ -224,7 +224,7 @@ class Sweep:
     """
 
     def __init__(self, points: list[Point], say, requests: list[Request], devices: dict[str, int] | None = None):
-        from paged_dist.launch.serving.report import git_commit, versions
+        from paged_dist.launch.common.provenance import git_commit, versions
 
         self.points, self._say = points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(requests).encode())]
@@ -240,7 +240,7 @@ class Sweep:
 
     def add(self, point: Point, record: dict) -> bool:
         """Writes a point's row; False where that fails."""
-        from paged_dist.launch.serving.report import append_output
+        from paged_dist.launch.common.record_output import append_output
 
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
         row["flags"] = shared_flags.given_flags()
@@ -250,11 +250,11 @@ class Sweep:
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, of other sweeps in the file too; the exit code."""
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.record_output import print_text
         from paged_dist.launch.sweeps import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
-        printed = not rows or report.print_text(NAME, scaling_report.table(rows))
+        printed = not rows or print_text(NAME, scaling_report.table(rows))
         mine = {r["key"] for r in rows}
         rows += [r for r in rows_of(shared_flags.OUTPUT.value) if _counts(r) and r["key"] not in mine]
         if PLOT.value is not None and rows:
@@ -412,7 +412,7 @@ def run_here(model, requests, workload: str) -> int:
     with watchdog(NAME) as watch:
         watch.watch_for_preemption()
         say = decode.sayer(NAME, watch)
-        watch.agree(decode.given_alike(requests))
+        watch.agree(run_setup.flags_to_agree_on(requests))
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         try:
             sizes = _sizes_here(devices)
@@ -423,10 +423,10 @@ def run_here(model, requests, workload: str) -> int:
                 data, context, kept = p.mesh
                 mesh = make_pod_mesh(data=data, context=context, model=kept, devices=parts[p.size])
                 served = repeated(requests, p.times)
-                runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
+                runs[p] = run_setup.prepare_run(model, served, workload, mesh, p.batch)
         except (ValueError, NotImplementedError) as e:
             raise UsageError(str(e)) from e
-        watch.agree(decode.made_alike(runs[points[-1]]) | {"the sweep": points})
+        watch.agree(run_setup.setup_to_agree_on(runs[points[-1]]) | {"the sweep": points})
         if shared_flags.DRY_RUN.value:
             return _dry_run(points) if watch.process_id == 0 else 0
         sweep = Sweep(points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
@@ -438,7 +438,7 @@ def run_here(model, requests, workload: str) -> int:
                 return PREEMPTED
             say(str(point))
             finish = lambda record, point=point: int(not (sweep.add(point, record) and record["oracle_passed"]))
-            code = decode.measure(runs[point], watch, say, finish, tag=f" of {i}", sweep=i * _STEPS_A_POINT)
+            code = decode.measure_run(runs[point], watch, say, finish, tag=f" of {i}", sweep=i * _STEPS_A_POINT)
             if code != 0:
                 return code
         return watch.decide("the table", None, lambda _: sweep.conclude())
@@ -522,7 +522,7 @@ def main(argv) -> int:
         check_flags()
         if PLAN.value is not None:
             return _main_of_plans(say)
-        model = decode.model_from_flags()
+        model = run_setup.model_from_flags()
         requests, workload = workload_flags.requests_from_flags()
         if SIZES.value is None and host.is_lone_cpu_host():
             counts = whole_numbers("processes", PROCESSES.value)

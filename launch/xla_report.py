@@ -158,7 +158,7 @@ def measure(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
     import numpy as np
 
-    from paged_dist.launch.serving.engine import relative_error
+    from paged_dist.launch.serving.output_checks import relative_error
 
     first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
     # An idle row is 0 here; what the plain form makes of no token means nothing.
@@ -196,18 +196,18 @@ def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> di
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, wrap
+    from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
     s, results = record["settings"], record["results"]
     lines = [
-        wrap(
+        report_line(
             "shapes",
             f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
             f"{head_dim_words(s['head_dim'])}, "
             f"pages of {s['page_size']}, tables of {s['table_tokens']} tokens, {s['dtype']}",
         ),
-        wrap("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),
-        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        report_line("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),
+        report_line("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
     ]
     for r in results:
         lines += ["", f"{r['live_tokens']} of {s['table_tokens']} tokens live"]
@@ -232,8 +232,9 @@ def main(argv) -> int:
 
     import jax.numpy as jnp
 
-    from paged_dist.launch.serving import report
-    from paged_dist.launch.serving.engine import ERROR_BOUNDS
+    from paged_dist.launch.common.provenance import versions
+    from paged_dist.launch.common.record_output import deliver
+    from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 
     try:
         forms = make_forms(sizes)
@@ -251,9 +252,9 @@ def main(argv) -> int:
         "results": results,
         "bound": bound,
         "cpus": len(os.sched_getaffinity(0)),
-        "versions": report.versions(),
+        "versions": versions(),
     }
-    written = report.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
+    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return 0 if written and all(r["agrees"] for r in results) else 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from paged_dist._errors import bad_value
 from paged_dist.launch.common import host
+from paged_dist.launch.common.number_formats import gigabytes
 from paged_dist.launch.serving.workload import Request, whole_pool
 from paged_dist.mesh.devices import memory_limit
 
@@ -32,14 +33,13 @@ def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *,
     need = spec.bytes_per_chip(mesh) + tables
     if need <= have:
         return
-    size = lambda count: f"{count / 1e9:.1f} GB"
     raise bad_value(
         "--num_pages" if num_pages_given else "num_pages",
         spec.num_pages,
         ("" if num_pages_given else "what the requests take where none waits for pages: ")
-        + f"a cache of {size(spec.bytes_per_chip(mesh))} a device"
-        + (f" and page tables of {size(tables)}" if tables > need // 100 else "")
-        + f", where {where} {size(have)}",
+        + f"a cache of {gigabytes(spec.bytes_per_chip(mesh))} a device"
+        + (f" and page tables of {gigabytes(tables)}" if tables > need // 100 else "")
+        + f", where {where} {gigabytes(have)}",
         _what_fits(spec, mesh, pool, requests, _ADVISED * have - tables),
     )
 

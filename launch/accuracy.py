@@ -16,8 +16,9 @@ import math
 from typing import NamedTuple
 
 from paged_dist._errors import require
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.serving.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(
@@ -64,21 +65,21 @@ def settings_from_flags() -> Settings:
     Raises:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
-    shared.refuse_others(_TAKEN)
+    shared_flags.refuse_others(_TAKEN)
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:5]}
-    shared.at_least(1, **values)
-    shared.check_seed()
+    flag_checks.at_least(1, **values)
+    flag_checks.check_seed()
     q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     text = ",".join(CONTEXT_LENGTHS.value)
     whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
     lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
-    shared.check_sizes()
+    flag_checks.check_sizes()
     drawn = 2 * 4 * values["batch"] * max(lengths) * kv * values["head_dim"]
-    shared.check_host_memory("--context_lengths", text, drawn)
-    shared.check_output(shared.OUTPUT.value)
-    return Settings(**values, seed=shared.SEED.value, lengths=tuple(sorted(set(lengths))))
+    flag_checks.check_host_memory("--context_lengths", text, drawn)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
+    return Settings(**values, seed=shared_flags.SEED.value, lengths=tuple(sorted(set(lengths))))
 
 
 class Data(NamedTuple):
@@ -235,7 +236,7 @@ def failures(results: list[dict]) -> list[str]:
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, wrap
+    from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
     s, results = record["settings"], record["results"]
     at = {(r["length"], r["dtype"], r["case"]): r for r in results}
@@ -247,8 +248,8 @@ def table(record: dict) -> str:
     )
     columns = lambda cells: "".join(cell.rjust(9) for cell in cells)
     lines = [
-        wrap("shapes", shapes),
-        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        report_line("shapes", shapes),
+        report_line("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
         "",
         (" " * 6 + "".join(dtype.center(36) for dtype in DTYPES)).rstrip(),
         "tokens" + columns([*CASES, "own"]) * 2,
@@ -274,14 +275,15 @@ def main(argv) -> int:
     del argv
     try:
         s = settings_from_flags()
-        shared.simulate_devices(1, many_processes=False)
+        host.simulate_devices(1, many_processes=False)
 
         from paged_dist import CacheSpec
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.provenance import versions
+        from paged_dist.launch.common.record_output import deliver
 
         CacheSpec(s.num_kv_heads, s.head_dim, 128, s.page_size, "int8")
     except ValueError as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
 
     results = measure(s)
     record = {
@@ -294,9 +296,9 @@ def main(argv) -> int:
             "growth": GROWTH_BOUND,
         },
         "failures": failures(results),
-        "versions": report.versions(),
+        "versions": versions(),
     }
-    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
+    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(record["failures"]))
 
 
@@ -304,7 +306,7 @@ def cli() -> None:
     """The console script."""
     for name, value in _DEFAULTS.items():
         flags.FLAGS.set_default(name, value)
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from .comparison.record import NothingComparable, compare
 from .comparison.rows import read_rows
 from .comparison.text import comparison_table
 
-NAME = "paged-dist-compare"
+COMPARE_NAME = "paged-dist-compare"
 METRICS = ("tokens_per_s", "step_ms_p50", "step_ms_p99", "prefill_s", "compile_s")
 
 
-def _say(line: str) -> None:
-    print(f"{NAME}: {line}", file=sys.stderr, flush=True)
+def _on_stderr(line: str) -> None:
+    print(f"{COMPARE_NAME}: {line}", file=sys.stderr, flush=True)
 
 
 def _metric_names(text: str) -> list[str]:
@@ -50,22 +50,22 @@ def _check_output(path: str | None, inputs: Sequence[str]) -> None:
     """Raises ValueError where the results could not be appended to `path`, or would be to what is compared."""
     if path is None:
         return
-    from paged_dist.launch.common import flags as shared
+    from paged_dist.launch.common import flag_checks
 
-    shared.check_output(path)
+    flag_checks.check_output(path)
     if os.path.exists(path) and any(os.path.samefile(path, other) for other in inputs):
         raise ValueError(f"--output={path!r}: is one of the files to compare")
 
 
 def main(argv: Sequence[str]) -> int:
     """Compares what `argv` (without the program's name) says; 0, or 1 where nothing is comparable or outputs differ."""
-    parser = argparse.ArgumentParser(NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(COMPARE_NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("a", metavar="a.jsonl", help="runs before, a JSON line each")
     parser.add_argument("b", metavar="b.jsonl", help="runs after")
     default = ",".join(METRICS)
     parser.add_argument("--metrics", type=_metric_names, default=default, help=f"fields to compare (default {default})")
     parser.add_argument("--output", default=None, help="file to which one JSON line with the results is appended")
-    parser.error = lambda message: (_say(f"error: {' '.join(message.split())}"), sys.exit(2))
+    parser.error = lambda message: (_on_stderr(f"error: {' '.join(message.split())}"), sys.exit(2))
     args = parser.parse_args(argv)
     files = [args.a, args.b]
     try:
@@ -74,20 +74,20 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as e:
         parser.error(str(e))
     for warning in filter(None, warnings):
-        _say(f"warning: {warning}")
+        _on_stderr(f"warning: {warning}")
     try:
         record = compare(files, rows, args.metrics)
     except NothingComparable as e:
-        _say(f"error: {e}")
+        _on_stderr(f"error: {e}")
         return 1
     print(comparison_table(record), flush=True)
     if args.output is not None:
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.record_output import append_json_line
 
         try:
-            report.append_json_line(args.output, record)
+            append_json_line(args.output, record)
         except OSError as e:
-            _say(f"error: --output={args.output!r}: could not be written: {e}")
+            _on_stderr(f"error: --output={args.output!r}: could not be written: {e}")
             return 1
     return int(any(g["checksum"] and g["checksum"]["verdict"] == "differs" for g in record["groups"]))
 
@@ -97,7 +97,7 @@ def cli() -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        _say("interrupted")
+        _on_stderr("interrupted")
         sys.exit(130)
 
 

@@ -15,10 +15,12 @@ import warnings
 import zlib
 
 from paged_dist._errors import BadValue, require
+from paged_dist.launch.common import flag_checks, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.common.chips import chip_of
 from paged_dist.launch.common.interrupt import INTERRUPTED, CtrlC
+from paged_dist.launch.common.run_program import UsageError, run_program
+from paged_dist.launch.common.start_jax import start_jax, watchdog
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.fits import check_memory
 from paged_dist.launch.serving.workload import Request, pages_needed, whole_pool
@@ -26,7 +28,7 @@ from paged_dist.mesh.devices import memory_limit
 
 ORACLE_SAMPLES = flags.DEFINE_integer("oracle_samples", 32, "Outputs to check against the float64 oracle.")
 
-flags.adopt_module_key_flags(shared)
+flags.adopt_module_key_flags(shared_flags)
 flags.adopt_module_key_flags(workload_flags)
 
 NAME = "paged-dist-decode"
@@ -40,49 +42,49 @@ def _usage(kinds: tuple[type[Exception], ...] = (ValueError, NotImplementedError
     try:
         yield
     except kinds as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
 
 
 def model_from_flags():
     """The model to run, checked as far as it can be without devices."""
-    dtype = shared.kv_dtype(shared.KV_DTYPE.value)
-    shared.at_least(
+    dtype = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value)
+    flag_checks.at_least(
         1,
-        layers=shared.NUM_LAYERS.value,
-        num_q_heads=shared.NUM_Q_HEADS.value,
-        num_kv_heads=shared.NUM_KV_HEADS.value,
-        head_dim=shared.HEAD_DIM.value,
-        page_size=shared.PAGE_SIZE.value,
-        batch=shared.BATCH.value,
-        num_pages=shared.NUM_PAGES.value,
-        pages_per_sequence=shared.PAGES_PER_SEQUENCE.value,
-        sliding_window=shared.SLIDING_WINDOW.value,
-        data=shared.DATA.value,
-        context=shared.CONTEXT.value,
-        model=shared.MODEL.value,
+        layers=shared_flags.NUM_LAYERS.value,
+        num_q_heads=shared_flags.NUM_Q_HEADS.value,
+        num_kv_heads=shared_flags.NUM_KV_HEADS.value,
+        head_dim=shared_flags.HEAD_DIM.value,
+        page_size=shared_flags.PAGE_SIZE.value,
+        batch=shared_flags.BATCH.value,
+        num_pages=shared_flags.NUM_PAGES.value,
+        pages_per_sequence=shared_flags.PAGES_PER_SEQUENCE.value,
+        sliding_window=shared_flags.SLIDING_WINDOW.value,
+        data=shared_flags.DATA.value,
+        context=shared_flags.CONTEXT.value,
+        model=shared_flags.MODEL.value,
     )
-    q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
-    shared.check_sizes()
+    q, kv = shared_flags.NUM_Q_HEADS.value, shared_flags.NUM_KV_HEADS.value
+    flag_checks.check_sizes()
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    cap = shared.SOFT_CAP.value
+    cap = shared_flags.SOFT_CAP.value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
     require(
-        shared.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"),
+        shared_flags.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"),
         "--implementation",
-        shared.IMPLEMENTATION.value,
+        shared_flags.IMPLEMENTATION.value,
         "must be pallas, pallas_interpret or xla",
     )
     from paged_dist.launch.serving.programs import Model
 
     return Model(
-        shared.NUM_LAYERS.value,
+        shared_flags.NUM_LAYERS.value,
         q,
         kv,
-        shared.HEAD_DIM.value,
+        shared_flags.HEAD_DIM.value,
         dtype,
-        shared.SOFT_CAP.value,
-        shared.SLIDING_WINDOW.value,
-        shared.SEED.value,
+        shared_flags.SOFT_CAP.value,
+        shared_flags.SLIDING_WINDOW.value,
+        shared_flags.SEED.value,
     )
 
 
@@ -93,7 +95,7 @@ def mesh_from_flags(num_kv_heads: int):
     from paged_dist import make_pod_mesh
     from paged_dist.mesh.pod_mesh import devices_to_simulate
 
-    data, context, model = shared.DATA.value, shared.CONTEXT.value or 1, shared.MODEL.value
+    data, context, model = shared_flags.DATA.value, shared_flags.CONTEXT.value or 1, shared_flags.MODEL.value
     if model is None:
         model = math.gcd(num_kv_heads, jax.device_count() // ((data or 1) * context)) or 1
     sizes = dict(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
@@ -131,14 +133,14 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
     from paged_dist import CacheSpec
     from paged_dist.launch.serving.row_schedule import Pool
 
-    page_size = shared.PAGE_SIZE.value
+    page_size = shared_flags.PAGE_SIZE.value
     mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
     data, context = mesh.shape["data"], mesh.shape["context"]
-    batch = batch or shared.BATCH.value or ROWS_A_SHARD * data
-    shared.at_most(max(shared.MOST_ROWS, ROWS_A_SHARD * data), batch=batch)
+    batch = batch or shared_flags.BATCH.value or ROWS_A_SHARD * data
+    flag_checks.at_most(max(flag_checks.MOST_ROWS, ROWS_A_SHARD * data), batch=batch)
     require(batch % data == 0, "--batch", batch, f"must be a multiple of the mesh's data size {data}")
     longest = max(requests, key=lambda r: r.tokens)
-    columns = shared.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
+    columns = shared_flags.PAGES_PER_SEQUENCE.value or pages_needed(longest.tokens, page_size)
     require(
         columns * page_size >= longest.tokens,
         "--pages_per_sequence",
@@ -147,14 +149,14 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
         f"give at least {pages_needed(longest.tokens, page_size)}",
     )
     shards = data * context
-    pages = shared.NUM_PAGES.value
+    pages = shared_flags.NUM_PAGES.value
     if pages is None:
         pages = Pool(batch, data, context, 0, page_size).pages_that_never_wait(requests)
         pages = whole_pool(pages, page_size, model.dtype, shards)
     spec = CacheSpec(model.num_kv_heads, model.head_dim, pages, page_size, model.dtype, model.num_layers)
     spec.check_mesh(mesh)
     pool = Pool(batch, data, context, pages // shards, page_size)
-    given = shared.NUM_PAGES.value is not None
+    given = shared_flags.NUM_PAGES.value is not None
     check_memory(spec, mesh, pool, requests, columns, num_pages_given=given)
     pool.check_fits(requests, model.dtype)
     return Run(model, mesh, spec, pool, requests, workload, columns)
@@ -162,12 +164,11 @@ def plan_run(model, requests: list[Request], workload: str, mesh=None, batch: in
 
 def given_alike(requests: list[Request]) -> dict[str, object]:
     """What every process must have been started with alike, known before anything is made of it."""
-    from paged_dist.launch.serving import report
 
     return {
-        **shared.given_flags(whole_run=True),
+        **shared_flags.given_flags(whole_run=True),
         "the requests' digest": f"{zlib.crc32(repr(requests).encode()):08x}",
-        **{f"the version of {name}": version for name, version in report.versions().items()},
+        **{f"the version of {name}": version for name, version in provenance.versions().items()},
     }
 
 
@@ -186,8 +187,8 @@ def _hbm_gib(mesh) -> float:
     """HBM of one chip of `mesh` in GiB: what the flag says, else what the chip has, else what a device here tells."""
     import jax
 
-    if shared.HBM_GIB.value is not None:
-        return shared.HBM_GIB.value
+    if shared_flags.HBM_GIB.value is not None:
+        return shared_flags.HBM_GIB.value
     chip = chip_of(mesh.devices.flat[0].device_kind)
     if chip is not None:
         return chip.hbm_gib * chip.devices
@@ -198,7 +199,6 @@ def _hbm_gib(mesh) -> float:
 
 def described(run: Run) -> dict:
     """What is run on what, as `report.work_lines` prints it and a record has it."""
-    from paged_dist.launch.serving import report
 
     m = run.model
     settings = {
@@ -214,12 +214,12 @@ def described(run: Run) -> dict:
         "soft_cap": m.soft_cap,
         "sliding_window": m.sliding_window,
         "seed": m.seed,
-        "implementation": shared.IMPLEMENTATION.value,
+        "implementation": shared_flags.IMPLEMENTATION.value,
     }
     return {
         "settings": settings,
         "platform": run.mesh.devices.flat[0].platform,
-        "devices": report.device_counts(run.mesh),
+        "devices": provenance.device_counts(run.mesh),
         "processes": len({d.process_index for d in run.mesh.devices.flat}),
         "mesh": dict(run.mesh.shape),
         "requests": len(run.requests),
@@ -242,7 +242,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
         measured,
         bytes_per_token=run.spec.bytes_per_token,
         num_pages=run.spec.num_pages,
-        devices=report.device_counts(run.mesh),
+        devices=provenance.device_counts(run.mesh),
         dtype=run.model.dtype,
     )
     record["capacity"] = report.capacity(run.spec, run.requests, _hbm_gib(run.mesh), record["chips"])
@@ -254,7 +254,7 @@ def record_of(run: Run, measured, everyone: list[dict]) -> dict:
             "partial": measured.stopped,
             "profile_error": next((text for told in everyone if told and (text := told["profile_error"])), None),
             "projected": False,
-            **report.origin(shared.given_flags()),
+            **provenance.record_origin(shared_flags.given_flags()),
         }
     )
 
@@ -266,22 +266,26 @@ def main(argv) -> int:
     with _usage():
         model = model_from_flags()
         requests, workload = workload_flags.requests_from_flags()
-        shared.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
-        taken = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(shared) if flag.name != "context_tokens"]
-        shared.refuse_others(taken, {"context_tokens": "lengths are the requests', see --trace and --length_scale"})
-        shared.check_hbm_gib()
-        shared.check_output(shared.OUTPUT.value)
-        shared.check_output(shared.PROFILE_DIR.value, "profile_dir", folder=True)
-        shared.start_jax(NAME)
+        flag_checks.at_least(0, oracle_samples=ORACLE_SAMPLES.value)
+        taken = [
+            flag.name for flag in flags.FLAGS.get_key_flags_for_module(shared_flags) if flag.name != "context_tokens"
+        ]
+        shared_flags.refuse_others(
+            taken, {"context_tokens": "lengths are the requests', see --trace and --length_scale"}
+        )
+        flag_checks.check_hbm_flag()
+        flag_checks.check_output(shared_flags.OUTPUT.value)
+        flag_checks.check_output(shared_flags.PROFILE_DIR.value, "profile_dir", folder=True)
+        start_jax(NAME)
 
-    with shared.watchdog(NAME) as watch:
+    with watchdog(NAME) as watch:
         watch.watch_for_preemption()
         return serve(model, requests, workload, watch)
 
 
 def serve(model, requests: list[Request], workload: str, watch) -> int:
     """The run, on every process; the exit code, the same on all."""
-    from paged_dist.cluster.watchdog import FAILED, PREEMPTED
+    from paged_dist.cluster import FAILED, PREEMPTED
     from paged_dist.launch.serving import report
 
     say = sayer(NAME, watch)
@@ -289,17 +293,20 @@ def serve(model, requests: list[Request], workload: str, watch) -> int:
     with _usage():
         run = plan_run(model, requests, workload)
     watch.agree(made_alike(run))
-    if shared.DRY_RUN.value:
+    if shared_flags.DRY_RUN.value:
         if watch.process_id == 0:
             print(dry_text(run))
         return 0
 
     def finish(record: dict) -> int:
-        if not report.deliver(NAME, report.table(record), shared.OUTPUT.value, record) or not record["oracle_passed"]:
+        if (
+            not record_output.deliver(NAME, report.table(record), shared_flags.OUTPUT.value, record)
+            or not record["oracle_passed"]
+        ):
             return FAILED
         return PREEMPTED if record["partial"] else FAILED if record["profile_error"] else 0
 
-    code = measure(run, watch, say, finish, profile_dir=shared.PROFILE_DIR.value)
+    code = measure(run, watch, say, finish, profile_dir=shared_flags.PROFILE_DIR.value)
     if code == FAILED and watch.process_id != 0:
         print(f"{NAME}: error: process 0 says that the run failed", file=sys.stderr, flush=True)
     return code
@@ -329,7 +336,7 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
     import jax
 
     from paged_dist import PageAllocator, describe_mesh
-    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.cluster import PREEMPTED
     from paged_dist.launch.serving import report
     from paged_dist.launch.serving.engine import Engine
     from paged_dist.launch.serving.row_schedule import Schedule, choose_checks
@@ -341,9 +348,11 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
         m, requests = run.model, run.requests
         watch.phase("compile")
         with _usage((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
-            engine = Engine(m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared.IMPLEMENTATION.value)
+            engine = Engine(
+                m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared_flags.IMPLEMENTATION.value
+            )
             allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
-            checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared.SEED.value)
+            checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared_flags.SEED.value)
             schedule = Schedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
         say(describe_mesh(run.mesh).partition("\n")[0])
         say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
@@ -373,7 +382,9 @@ def measure(run: Run, watch, say, finish, *, tag: str = "", profile_dir: str | N
 def dry_text(run: Run) -> str:
     """What would run, as lines of at most 80 columns."""
     from paged_dist import describe_mesh
-    from paged_dist.launch.serving.report import quantity, work_lines, wrap
+    from paged_dist.launch.common.number_formats import quantity
+    from paged_dist.launch.common.report_lines import report_line
+    from paged_dist.launch.serving.report import work_lines
 
     head, *axes = describe_mesh(run.mesh).splitlines()
     more = {
@@ -386,12 +397,12 @@ def dry_text(run: Run) -> str:
         lines.append((name, head.removeprefix("mesh: ") if name == "mesh" else text))
         lines += [("", one) for one in more.get(name, [])]
     lines.append(("dry run", "nothing was compiled, allocated or written"))
-    return "\n".join(wrap(*line) for line in lines)
+    return "\n".join(report_line(*line) for line in lines)
 
 
 def cli() -> None:
     """The console script."""
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

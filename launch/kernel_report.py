@@ -13,12 +13,13 @@ import dataclasses
 import sys
 
 from paged_dist._errors import require
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
-KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # `compiled.CHIPS`, which would import jax before the flags are read
+KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # absent_chips.CHIP_TOPOLOGIES, which imports jax
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
@@ -66,12 +67,14 @@ def settings_from_flags() -> Settings:
     Raises:
       ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
-    shared.refuse_others(_TAKEN, {"context": "give --context_tokens"})
+    shared_flags.refuse_others(_TAKEN, {"context": "give --context_tokens"})
     values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
-    tokens = shared.CONTEXT_TOKENS.value or 4096
-    shared.at_least(1, context_tokens=shared.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values)
-    shared.check_sizes()
-    shared.at_most(shared.MOST_ROWS, batch=values["batch"])
+    tokens = shared_flags.CONTEXT_TOKENS.value or 4096
+    flag_checks.at_least(
+        1, context_tokens=shared_flags.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values
+    )
+    flag_checks.check_sizes()
+    flag_checks.at_most(flag_checks.MOST_ROWS, batch=values["batch"])
     q, kv = values["num_q_heads"], values["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
@@ -83,7 +86,7 @@ def settings_from_flags() -> Settings:
         whole = len(BLOCK_SIZES.value) == 3 and all(x.strip().isdecimal() for x in BLOCK_SIZES.value)
         require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
         sizes = tuple(map(int, BLOCK_SIZES.value))
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     batch = values.pop("batch")
     lengths, lengths_of = (tokens,) * batch, None
     if LENGTHS_TRACE.value is not None:
@@ -92,7 +95,7 @@ def settings_from_flags() -> Settings:
         chips=tuple(CHIPS.value),
         lengths=lengths,
         lengths_of=lengths_of,
-        dtype=shared.kv_dtype(shared.KV_DTYPE.value),
+        dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
         block_sizes=sizes,
         jax=JAX.value,
         jax_block_tokens=JAX_BLOCK_TOKENS.value,
@@ -158,7 +161,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.kernels.decode.api import decode_stored_pages
     from paged_dist.kernels.quantization import scale_rows
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
@@ -201,7 +204,7 @@ def report_jax(s: Settings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.launch.planning import jax_kernel
-    from paged_dist.launch.planning.compiled import timed_compile
+    from paged_dist.launch.planning.absent_chips import timed_compile
 
     pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.call(plan, pages, mesh)
@@ -220,7 +223,7 @@ def _counted(copies, live_bytes: int) -> dict:
 
 
 def _compiled(compiled, plan) -> dict:
-    from paged_dist.launch.planning.compiled import kernel_vmem, ops_around_kernels, values_as_large_as
+    from paged_dist.launch.planning.hlo_text import kernel_vmem, ops_around_kernels, values_as_large_as
 
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
@@ -276,7 +279,7 @@ def _kib(size: int | None) -> str:
 
 def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
-    from paged_dist.launch.serving.report import head_dim_words
+    from paged_dist.launch.common.report_lines import head_dim_words
 
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
@@ -320,25 +323,25 @@ def main(argv) -> int:
     del argv
     try:
         s = settings_from_flags()
-        shared.start_tpu_compiler()
+        host.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
-        from paged_dist.launch.planning.compiled import one_chip_mesh
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common import provenance, record_output
+        from paged_dist.launch.planning.absent_chips import one_chip_mesh
 
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
         meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
         plans = {chip: plan_of(s, Target.of(mesh.devices.flat[0])) for chip, mesh in meshes.items()}
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
 
     records = []
     for chip, mesh in meshes.items():
         print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
         records += report_chip(s, chip, mesh, plans[chip])
-    versions = report.versions()
+    versions = provenance.versions()
     record = json_record(s, records, versions)
-    if not report.deliver(NAME, table(s, records, versions), shared.OUTPUT.value, record):
+    if not record_output.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 
@@ -357,7 +360,7 @@ def cli() -> None:
     """The console script."""
     for name, value in _DEFAULTS.items():
         flags.FLAGS.set_default(name, value)
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

@@ -8,155 +8,28 @@ The processes find each other over loopback. When one fails the others are ended
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
-import re
 import selectors
 import shlex
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
+from paged_dist.cluster import LOST, PREEMPTED
+from paged_dist.launch.common.local_processes import (
+    MOST_DEVICES,
+    MOST_PROCESSES,
+    ChildProcess,
+    launcher_command,
+    pod_environment,
+    reserve_port,
+)
+
 NAME = "paged-dist-local-pod"
 GRACE_SECONDS = 1.0  # between asking and killing: jax.distributed catches SIGTERM and may sit in a collective
 OWN_END_SECONDS = 3.0  # for the others to end by themselves after one failed: the launchers' say who was lost
-LOST, PREEMPTED = 3, 75  # exit codes of launchers, of paged_dist.cluster.watchdog, which would import jax
-MOST_PROCESSES = 256
-MOST_DEVICES = 1024  # of a process: 4,096 take 16 s to start, 100,000 eight minutes in which no signal is heard
-# Asks the kernel (prctl 1 is PR_SET_PDEATHSIG) and becomes the command. It is no preexec_fn: that runs Python in a fork
-# of this process, and hangs where another thread, such as one of JAX's, holds a lock. Two signals are as they were:
-# Python ignores them, and exec would keep that.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):  # it died before
-    os._exit(128 + signal.SIGKILL)
-for number in (signal.SIGPIPE, signal.SIGXFSZ):
-    signal.signal(number, signal.SIG_DFL)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-class Child:
-    """One process of the pod, leader of its own process group, its output read through pipes."""
-
-    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]):
-        self.index = index
-        self.process = subprocess.Popen(
-            dies_with_parent(command),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.code: int | None = None  # as a shell shows it: 128 + n for signal n
-        self._partial = {self.process.stdout: b"", self.process.stderr: b""}
-        for pipe in self._partial:
-            os.set_blocking(pipe.fileno(), False)
-
-    @property
-    def pipes(self):
-        """The child's stdout and stderr."""
-        return tuple(self._partial)
-
-    def poll(self) -> int | None:
-        """The exit code once the process has ended."""
-        if self.code is None and self.process.returncode is None:
-            # Not reaped yet: until then its process group's number cannot become another program's.
-            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None:
-                self.code = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
-        return self.code
-
-    def read(self, pipe) -> bool:
-        """Passes on what `pipe` holds, whole lines with the child's prefix; False at its end."""
-        try:
-            data = os.read(pipe.fileno(), 65536)
-        except BlockingIOError:
-            return True
-        lines = (self._partial[pipe] + data).split(b"\n")
-        self._partial[pipe] = lines.pop()
-        if not data and self._partial[pipe]:
-            lines, self._partial[pipe] = [self._partial[pipe]], b""
-        out = sys.stdout.buffer if pipe is self.process.stdout else sys.stderr.buffer
-        if lines:
-            prefix = b"[p%d] " % self.index  # an empty line is its prefix alone
-            with contextlib.suppress(BrokenPipeError):
-                out.write(b"".join((prefix + line).rstrip(b" ") + b"\n" for line in lines))
-                out.flush()
-        return bool(data)
-
-    def close(self) -> None:
-        """Closes the pipes; what they still hold is lost."""
-        for pipe in self._partial:
-            pipe.close()
-
-    def signal_group(self, number: int) -> None:
-        """Sends a signal to the child and to what it started; nothing where all are gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-
-def dies_with_parent(command: Sequence[str]) -> list[str]:
-    """`command` as a child of this process that the kernel kills when this process dies, however it does.
-
-    Strictly, when the thread that starts it ends.
-    """
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
-
-
-def reserve_port() -> socket.socket:
-    """A loopback socket on a free port, to be held open while the pod runs.
-
-    It never listens. The coordinator binds the same port, for it sets one of the two options too, and no other
-    program is given the port meanwhile.
-    """
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
-        held.setsockopt(socket.SOL_SOCKET, option, 1)
-    held.bind(("127.0.0.1", 0))
-    return held
-
-
-def pod_environment(process: int, processes: int, devices: int, port: int, base: dict[str, str]) -> dict[str, str]:
-    """The environment of one process: where the others are, and its simulated devices."""
-    xla = re.sub(r"--xla_force_host_platform_device_count=\S*", "", base.get("XLA_FLAGS", ""))
-    environment = base | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{xla} --xla_force_host_platform_device_count={devices}".strip(),
-        "PYTHONUNBUFFERED": "1",
-    }
-    for name in (
-        "JAX_NUM_CPU_DEVICES",  # it would win over XLA_FLAGS
-        "JAX_COORDINATOR_ADDRESS",
-        "JAX_COORDINATOR_BIND_ADDRESS",
-        "JAX_NUM_PROCESSES",
-        "JAX_PROCESS_ID",
-        "JAX_LOCAL_DEVICE_IDS",
-    ):
-        environment.pop(name, None)
-    if processes > 1:
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(process),
-        }
-    return environment
-
-
-def launcher_command(launcher: str, arguments: Sequence[str]) -> list[str]:
-    """The command of one process: a launcher of this package by its name, a module by its dotted name, or a script."""
-    python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
-    if launcher.endswith(".py"):
-        return [*python, launcher, *arguments]
-    module = launcher if "." in launcher else f"paged_dist.launch.{launcher}"
-    return [*python, "-m", module, *arguments]
 
 
 def run_pod(
@@ -178,7 +51,7 @@ def run_pod(
       `grace_seconds`. Ctrl-C is passed on as SIGTERM, a second one waits for nobody. No process is left in any case.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    children: list[Child] = []
+    children: list[ChildProcess] = []
     before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
         with reserve_port() as held, selectors.DefaultSelector() as selector:
@@ -186,17 +59,17 @@ def run_pod(
             try:
                 for index in range(processes):
                     environment = pod_environment(index, processes, devices, port, dict(os.environ))
-                    children.append(Child(index, command, environment))
+                    children.append(ChildProcess(index, command, environment))
                     for pipe in children[-1].pipes:
                         selector.register(pipe, selectors.EVENT_READ, children[-1])
-                code = _watch(children, selector, deadline)
+                code = _watch_children(children, selector, deadline)
             except (_Terminated, KeyboardInterrupt) as asked:
                 is_ctrl_c = isinstance(asked, KeyboardInterrupt)
                 if is_ctrl_c:
-                    _say("interrupted: the processes are asked to stop; Ctrl-C once more kills them")
-                code = _preempt(children, selector, grace_seconds)
+                    _print_line("interrupted: the processes are asked to stop; Ctrl-C once more kills them")
+                code = _preempt_children(children, selector, grace_seconds)
                 code = 130 if is_ctrl_c else code
-            _end(children)
+            _end_children(children)
             _drain(selector)
             return code
     except (KeyboardInterrupt, _Terminated):  # after Ctrl-C
@@ -204,7 +77,7 @@ def run_pod(
     finally:
         # Ctrl-C once more must not leave a process behind.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _end(children)
+        _end_children(children)
         for child in children:
             child.close()
         signal.signal(signal.SIGINT, previous)
@@ -220,7 +93,7 @@ def _on_terminate(number, frame):
     raise _Terminated
 
 
-def _watch(children: list[Child], selector: selectors.BaseSelector, deadline: float | None) -> int:
+def _watch_children(children: list[ChildProcess], selector: selectors.BaseSelector, deadline: float | None) -> int:
     """Passes output on until every child has ended with 0, one has failed, or time is up."""
     while True:
         _pass_on(selector, 0.1)
@@ -231,11 +104,11 @@ def _watch(children: list[Child], selector: selectors.BaseSelector, deadline: fl
             return 0
         if deadline is not None and time.monotonic() > deadline:
             running = ", ".join(str(c.index) for c in children if c.code is None)
-            _say(f"time is up; still running: {running}")
+            _print_line(f"time is up; still running: {running}")
             return 124
 
 
-def _first_failure(children: list[Child], first: Child, selector: selectors.BaseSelector) -> int:
+def _first_failure(children: list[ChildProcess], first: ChildProcess, selector: selectors.BaseSelector) -> int:
     """The exit code of `first`, or of the one that it is about, which may end after it; says whose that is."""
     until = time.monotonic() + OWN_END_SECONDS
     while time.monotonic() < until and any(child.poll() is None for child in children):
@@ -243,11 +116,11 @@ def _first_failure(children: list[Child], first: Child, selector: selectors.Base
     guilty = first
     if first.code == LOST:
         guilty = next((child for child in children if child.code not in (None, 0, LOST)), first)
-    _say(f"process {guilty.index} ended with exit code {guilty.code}")
+    _print_line(f"process {guilty.index} ended with exit code {guilty.code}")
     return guilty.code
 
 
-def _preempt(children: list[Child], selector: selectors.BaseSelector, grace_seconds: float) -> int:
+def _preempt_children(children: list[ChildProcess], selector: selectors.BaseSelector, grace_seconds: float) -> int:
     """Passes SIGTERM on and waits for the children's own end: their exit code, 143 where one has to be killed."""
     for child in children:
         if child.poll() is None:
@@ -277,7 +150,7 @@ def _drain(selector: selectors.BaseSelector) -> None:
                 selector.unregister(key.fileobj)
 
 
-def _end(children: list[Child]) -> None:
+def _end_children(children: list[ChildProcess]) -> None:
     """Ends what still runs: asks, waits a little, kills. Also what a child has left in its process group."""
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
@@ -291,7 +164,7 @@ def _end(children: list[Child]) -> None:
             child.process.wait()
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(f"{NAME}: {line}", file=sys.stderr, flush=True)
 
 
@@ -318,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the command and what each process is told")
     parser.add_argument("launcher", help="a launcher of this package (decode), a module, or a script ending in .py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
-    parser.error = lambda message: (_say(f"error: {message}"), sys.exit(2))
+    parser.error = lambda message: (_print_line(f"error: {message}"), sys.exit(2))
     args = parser.parse_args(argv)
     command = launcher_command(args.launcher, args.arguments)
     if not _exists(args.launcher, command):
@@ -367,7 +240,7 @@ def cli() -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before or after the pod
-        _say("interrupted")
+        _print_line("interrupted")
         sys.exit(130)
 
 

@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from paged_dist._errors import BadValue, require
+from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.common.chips import Chip, chip_of_topology, slice_of
+from paged_dist.launch.common.number_formats import gib, kib, quantity
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.planning import sizing
-from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, gib, sizes_of
+from paged_dist.launch.planning.sizing import Refused, Settings, Sizes, Way, sizes_of
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.workload import Request, sequences_on_shards
 
@@ -85,25 +87,25 @@ def settings_from_flags(topology: str | None = None) -> Settings:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
     if topology is None:
-        shared.refuse_others(_TAKEN)
+        shared_flags.refuse_others(_TAKEN)
         topology = TOPOLOGY.value
     require(topology is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
     topology, chip = slice_of(topology)
     f = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
     sizes += ("num_pages", "pages_per_sequence", "sliding_window", "model_parallelism", "num_slices", "context_tokens")
-    shared.at_least(1, **{name: f[name].value for name in sizes})
-    shared.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
+    flag_checks.at_least(1, **{name: f[name].value for name in sizes})
+    flag_checks.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
     hidden = MLP_WIDTH.value
     require(WIDTH.value > 0 or hidden == 0, "--mlp_width", hidden, "needs the model's width", "give --width too")
-    q, kv = shared.NUM_Q_HEADS.value, shared.NUM_KV_HEADS.value
+    q, kv = shared_flags.NUM_Q_HEADS.value, shared_flags.NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     cap = f["soft_cap"].value
     require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
     check_hbm_gib(chip)
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()
-    tokens = shared.CONTEXT_TOKENS.value
+    tokens = shared_flags.CONTEXT_TOKENS.value
     if tokens is not None and not workload_flags.are_given():  # what was asked is counted, not what nobody asked
         requests, workload = [], ""
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
@@ -112,8 +114,8 @@ def settings_from_flags(topology: str | None = None) -> Settings:
     return Settings(
         **{name: f[name].value for name in same},
         topology=topology,
-        num_layers=shared.NUM_LAYERS.value,
-        dtype=shared.kv_dtype(shared.KV_DTYPE.value),
+        num_layers=shared_flags.NUM_LAYERS.value,
+        dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
         requests=tuple(requests),
         workload=workload,
     )
@@ -121,8 +123,8 @@ def settings_from_flags(topology: str | None = None) -> Settings:
 
 def check_hbm_gib(chip: Chip) -> None:
     """Raises ValueError where --hbm_gib is none of such a chip, or more than it gives a program."""
-    shared.check_hbm_gib()
-    gib, most = shared.HBM_GIB.value, chip.hbm_gib * chip.devices
+    flag_checks.check_hbm_flag()
+    gib, most = shared_flags.HBM_GIB.value, chip.hbm_gib * chip.devices
     require(
         gib is None or gib <= most,
         "--hbm_gib",
@@ -260,7 +262,6 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
     from paged_dist import describe_mesh
     from paged_dist.describe import mesh_facts
     from paged_dist.launch.planning import pod_step
-    from paged_dist.launch.serving import report
 
     chip = chip_of_topology(s.topology)
     start = time.perf_counter()
@@ -286,7 +287,7 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         },
         "chip": chip.name,
         "chips": devices / chip.devices,
-        "devices": report.device_counts(mesh),
+        "devices": provenance.device_counts(mesh),
         "mesh": dict(mesh.shape),
         "axes": dataclasses.asdict(mesh_facts(mesh))["axes"],
         "mesh_text": describe_mesh(
@@ -307,13 +308,13 @@ def plan(s: Settings, fits: Callable[[Mapping[str, int]], bool] | None = None) -
         "compile_s": compile_s,
         "processes": len({d.process_index for d in mesh.devices.flat}),
         "partial": False,
-        **report.origin(shared.given_flags()),
+        **provenance.record_origin(shared_flags.given_flags()),
     }
 
 
 def dry_text(s: Settings) -> str:
     """What would be compiled, as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import wrap
+    from paged_dist.launch.common.report_lines import report_line
 
     mesh = mesh_of(s)
     sizes = checked_sizes(s, mesh, chip_of_topology(s.topology))
@@ -325,7 +326,7 @@ def dry_text(s: Settings) -> str:
         ("step", f"{sizes.batch} rows of {sizes.context_tokens} tokens, tables of {sizes.pages_per_sequence} pages"),
         ("dry run", "nothing was compiled or written"),
     ]
-    return "\n".join(wrap(*line) for line in lines)
+    return "\n".join(report_line(*line) for line in lines)
 
 
 def problems(r: dict) -> list[str]:
@@ -342,7 +343,7 @@ def problems(r: dict) -> list[str]:
 
 def table(r: dict) -> str:
     """The plan as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, options, quantity, wrap
+    from paged_dist.launch.common.report_lines import attention_options, head_dim_words, report_line
 
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
@@ -358,7 +359,7 @@ def table(r: dict) -> str:
         (
             "model",
             f"{s['num_layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
-            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{options(s)}{projections}",
+            f"{head_dim_words(s['head_dim'])}, cache {s['dtype']}{attention_options(s)}{projections}",
         ),
         (
             "step",
@@ -381,10 +382,10 @@ def table(r: dict) -> str:
         ("pools", f"{len(r['pool_copies'])} copies, {gib(r['aliased_bytes'])} written in place"),
         *(("copies", f"{c['times']} x {c['array']}, {size(c['bytes'])}, in each step") for c in r["other_copies"]),
         *_traffic_lines(r),
-        *(("kernel", f"{k['name']}: {_kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
+        *(("kernel", f"{k['name']}: {kib(k['vmem_bytes'])} of VMEM") for k in r["kernels"]),
         (
             "",
-            f"attention plans {_kib(launch['vmem_bytes'])} of VMEM and {_kib(launch['smem_bytes'])} of SMEM, "
+            f"attention plans {kib(launch['vmem_bytes'])} of VMEM and {kib(launch['smem_bytes'])} of SMEM, "
             f"{launch['launches']} launch{'es' * (launch['launches'] > 1)} a layer, of {launch['rows']} rows",
         ),
         ("compile", f"{r['lower_s']:.2f} s to lower, {r['compile_s']:.2f} s to compile, on this host's CPU"),
@@ -403,7 +404,7 @@ def table(r: dict) -> str:
         ("", f"ICI {1e3 * floor['ici_s']:.3f} ms: {size(floor['ici_bytes_sent'])} sent in a ring"),
         *(("PROBLEM", text) for text in problems(r)),
     ]
-    return "\n".join(wrap(*line) if line else "" for line in lines)
+    return "\n".join(report_line(*line) if line else "" for line in lines)
 
 
 def _weights_text(r: dict) -> str:
@@ -425,8 +426,6 @@ def _weights_text(r: dict) -> str:
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:
-    from paged_dist.launch.serving.report import quantity
-
     size = lambda count: quantity(count, "B")
     lines = []
     for c in r["collectives"]:
@@ -446,34 +445,29 @@ def _traffic_lines(r: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def _kib(size: int) -> str:
-    return f"{size / 1024:.0f} KiB"
-
-
 def main(argv) -> int:
     """Plans what the flags describe; 0, or 1 where the step would not run as it should or the file not be written."""
     del argv
     try:
         s = settings_from_flags()
-        shared.start_tpu_compiler()
-        if shared.DRY_RUN.value:
+        host.start_tpu_compiler()
+        if shared_flags.DRY_RUN.value:
             print(dry_text(s))
             return 0
         record = plan(s)
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
     except RuntimeError as e:
         print(f"{NAME}: error: {e}", file=sys.stderr)
         return 1
-    from paged_dist.launch.serving import report
 
-    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
+    written = record_output.deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(problems(record)))
 
 
 def cli() -> None:
     """The console script."""
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

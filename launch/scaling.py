@@ -12,11 +12,12 @@ of the same point, work, devices, versions and commit, are not measured again.
 
 from __future__ import annotations
 
-import sys
-
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import host, shared_flags
+from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.start_jax import start_jax
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.absent_pods import plan_sweep, run_plans
@@ -27,35 +28,36 @@ from paged_dist.launch.sweeps.sweep_rows import SweepRows
 
 flags.adopt_module_key_flags(sweep_flags)
 
-NAME = "paged-dist-scaling"
+SCALING_PROGRAM = Program("paged-dist-scaling")
 
 
 def main(argv) -> int:
     """Runs the sweep; 0, 1 where a run or a file failed, 75 where it was asked to stop, to be gone on with."""
     del argv
-    say = lambda line: print(f"{NAME}: {line}", file=sys.stderr, flush=True)
     try:
         sweep_flags.check_sweep_flags()
         if sweep_flags.PLAN.value is not None:
-            shared.start_tpu_compiler()
+            host.start_tpu_compiler()
             sweep = plan_sweep()
-            return print_points(list(sweep.settings)) if shared.DRY_RUN.value else run_plans(NAME, sweep, say)
+            if shared_flags.DRY_RUN.value:
+                return print_points(list(sweep.settings))
+            return run_plans(SCALING_PROGRAM, sweep)
         model = decode.model_from_flags()
         requests, workload = workload_flags.requests_from_flags()
-        if sweep_flags.SIZES.value is None and shared.is_lone_cpu_host():
+        if sweep_flags.SIZES.value is None and host.is_lone_cpu_host():
             points = points_in_pods()
-            if shared.DRY_RUN.value:
+            if shared_flags.DRY_RUN.value:
                 return print_points(points)
-            return run_in_pods(SweepRows(NAME, points, say, requests), say)
-        shared.start_jax(NAME)
+            return run_in_pods(SweepRows(SCALING_PROGRAM, points, SCALING_PROGRAM.say, requests))
+        start_jax(SCALING_PROGRAM.name)
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
-    return run_on_sub_meshes(NAME, model, requests, workload)
+        raise UsageError(str(e)) from e
+    return run_on_sub_meshes(SCALING_PROGRAM, model, requests, workload)
 
 
 def cli() -> None:
     """The console script."""
-    shared.cli(main, NAME)
+    SCALING_PROGRAM.run(main)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import os
 import time
 
 from paged_dist._errors import BadValue, bad_value, require
+from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.serving.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
@@ -36,29 +37,24 @@ def sizes_from_flags() -> dict:
       ValueError, NotImplementedError: a flag's value that does not fit.
     """
     values = flags.FLAGS.flag_values_dict()
-    for name in shared_flags():
+    for name in shared_flags.names():
         if name not in _SHARED and flags.FLAGS[name].present:
             raise bad_value(f"--{name}", values[name], "is no flag of this launcher", "see --help")
     sizes = {name: values[name] for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")}
     sizes |= {"table_tokens": TABLE_TOKENS.value, "repeats": REPEATS.value}
-    shared.at_least(1, **sizes)
+    flag_checks.at_least(1, **sizes)
     q, kv = sizes["num_q_heads"], sizes["num_kv_heads"]
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
     tokens, page = sizes["table_tokens"], sizes["page_size"]
     require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
-    shared.check_sizes()
+    flag_checks.check_sizes()
     pools = 2 * 4 * sizes["batch"] * tokens * kv * sizes["head_dim"]  # drawn in f32
-    shared.check_host_memory("--table_tokens", tokens, pools)
-    sizes["dtype"] = shared.kv_dtype(shared.KV_DTYPE.value)
+    flag_checks.check_host_memory("--table_tokens", tokens, pools)
+    sizes["dtype"] = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value)
     sizes["live"] = [_share(text) for text in LIVE.value]
     require(len(sizes["live"]) > 0, "--live", "", "must name at least one share", "--live=1,0.25 is the default")
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     return sizes
-
-
-def shared_flags() -> list[str]:
-    """Names of the flags that the launchers share, of which this one takes a few."""
-    return [flag.name for flag in flags.FLAGS.flags_by_module_dict()[shared.__name__]]
 
 
 def _share(text: str) -> float:
@@ -200,18 +196,18 @@ def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> di
 
 def table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.serving.report import head_dim_words, wrap
+    from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
     s, results = record["settings"], record["results"]
     lines = [
-        wrap(
+        report_line(
             "shapes",
             f"batch {s['batch']}, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
             f"{head_dim_words(s['head_dim'])}, "
             f"pages of {s['page_size']}, tables of {s['table_tokens']} tokens, {s['dtype']}",
         ),
-        wrap("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),
-        wrap("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        report_line("host", f"{record['cpus']} CPUs; {s['repeats']} repeats, median and quartiles in ms"),
+        report_line("versions", " ".join(f"{name} {version}" for name, version in record["versions"].items())),
     ]
     for r in results:
         lines += ["", f"{r['live_tokens']} of {s['table_tokens']} tokens live"]
@@ -230,19 +226,20 @@ def main(argv) -> int:
     del argv
     try:
         sizes = sizes_from_flags()
-        shared.simulate_devices(1, many_processes=False)
+        host.simulate_devices(1, many_processes=False)
     except (ValueError, NotImplementedError) as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
 
     import jax.numpy as jnp
 
-    from paged_dist.launch.serving import report
+    from paged_dist.launch.common.provenance import versions
+    from paged_dist.launch.common.record_output import deliver
     from paged_dist.launch.serving.engine import ERROR_BOUNDS
 
     try:
         forms = make_forms(sizes)
     except BadValue as e:
-        raise shared.UsageError(str(e)) from e
+        raise UsageError(str(e)) from e
     bound = ERROR_BOUNDS[sizes["dtype"]]
     results = []
     for share in sizes["live"]:
@@ -255,9 +252,9 @@ def main(argv) -> int:
         "results": results,
         "bound": bound,
         "cpus": len(os.sched_getaffinity(0)),
-        "versions": report.versions(),
+        "versions": versions(),
     }
-    written = report.deliver(NAME, table(record), shared.OUTPUT.value, record)
+    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
     return 0 if written and all(r["agrees"] for r in results) else 1
 
 
@@ -265,7 +262,7 @@ def cli() -> None:
     """The console script."""
     for name, value in _DEFAULTS.items():
         flags.FLAGS.set_default(name, value)
-    shared.cli(main, NAME)
+    run_program(main, NAME)
 
 
 if __name__ == "__main__":

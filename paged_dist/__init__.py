@@ -6,8 +6,7 @@ starts the hosts and sees that none is lost; `kernels` is what one chip runs; `l
 """
 
 from paged_dist.cache import CacheSpec, PagedKVCache
-from paged_dist.cluster.startup import initialize_distributed
-from paged_dist.cluster.watchdog import Disagreement, Watchdog
+from paged_dist.cluster import Disagreement, Watchdog, initialize_distributed
 from paged_dist.describe import describe_mesh
 from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_kv, quantize_kv
 from paged_dist.mesh import MeshAxes, make_pod_mesh

@@ -25,8 +25,8 @@ from paged_dist.kernels.attention.checks import check_pools
 from paged_dist.kernels.decode import launch_plan as decode_plan
 from paged_dist.kernels.target import Target
 from paged_dist.kernels.tiling import LANES
-from paged_dist.launch.planning import compiled as read
-from paged_dist.launch.planning import sizing
+from paged_dist.launch.planning import hlo_text, sizing
+from paged_dist.launch.planning.absent_chips import without_compilation_cache
 from paged_dist.launch.serving.synthetic import input_dtype
 from paged_dist.launch.serving.workload import pages_needed
 from paged_dist.mesh.devices import slice_of
@@ -107,17 +107,12 @@ def step_arguments(s: Settings, sizes: Sizes, mesh) -> tuple:
 
 def compile_step(s: Settings, sizes: Sizes, mesh):
     """(compiled program, seconds to trace and lower, seconds to compile); nothing is taken from jax's cache on disk."""
-    on_disk = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        with lowering_for(mesh):
-            start = time.perf_counter()
-            lowered = jax.jit(decode_step(s, mesh), donate_argnums=0).lower(*step_arguments(s, sizes, mesh))
-            between = time.perf_counter()
-            compiled = lowered.compile()
-            return compiled, between - start, time.perf_counter() - between
-    finally:
-        jax.config.update("jax_enable_compilation_cache", on_disk)
+    with without_compilation_cache(), lowering_for(mesh):
+        start = time.perf_counter()
+        lowered = jax.jit(decode_step(s, mesh), donate_argnums=0).lower(*step_arguments(s, sizes, mesh))
+        between = time.perf_counter()
+        compiled = lowered.compile()
+        return compiled, between - start, time.perf_counter() - between
 
 
 def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
@@ -140,9 +135,9 @@ def read_program(s: Settings, sizes: Sizes, mesh, compiled) -> dict:
         "aliased_bytes": memory.alias_size_in_bytes,
         "pool_copies": copies,
         "other_copies": other_copies(s, sizes, mesh, text, copies),
-        "collectives": [_collective(c, s, mesh, torus) for c in read.collectives(text)],
-        "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in read.crossings(text)],
-        "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in read.kernels(text)],
+        "collectives": [_collective(c, s, mesh, torus) for c in hlo_text.collectives(text)],
+        "sends": [{"arrays": list(c.arrays), "bytes": c.bytes * s.num_layers**c.loops} for c in hlo_text.sends(text)],
+        "kernels": [{"name": name, "vmem_bytes": vmem} for name, vmem in hlo_text.kernels_and_vmem(text)],
     }
 
 
@@ -158,7 +153,7 @@ def pool_copies(spec, mesh, text: str) -> list[str]:
     return [
         value[:120]
         for (rows, lanes), size in pools
-        for value in read.values_as_large_as(text, size)
+        for value in hlo_text.values_as_large_as(text, size)
         if f",{rows},{lanes}]" in value
     ]
 
@@ -173,7 +168,7 @@ def other_copies(s: Settings, sizes: Sizes, mesh, text: str, of_pools: list[str]
     least = min(stacks, default=sizes.spec.bytes_per_chip(mesh) // (2 * s.num_layers))
     return [
         {"array": value.array, "bytes": value.bytes, "times": s.num_layers**value.loops}
-        for value in read.made_in_hbm(text, least)
+        for value in hlo_text.values_written_to_hbm(text, least)
         if not any(value.name in copy.split()[1:2] for copy in of_pools)
     ]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from paged_dist._errors import bad_value
 from paged_dist.kernels.tiling import LANES
 from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.number_formats import gib
 from paged_dist.launch.serving.workload import MOST_TOKENS, Request, pages_needed, whole_pool
 
 KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
@@ -292,8 +293,3 @@ def _nearest(pages: int, step: int, most: int) -> int:
 
 def _beside(way: Way, **changes: int) -> Way:
     return way._replace(beside={**changes, **way.beside})
-
-
-def gib(size: float) -> str:
-    """`size` bytes, in GiB."""
-    return f"{size / 2**30:.2f} GiB"

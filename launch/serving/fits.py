@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paged_dist._errors import bad_value
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import host
+from paged_dist.launch.common.number_formats import gigabytes
 from paged_dist.launch.serving.workload import Request, whole_pool
 from paged_dist.mesh.devices import memory_limit
 
@@ -27,19 +28,18 @@ def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *,
         return
     have, where = memory_limit(here[0]), "a device has"
     if here[0].platform == "cpu":  # simulated devices share the host
-        have, where = shared.host_bytes() / len(here), f"each of this host's {len(here)} devices has"
+        have, where = host.memory_bytes() / len(here), f"each of this host's {len(here)} devices has"
     tables = 4 * columns * pool.batch // pool.data
     need = spec.bytes_per_chip(mesh) + tables
     if need <= have:
         return
-    size = lambda count: f"{count / 1e9:.1f} GB"
     raise bad_value(
         "--num_pages" if num_pages_given else "num_pages",
         spec.num_pages,
         ("" if num_pages_given else "what the requests take where none waits for pages: ")
-        + f"a cache of {size(spec.bytes_per_chip(mesh))} a device"
-        + (f" and page tables of {size(tables)}" if tables > need // 100 else "")
-        + f", where {where} {size(have)}",
+        + f"a cache of {gigabytes(spec.bytes_per_chip(mesh))} a device"
+        + (f" and page tables of {gigabytes(tables)}" if tables > need // 100 else "")
+        + f", where {where} {gigabytes(have)}",
         _what_fits(spec, mesh, pool, requests, _ADVISED * have - tables),
     )
 

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import errno
-import importlib.metadata
-import json
 import math
-import os
-import pathlib
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
-from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
-from paged_dist.kernels.tiling import stored_head_dim
 from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.number_formats import quantity
+from paged_dist.launch.common.report_lines import attention_options, head_dim_words, report_line
 from paged_dist.launch.serving.engine import ERROR_BOUNDS, Measured
 from paged_dist.launch.serving.workload import Request, sequences_that_fit
-from paged_dist.transfer.files import try_lock, write_all
 
 
 def slowest(per_process: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     """[steps] seconds of each step on its slowest process, from [processes, steps]."""
     return np.asarray(per_process, np.float64).max(axis=0)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("paged-dist", "jax", "jaxlib", "libtpu", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def told(measured: Measured, digest: int) -> dict:
@@ -62,31 +40,6 @@ def gather(everyone: Sequence[dict]) -> dict[str, np.ndarray]:
     dtypes = {"checked": np.int32, "tally": np.uint32, "digest": np.uint32}
     of = lambda name: [math.inf if (value := one[name]) is None else value for one in everyone]
     return {name: np.asarray(of(name), dtypes.get(name, np.float64)) for name in everyone[0] if name != "profile_error"}
-
-
-def git_commit() -> str | None:
-    """The commit of the tree that this package is run from, with '+' where files differ from it; None elsewhere."""
-    tree = pathlib.Path(__file__).resolve().parent.parent
-    if not (tree / ".git").exists():
-        return None
-    ask = lambda *what: subprocess.run(["git", "-C", tree, *what], capture_output=True, text=True, timeout=10)
-    try:
-        head, changed = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else None
-
-
-def origin(flags: dict[str, object]) -> dict:
-    """What every record carries of where it is from: versions, commit, time of day, and the flags that were given."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"versions": versions(), "git_commit": git_commit(), "time": now, "flags": flags}
-
-
-def device_counts(mesh: Mesh) -> dict[str, int]:
-    """How many devices of each kind `mesh` has."""
-    kinds, counts = np.unique([d.device_kind for d in mesh.devices.flat], return_counts=True)
-    return dict(zip(map(str, kinds), map(int, counts), strict=True))
 
 
 def summarise(
@@ -195,26 +148,6 @@ def _capacity_lines(found: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def head_dim_words(head_dim: int) -> str:
-    """'head_dim 128', or 'head_dim 96 (stored as 128)' where pages are padded: their bytes count the padding."""
-    stored = stored_head_dim(head_dim)
-    return f"head_dim {head_dim}" + (f" (stored as {stored})" if stored > head_dim else "")
-
-
-def quantity(value: float, unit: str) -> str:
-    """`value` with a decimal prefix, such as '1.50 GB'."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {prefix}{unit}"
-    return f"{value:.2f} {unit}"
-
-
-def options(settings: dict) -> str:
-    """What attention does that it need not, from a record's settings: ', soft cap 30, window 512', or nothing."""
-    cap, window = settings["soft_cap"], settings["sliding_window"]
-    return ("" if cap is None else f", soft cap {cap:g}") + ("" if window is None else f", window {window}")
-
-
 def work_lines(r: dict) -> list[tuple[str, str]]:
     """What is run on what, of a record or of a run that was only planned: all that flags may change of the work."""
     s, processes = r["settings"], f"{r['processes']} process{'es' * (r['processes'] > 1)}"
@@ -227,7 +160,7 @@ def work_lines(r: dict) -> list[tuple[str, str]]:
             f"{s['layers']} layers, {s['num_q_heads']} q heads, {s['num_kv_heads']} kv heads, "
             f"{head_dim_words(s['head_dim'])}, {s['input_dtype']}",
         ),
-        ("attention", f"{implementation}{options(s)}"),
+        ("attention", f"{implementation}{attention_options(s)}"),
         (
             "cache",
             f"{r['pool_pages']} pages of {s['page_size']} tokens, {quantity(r['cache_bytes'], 'B')}, {s['dtype']}, "
@@ -276,89 +209,4 @@ def table(r: dict) -> str:
     ]
     if r["partial"]:
         lines.append(("PARTIAL", f"asked to stop after {r['steps']} steps: not the whole workload was served"))
-    return "\n".join(wrap(*line) if line else "" for line in lines)
-
-
-def wrap(name: str, text: str, width: int = 80) -> str:
-    import textwrap
-
-    return textwrap.fill(text, width, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
-
-
-def deliver(name: str, text: str, path: str | None, record: dict) -> bool:
-    """Appends a launcher's record to its output, if it has one, then prints `text`; False where either fails, which it
-    says. In this order: a reader of stdout that has gone away must not cost the record."""
-    written = append_output(name, path, record)
-    return print_text(name, text) and written
-
-
-def print_text(name: str, text: str) -> bool:
-    """Prints launcher `name`'s `text`; False where stdout cannot be written, which it says."""
-    try:
-        print(text, flush=True)
-    except OSError as e:
-        print(f"{name}: error: stdout could not be written: {e}", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
-        return False
-    return True
-
-
-def append_output(name: str, path: str | None, record: dict) -> bool:
-    """`append_json_line` where a path is given; where that fails launcher `name` says so, and it is False."""
-    try:
-        if path is not None:
-            append_json_line(path, record)
-    except OSError as e:
-        print(f"{name}: error: --output={path!r}: could not be written: {e}", file=sys.stderr, flush=True)
-        return False
-    return True
-
-
-def append_json_line(path: str, record: dict) -> None:
-    """Appends `record` as one line of JSON, in one write, so that no reader and no other run sees half a line.
-
-    Folders on the way are made. A last line that an earlier writer left unfinished is ended first. Where a write takes
-    a part only, as on a full disk, the rest is tried too; what cannot be written leaves a broken line, which
-    readers leave out. Nothing that is in the file is ever changed: others may have written after it.
-
-    Raises:
-      OSError: the line could not be written.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    data = json.dumps(_finite(record), sort_keys=True, allow_nan=False).encode() + b"\n"
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        is_locked = _lock(fd)
-        size = os.fstat(fd).st_size
-        if size and os.pread(fd, 1, size - 1) != b"\n":
-            data = b"\n" + data
-        written = os.write(fd, data)
-        if written < len(data) and is_locked:
-            write_all(fd, data[written:])
-        elif written < len(data):  # another's line may have come: the whole line once more, on a line of its own
-            data = b"\n" + data.lstrip(b"\n")
-            if os.write(fd, data) < len(data):
-                raise OSError(errno.ENOSPC, "a part of the line only could be written", path)
-    finally:
-        os.close(fd)
-
-
-def _finite(value):
-    """`value` with JSON's null for NaN and infinities, which it has not, however deep they are."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_LOCK_SECONDS = 10  # a writer holds it for one write
-
-
-def _lock(fd: int) -> bool:
-    """Locks a file against others that append to it, until it is closed; False where that cannot be had."""
-    until = time.monotonic() + _LOCK_SECONDS
-    while (is_locked := try_lock(fd)) is False and time.monotonic() < until:
-        time.sleep(0.01)
-    return bool(is_locked)
+    return "\n".join(report_line(*line) if line else "" for line in lines)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from paged_dist._errors import bad_value, require
+from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.serving.traces import FORMATS, read_trace
 from paged_dist.launch.serving.workload import MOST_TOKENS, Request, draw_requests, repeated, shorten
 
@@ -42,15 +42,18 @@ def requests_from_flags() -> tuple[list[Request], str]:
     Raises:
       ValueError: a flag outside its rule, or a trace that cannot be read.
     """
-    shared.at_least(
+    flag_checks.at_least(
         1,
         num_requests=NUM_REQUESTS.value,
         max_context=MAX_CONTEXT.value,
         max_generated=MAX_GENERATED.value,
         repeat_requests=REPEAT_REQUESTS.value,
     )
-    shared.check_seed()
-    for name, most in (("pages_per_sequence", MOST_TOKENS // shared.PAGE_SIZE.value), ("context_tokens", MOST_TOKENS)):
+    flag_checks.check_seed()
+    for name, most in (
+        ("pages_per_sequence", MOST_TOKENS // shared_flags.PAGE_SIZE.value),
+        ("context_tokens", MOST_TOKENS),
+    ):
         value = flags.FLAGS[name].value
         require(value is None or value <= most, f"--{name}", value, f"must be at most {most}: positions are 32-bit")
     require(
@@ -64,7 +67,7 @@ def requests_from_flags() -> tuple[list[Request], str]:
         if NUM_REQUESTS.value and len(requests) < NUM_REQUESTS.value:
             raise bad_value("--num_requests", NUM_REQUESTS.value, f"the trace has {len(requests)}")
     else:
-        requests = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, shared.SEED.value)
+        requests = draw_requests(NUM_REQUESTS.value or _DRAWN_REQUESTS, shared_flags.SEED.value)
         name = "the built-in workload"
     if scale != 1:
         name += f", lengths x {scale:g}"

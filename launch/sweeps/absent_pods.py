@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from paged_dist.launch import plan
 from paged_dist.launch.common.chips import chip_of_topology, slice_of
+from paged_dist.launch.common.program import Program
 from paged_dist.launch.planning import sizing
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import Point, SweepSize, batch_step, points_of
@@ -57,19 +58,19 @@ def plan_sweep() -> PlannedSweep:
     return PlannedSweep(settings, fits)
 
 
-def run_plans(name: str, sweep: PlannedSweep, say: Callable[[str], None]) -> int:
-    """Projects what is due; the exit code. `name`: the program's."""
+def run_plans(program: Program, sweep: PlannedSweep) -> int:
+    """Projects what is due; the exit code."""
     requests = next(iter(sweep.settings.values())).requests
-    rows = SweepRows(name, list(sweep.settings), say, requests)
+    rows = SweepRows(program, list(sweep.settings), program.say, requests)
     for point in rows.due():
-        say(str(point))
+        rows.say(str(point))
         try:
             r = plan.plan(sweep.settings[point], sweep.fits)
         except (ValueError, NotImplementedError, RuntimeError) as e:
-            say(f"error: {point}: {e}")
+            rows.say(f"error: {point}: {e}")
             return 1
         for problem in plan.problems(r):
-            say(f"error: {point}: {problem}")
+            rows.say(f"error: {point}: {problem}")
             return 1
         floor = r["floor"]
         speed = {

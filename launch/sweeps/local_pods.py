@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
 
 from paged_dist.launch import decode
+from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
-from paged_dist.launch.local_pod import MOST_PROCESSES, dies_with_parent, launcher_command
+from paged_dist.launch.common.local_processes import MOST_PROCESSES, dies_with_parent, launcher_command
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import Point, SweepSize, points_of
@@ -26,7 +25,7 @@ def points_in_pods() -> list[Point]:
       ValueError: too many processes, and what `points_of` refuses.
     """
     counts = sweep_flags.whole_numbers("processes", sweep_flags.PROCESSES.value)
-    shared.at_most(MOST_PROCESSES, processes=counts[-1])
+    flag_checks.at_most(MOST_PROCESSES, processes=counts[-1])
     return points_of([SweepSize(n * sweep_flags.DEVICES.value, processes=n) for n in counts])
 
 
@@ -35,10 +34,11 @@ def pod_command(point: Point, output: str) -> list[str]:
     data, context, model = point.mesh
     own = {"data": data, "context": context, "model": model, "batch": point.batch}
     own["repeat_requests"] = point.times * workload_flags.REPEAT_REQUESTS.value
-    taken = {f.name for module in (shared, workload_flags, decode) for f in flags.FLAGS.get_flags_for_module(module)}
+    modules = (shared_flags, workload_flags, decode)
+    taken = {flag.name for module in modules for flag in flags.FLAGS.get_flags_for_module(module)}
     given = [
         f"{name}={value}"
-        for name, value in shared.given_flags(whole_run=True).items()
+        for name, value in shared_flags.given_flags(whole_run=True).items()
         if name[2:] in taken and name[2:] not in (*own, *sweep_flags.OF_THE_SWEEP, *sweep_flags.OF_A_PROCESS)
     ]
     assert point.processes is not None
@@ -47,22 +47,22 @@ def pod_command(point: Point, output: str) -> list[str]:
     return launcher_command("local_pod", [*pod, *run])
 
 
-def run_in_pods(rows: SweepRows, say: Callable[[str], None]) -> int:
+def run_in_pods(rows: SweepRows) -> int:
     """Measures what is due, each point in a local pod of its own; the exit code."""
     pods = PodRunner()
     with pods:
         for point in rows.due():
-            say(str(point))
+            rows.say(str(point))
             with tempfile.TemporaryDirectory() as folder:
                 output, log = os.path.join(folder, "row.jsonl"), os.path.join(folder, "log")
                 code = pods.run(pod_command(point, output), log)
                 if pods.stopped:
-                    say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+                    rows.say("asked to stop: the rows measured so far are kept, the same command goes on from here")
                     return pods.stopped
                 if code != 0:
                     with open(log, encoding="utf-8", errors="replace") as file:
-                        say("\n".join(["the last lines of the run:", *file.read().splitlines()[-8:]]))
-                    say(f"error: {point}: exit code {code}")
+                        rows.say("\n".join(["the last lines of the run:", *file.read().splitlines()[-8:]]))
+                    rows.say(f"error: {point}: exit code {code}")
                     return 1
                 with open(output, encoding="utf-8") as file:
                     record = json.loads(file.readline())
@@ -93,7 +93,7 @@ class PodRunner:
             signal.signal(number, handler)
 
     def _stop(self, number, frame) -> None:
-        from paged_dist.cluster.watchdog import PREEMPTED
+        from paged_dist.cluster import PREEMPTED
 
         self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
         if self._pod is not None and self._pod.poll() is None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from paged_dist._errors import require
 from paged_dist.launch import decode, plan
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import shared_flags
 from paged_dist.launch.sweeps import sweep_flags
 
 
@@ -66,13 +66,13 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
       ValueError: a size over which context and model do not divide, or a batch that does not divide over a mesh.
     """
     sizes = sorted(sizes, key=lambda size: (size.devices, size.topology or ""))
-    context, kv_heads, smallest = shared.CONTEXT.value or 1, shared.NUM_KV_HEADS.value, sizes[0].devices
-    model = shared.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
+    context, kv_heads, smallest = shared_flags.CONTEXT.value or 1, shared_flags.NUM_KV_HEADS.value, sizes[0].devices
+    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
     for size in sizes:
         require(
             size.devices % (context * model) == 0,
-            "--model" if shared.MODEL.value else "--context",
-            model if shared.MODEL.value else context,
+            "--model" if shared_flags.MODEL.value else "--context",
+            model if shared_flags.MODEL.value else context,
             f"context x model = {context} x {model} must divide each size, and {size.devices} devices are one",
         )
     runs: list[tuple[str, SweepSize, int]] = []  # mode, size, how often the requests are served
@@ -83,7 +83,7 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
             runs.append((mode, size, size.devices // smallest if mode == "weak" else 1))
     data_of = lambda devices: devices // (context * model)
     step = batch_step([(data_of(size.devices), times) for _, size, times in runs])
-    batch = shared.BATCH.value
+    batch = shared_flags.BATCH.value
     require(
         batch is None or batch % step == 0,
         "--batch",

@@ -7,7 +7,10 @@ import contextlib
 
 from paged_dist._errors import require
 from paged_dist.launch import decode
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import shared_flags
+from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.start_jax import watchdog
 from paged_dist.launch.serving.workload import repeated
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import SweepSize, points_of, print_points
@@ -71,21 +74,20 @@ def sub_mesh_sizes(devices: list) -> list[int]:
     return sorted(found)
 
 
-def run_on_sub_meshes(name: str, model, requests, workload: str) -> int:
+def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
     """Measures what is due on sub-meshes of the devices of this run; the exit code. Every process calls it.
 
     Args:
-      name: the program's.
       model, requests, workload: as `decode.plan_run` takes them.
     """
     import jax
 
     from paged_dist import make_pod_mesh
-    from paged_dist.cluster.watchdog import PREEMPTED
+    from paged_dist.cluster import PREEMPTED
 
-    with shared.watchdog(name) as watch:
+    with watchdog(program.name) as watch:
         watch.watch_for_preemption()
-        say = decode.sayer(name, watch)
+        say = decode.sayer(program.name, watch)
         watch.agree(decode.given_alike(requests))
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         try:
@@ -99,11 +101,11 @@ def run_on_sub_meshes(name: str, model, requests, workload: str) -> int:
                 served = repeated(requests, p.times)
                 runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
         except (ValueError, NotImplementedError) as e:
-            raise shared.UsageError(str(e)) from e
+            raise UsageError(str(e)) from e
         watch.agree(decode.made_alike(runs[points[-1]]) | {"the sweep": points})
-        if shared.DRY_RUN.value:
+        if shared_flags.DRY_RUN.value:
             return print_points(points) if watch.process_id == 0 else 0
-        rows = SweepRows(name, points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
+        rows = SweepRows(program, points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
         due = watch.decide("what is due", None, lambda _: [points.index(p) for p in rows.due()])
         for i in due:
             point = points[i]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode, plan
+from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
 from paged_dist.launch.common.chips import chip_of_topology
-from paged_dist.launch.local_pod import MOST_DEVICES
+from paged_dist.launch.common.local_processes import MOST_DEVICES
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
 PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Local pods of so many processes each.")
@@ -33,7 +33,7 @@ for _name in _OF_PLANS:
 OF_THE_SWEEP = ("output", "dry_run", "plot", "runs", "scaling", "processes", "devices", "sizes", "plan")
 OF_A_PROCESS = ("coordinator_address", "num_processes", "process_id", "coordinator_bind_address", "cpu_devices")
 # A trace counts by its requests, wherever its file lies.
-_NOT_THE_WORK = {*OF_THE_SWEEP, *OF_A_PROCESS, *shared.TIMEOUTS, "trace", "trace_format"}
+_NOT_THE_WORK = {*OF_THE_SWEEP, *OF_A_PROCESS, *shared_flags.TIMEOUTS, "trace", "trace_format"}
 _MOST_RUNS = 1000
 
 
@@ -57,14 +57,14 @@ def check_sweep_flags() -> None:
         if flags.FLAGS[name].present:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is no flag of this launcher", "see --plan, --model")
     require(PLAN.value is None or any(PLAN.value), "--plan", "", "must name a slice", "such as v5p:4x4x4")
-    shared.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
-    shared.check_hbm_gib()
+    flag_checks.at_least(0, oracle_samples=decode.ORACLE_SAMPLES.value)
+    flag_checks.check_hbm_flag()
     for mode in SCALING.value:
         require(mode in ("strong", "weak"), "--scaling", mode, "must be strong, weak or both")
     require(len(SCALING.value) > 0, "--scaling", "", "must name strong, weak or both")
-    shared.at_least(1, runs=RUNS.value, devices=DEVICES.value)
-    shared.at_most(MOST_DEVICES, devices=DEVICES.value)
-    shared.at_most(_MOST_RUNS, runs=RUNS.value)
+    flag_checks.at_least(1, runs=RUNS.value, devices=DEVICES.value)
+    flag_checks.at_most(MOST_DEVICES, devices=DEVICES.value)
+    flag_checks.at_most(_MOST_RUNS, runs=RUNS.value)
     require(
         PLAN.value is None or SIZES.value is None, "--plan", PLAN.value, "not together with --sizes", "give one of them"
     )
@@ -74,10 +74,10 @@ def check_sweep_flags() -> None:
     if PLAN.value is not None:
         chips = [chip_of_topology(topology, "--plan") for topology in PLAN.value]
         plan.check_hbm_gib(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
-    shared.check_output(shared.OUTPUT.value)
+    flag_checks.check_output(shared_flags.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
-        shared.check_output(PLOT.value, "plot")
+        flag_checks.check_output(PLOT.value, "plot")
         try:
             import matplotlib  # noqa: F401
         except ImportError as e:

@@ -8,7 +8,8 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import shared_flags
+from paged_dist.launch.common.program import Program
 from paged_dist.launch.serving.workload import Request
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import Point
@@ -40,52 +41,52 @@ class SweepRows:
     """The rows that --output has already and those that come: each is in the file before the next run begins.
 
     Args:
-      name: the program's.
+      say: prints a line, of process 0 alone where there are several.
       requests: what is served.
       devices: the kinds and numbers of what it runs on. None for plans, whose points name their slices.
     """
 
     def __init__(
         self,
-        name: str,
+        program: Program,
         points: list[Point],
         say: Callable[[str], None],
         requests: Sequence[Request],
         devices: dict[str, int] | None = None,
     ):
-        from paged_dist.launch.serving.report import git_commit, versions
+        from paged_dist.launch.common.provenance import git_commit, versions
 
-        self._name, self.points, self._say = name, points, say
+        self._program, self.points, self.say = program, points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(list(requests)).encode())]
         self._keys = {p: p.key(origin) for p in points}
-        known = {r["key"]: r for r in rows_in_file(shared.OUTPUT.value, say) if _is_whole_and_right(r)}
+        known = {r["key"]: r for r in rows_in_file(shared_flags.OUTPUT.value, say) if _is_whole_and_right(r)}
         self.done = {p: known[key] for p, key in self._keys.items() if key in known}
 
     def due(self) -> list[Point]:
         """The points that are not in the file."""
         if self.done:
-            self._say(f"{len(self.done)} of {len(self.points)} rows are in {shared.OUTPUT.value} already")
+            self.say(f"{len(self.done)} of {len(self.points)} rows are in {shared_flags.OUTPUT.value} already")
         return [p for p in self.points if p not in self.done]
 
     def add(self, point: Point, record: dict) -> bool:
         """Writes a point's row; False where that fails."""
-        from paged_dist.launch.serving.report import append_output
+        from paged_dist.launch.common.record_output import append_output
 
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
-        row["flags"] = shared.given_flags()
+        row["flags"] = shared_flags.given_flags()
         if _is_whole_and_right(row):
             self.done[point] = row
-        return append_output(self._name, shared.OUTPUT.value, row)
+        return append_output(self._program.name, shared_flags.OUTPUT.value, row)
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, which has the file's other sweeps too; the exit code."""
-        from paged_dist.launch.serving import report
+        from paged_dist.launch.common.record_output import print_text
         from paged_dist.launch.sweeps import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
-        printed = not rows or report.print_text(self._name, scaling_report.table(rows))
+        printed = not rows or print_text(self._program.name, scaling_report.table(rows))
         mine = {r["key"] for r in rows}
-        rows += [r for r in rows_in_file(shared.OUTPUT.value) if _is_whole_and_right(r) and r["key"] not in mine]
+        rows += [r for r in rows_in_file(shared_flags.OUTPUT.value) if _is_whole_and_right(r) and r["key"] not in mine]
         drawn = sweep_flags.PLOT.value is None or not rows or self._draw(rows, sweep_flags.PLOT.value)
         return int(not printed or not drawn)
 
@@ -100,7 +101,7 @@ class SweepRows:
             scaling_report.figure(rows).savefig(beside, format=path.rsplit(".", 1)[1])
             os.replace(beside, path)
         except OSError as e:
-            self._say(f"error: --plot={path!r}: could not be written: {e}")
+            self.say(f"error: --plot={path!r}: could not be written: {e}")
             with contextlib.suppress(OSError):
                 os.unlink(beside)
             return False

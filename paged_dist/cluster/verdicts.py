@@ -6,10 +6,7 @@ import collections
 import math
 from typing import NamedTuple
 
-FAILED = 1  # exit code of a process that failed itself
-LOST = 3  # of one that ends because another was lost, stuck or failed
-DISAGREE = 4  # of all, where they were started differently or went apart
-PREEMPTED = 75  # of all, after SIGTERM: sysexits' EX_TEMPFAIL, start it again
+from paged_dist.cluster.exit_codes import DISAGREE, LOST
 
 PATIENCE = 2.0  # seconds that a failure waits for the reason behind it: a peer's death breaks a collective here first
 

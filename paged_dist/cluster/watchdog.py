@@ -25,12 +25,11 @@ import jax
 
 from paged_dist._errors import whole_number
 from paged_dist.cluster import startup as distributed
+from paged_dist.cluster.exit_codes import DISAGREE, LOST
 from paged_dist.cluster.signals import SlowAbort, action_of, set_action
-from paged_dist.cluster.verdicts import DISAGREE, FAILED, IDLE, LOST, PATIENCE, PREEMPTED, START, Place
+from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Place
 from paged_dist.cluster.watchers import END, MARGIN, STOP, Hub, Spoke
 from paged_dist.cluster.wire import as_json, encoded, peer_of
-
-__all__ = ["DISAGREE", "FAILED", "LOST", "PREEMPTED", "Disagreement", "Watchdog"]
 
 _MANY = 256  # processes, of which process 0 hears each less often
 _LAST_WORDS = 10.0  # seconds in which a process that failed ends; see SlowAbort

@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from paged_dist.cluster import startup as distributed
-from paged_dist.cluster.verdicts import LOST, NOT_HERE, PATIENCE, SILENT, START, Judge, Place, Verdict
+from paged_dist.cluster.exit_codes import LOST
+from paged_dist.cluster.verdicts import NOT_HERE, PATIENCE, SILENT, START, Judge, Place, Verdict
 from paged_dist.cluster.wire import drain, encoded, peer_of
 
 if TYPE_CHECKING:

@@ -239,7 +239,7 @@ def test_prompts_of_padded_heads_are_written_in_place(chip, head_dim):
 
 
 def _assert_prompts_in_place(chip, pages, num_layers, some_rows, head_dim=128):
-    mesh = pod_mesh(aot.CHIPS[chip], 2, 1)
+    mesh = pod_mesh(aot.CHIP_TOPOLOGIES[chip], 2, 1)
     spec = pd.CacheSpec(1, head_dim, pages * 2, 128, num_layers=num_layers)
 
     def fill(cache, new, lengths, tables, rows):

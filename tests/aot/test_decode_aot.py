@@ -6,13 +6,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from aot import CHIPS, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
+from aot import CHIP_TOPOLOGIES, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
 
 from paged_dist.kernels import paged_decode_attention
-from paged_dist.launch.planning.compiled import ops_around_kernels
+from paged_dist.launch.planning.hlo_text import ops_around_kernels
 
 pytestmark = needs_libtpu
-on_every_chip = pytest.mark.parametrize("chip", CHIPS)
+on_every_chip = pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
 
 
 def shapes(B=32, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=32, L=None, dtype="bfloat16", query_dtype="bfloat16"):
@@ -70,7 +70,7 @@ LONG = ("page_8", "page_16", "many_heads")
 # `-m slow` the rest.
 OFTEN = {"v7x": (0, 1), "v4": (0, 5), "v5p": (1, 5), "v5e": (3, 5), "v6e": (2, 5)}  # from which shape on, every n-th
 ALSO_SLOW = {(chip, name) for chip, (i, n) in OFTEN.items() for name in SHAPES if name not in list(SHAPES)[i::n]}
-ALSO_SLOW |= {(chip, name) for chip in CHIPS for name in LONG if chip != "v7x"}
+ALSO_SLOW |= {(chip, name) for chip in CHIP_TOPOLOGIES for name in LONG if chip != "v7x"}
 ALSO_SLOW.add(("v7x", "page_24"))  # as long, and page_24_f32 has its tables
 SPLIT = ("large_batch_packed",)
 
@@ -84,7 +84,7 @@ SPLIT = ("large_batch_packed",)
             lse,
             marks=pytest.mark.slow if (chip, name) in ALSO_SLOW or (lse and chip != "v7x") else (),
         )
-        for chip in CHIPS
+        for chip in CHIP_TOPOLOGIES
         for name in SHAPES
         for lse in (False, True)
         if not lse or name in WITH_LSE
@@ -118,7 +118,7 @@ QUANTIZED_OFTEN += [("v6e", "one_head", "int8"), ("v7x", "gqa", "int8")]
     ("chip", "name", "dtype"),
     [
         pytest.param(chip, name, dtype, marks=() if (chip, name, dtype) in QUANTIZED_OFTEN else pytest.mark.slow)
-        for chip in CHIPS
+        for chip in CHIP_TOPOLOGIES
         for name in QUANTIZED
         for dtype in ("int8", "float8_e4m3fn")
     ],
@@ -145,7 +145,7 @@ def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
 
 @pytest.mark.parametrize("return_lse", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["output", "lse"])
 @pytest.mark.parametrize(
-    "chip", [pytest.param(c, marks=() if c in ("v5e", "v7x") else pytest.mark.slow) for c in CHIPS]
+    "chip", [pytest.param(c, marks=() if c in ("v5e", "v7x") else pytest.mark.slow) for c in CHIP_TOPOLOGIES]
 )
 def test_results_stay_in_hbm_where_the_program_goes_on_with_them(chip, return_lse):
     """In VMEM (memory space 1), where XLA likes to put them, each row's DMA became branches: 30% of a v6e step."""
@@ -162,8 +162,8 @@ def test_results_stay_in_hbm_where_the_program_goes_on_with_them(chip, return_ls
 
 @pytest.mark.parametrize(
     ("chip", "B", "S"),
-    [pytest.param(c, 256, 1024, marks=() if c in ("v5p", "v6e") else pytest.mark.slow) for c in CHIPS]
-    + [pytest.param(c, 1024, 1024, marks=pytest.mark.slow) for c in CHIPS],
+    [pytest.param(c, 256, 1024, marks=() if c in ("v5p", "v6e") else pytest.mark.slow) for c in CHIP_TOPOLOGIES]
+    + [pytest.param(c, 1024, 1024, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES],
 )
 def test_tables_beyond_scalar_memory_become_several_launches(chip, B, S):
     text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))
@@ -180,7 +180,7 @@ def test_a_row_that_scalar_memory_cannot_hold_is_refused(chip):
     ("chip", "in_scope"),
     [
         pytest.param(chip, scope, marks=pytest.mark.slow if scope and chip in ("v4", "v5e", "v6e") else ())
-        for chip in CHIPS
+        for chip in CHIP_TOPOLOGIES
         for scope in (False, True)
     ],
 )
@@ -194,7 +194,9 @@ def test_both_cores_work_where_a_device_has_two(chip, in_scope):
     assert ("paged_decode_attention_on_two_cores" in text) == (chip in ("v4", "v5p"))
 
 
-@pytest.mark.parametrize("chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIPS])
+@pytest.mark.parametrize(
+    "chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES]
+)
 def test_an_output_that_is_all_that_a_program_returns_is_not_copied(chip):
     """The compiler of jax 0.10 copied it: a kernel's only result, pinned to HBM."""
     text = compiled_text(chip, shapes(Hq=8, Hkv=1, N=512))

@@ -18,8 +18,9 @@ from paged_dist.kernels.decode import traffic as decode_cost
 from paged_dist.kernels.target import Target
 from paged_dist.launch import accuracy, kernel_report, xla_report
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
-from paged_dist.launch.planning import compiled
+from paged_dist.launch.common.help_text import help_text
+from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.planning import absent_chips, hlo_text
 
 # What is read from a compiled program
 
@@ -46,11 +47,11 @@ custom_call_target="tpu_custom_call", backend_config={"scoped_memory_configs":[{
 
 
 def test_what_is_read_from_a_compiled_program_s_text():
-    assert compiled.ops_around_kernels(HLO) == ["copy-start copy-start.1", "fusion fusion.2", "copy copy.3"]
-    assert compiled.kernel_vmem(HLO) == [5120]
+    assert hlo_text.ops_around_kernels(HLO) == ["copy-start copy-start.1", "fusion fusion.2", "copy copy.3"]
+    assert hlo_text.kernel_vmem(HLO) == [5120]
     pool = 64 * 128 * 2
-    assert [value.split()[:2] for value in compiled.values_as_large_as(HLO, pool)] == [["copy", "copy.3"]]
-    assert compiled.values_as_large_as(HLO, pool + 1) == []
+    assert [value.split()[:2] for value in hlo_text.values_as_large_as(HLO, pool)] == [["copy", "copy.3"]]
+    assert hlo_text.values_as_large_as(HLO, pool + 1) == []
 
 
 # The launcher
@@ -172,7 +173,7 @@ def test_a_kernel_that_does_not_compile_is_said_to_and_ours_fails_the_run(monkey
     def refuse(*_):
         raise ValueError("too large\nfor this chip")
 
-    monkeypatch.setattr(compiled, "timed_compile", refuse)
+    monkeypatch.setattr(absent_chips, "timed_compile", refuse)
     with settings_of(chips=["v6e"], batch=2):
         assert kernel_report.main(()) == 1
     assert capsys.readouterr().out.count("does not compile: ValueError: too large\n") == 2
@@ -180,7 +181,7 @@ def test_a_kernel_that_does_not_compile_is_said_to_and_ours_fails_the_run(monkey
 
 def test_without_libtpu_the_report_says_what_to_install(monkeypatch):
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: False)
-    with settings_of(), pytest.raises(shared.UsageError, match=r"libtpu.*not installed: pip install"):
+    with settings_of(), pytest.raises(UsageError, match=r"libtpu.*not installed: pip install"):
         kernel_report.main(())
 
 
@@ -194,7 +195,7 @@ def settings_of(**values):
 @needs_libtpu
 def test_padded_heads_are_counted_as_stored_with_what_pads_the_query():
     s = kernel_report.Settings(("v6e",), (500, 20), 8, 2, 96, 64, None, "bfloat16", None, False, None)
-    mesh = compiled.one_chip_mesh("v6e")
+    mesh = absent_chips.one_chip_mesh("v6e")
     plan = kernel_report.plan_of(s, Target.of(mesh.devices.flat[0]))
     (ours,) = kernel_report.report_chip(s, "v6e", mesh, plan)
     token = 2 * 2 * 128 * 2
@@ -228,8 +229,8 @@ BAD_FLAGS = {
 def test_bad_flags_are_refused_before_anything_is_compiled(monkeypatch, name):
     change, message = BAD_FLAGS[name]
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: True)
-    monkeypatch.setattr(compiled, "one_chip_mesh", lambda chip: pytest.fail("went on to compile"))
-    with settings_of(**change), pytest.raises(shared.UsageError) as refusal:
+    monkeypatch.setattr(absent_chips, "one_chip_mesh", lambda chip: pytest.fail("went on to compile"))
+    with settings_of(**change), pytest.raises(UsageError) as refusal:
         kernel_report.main(())
     assert message in str(refusal.value)
 
@@ -253,7 +254,7 @@ def test_a_bad_flag_ends_the_run_with_one_line(argument, message):
 
 
 def test_the_chips_of_the_flag_are_those_that_can_be_compiled_for():
-    assert set(kernel_report.KNOWN_CHIPS) == set(compiled.CHIPS)
+    assert set(kernel_report.KNOWN_CHIPS) == set(absent_chips.CHIP_TOPOLOGIES)
 
 
 @pytest.mark.parametrize("launcher", [accuracy, kernel_report, xla_report])
@@ -261,7 +262,7 @@ def test_help_says_one_default_of_each_flag(launcher):
     with flagsaver.flagsaver():
         for name, value in launcher._DEFAULTS.items():  # as its `cli` does
             flags.FLAGS.set_default(name, value)
-        words = " ".join(shared.help_text(launcher.__name__).split())
+        words = " ".join(help_text(launcher.__name__).split())
     of_flags = re.split(r" (?=--[\[\w])", words)
     assert [of for of in of_flags if of.lower().count("default: ") > 1] == []
     assert any(of.endswith(f"(default: {launcher._DEFAULTS['batch']})") for of in of_flags if of.startswith("--batch:"))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from aot import CHIPS, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
+from aot import CHIP_TOPOLOGIES, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
 from test_page_attention_kernel import BODIES, drive
 
 from paged_dist._compat import lowering_for
@@ -13,7 +13,7 @@ from paged_dist.kernels.seed import pallas_call as launch_module
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
 
 pytestmark = needs_libtpu
-on_every_chip = pytest.mark.parametrize("chip", CHIPS)
+on_every_chip = pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
 
 
 def shapes(B=8, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=33, L=2, dtype="bfloat16", query_dtype="bfloat16"):
@@ -63,7 +63,7 @@ SHAPES = {
     ("chip", "name"),
     [
         pytest.param(chip, name, marks=() if chip == "v7x" or (i + j) % 3 == 0 else pytest.mark.slow)
-        for j, chip in enumerate(CHIPS)
+        for j, chip in enumerate(CHIP_TOPOLOGIES)
         for i, name in enumerate(SHAPES)
     ],
 )
@@ -119,7 +119,9 @@ def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
     assert "tpu_custom_call" not in here
 
 
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIPS])
+@pytest.mark.parametrize(
+    "chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIP_TOPOLOGIES]
+)
 @BODIES
 @pytest.mark.parametrize("Hq", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_launcher_written_for_ejkernel_compiles(chip, body, Hq):
@@ -159,7 +161,9 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
         compile_on(mesh, attend(), *arrays)
 
 
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "v7x" else pytest.mark.slow) for c in CHIPS])
+@pytest.mark.parametrize(
+    "chip", [pytest.param(c, marks=() if c == "v7x" else pytest.mark.slow) for c in CHIP_TOPOLOGIES]
+)
 @pytest.mark.parametrize(
     "shape",
     [

@@ -24,7 +24,7 @@ from paged_dist.launch import plan
 from paged_dist.launch.common import chips
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import V5E, V5P, V6E, V7X, chip_of_topology
-from paged_dist.launch.planning import compiled, pod_step
+from paged_dist.launch.planning import hlo_text, pod_step
 from paged_dist.launch.serving.workload import draw_requests, sequences_on_shards
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.ops.collectives import attention_collectives
@@ -63,12 +63,12 @@ ENTRY %main (q: f32[4,8]) -> f32[4,8] {
 
 
 def test_what_stands_in_a_loop_is_told_from_what_does_not():
-    assert {c.groups: c.loops for c in compiled.collectives(HLO)} == {
+    assert {c.groups: c.loops for c in hlo_text.collectives(HLO)} == {
         ((0, 2), (1, 3)): 1,  # in a computation that the loop's body calls
         ((0, 1), (2, 3)): 1,
         ((0, 1, 2, 3),): 0,
     }
-    (sent,) = compiled.crossings(HLO)
+    (sent,) = hlo_text.sends(HLO)
     assert sent == (("f32[4,8]",), 128, 1)
 
 
@@ -78,7 +78,7 @@ def test_a_sum_over_slices_is_seen_as_what_is_sent_over_dcn():
     at = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
     x = jax.ShapeDtypeStruct((8, 4096), jnp.float32, sharding=at("data", "model"))
     text = compile_on(mesh, lambda x: x.sum(0), x, out_shardings=at("model")).as_text()
-    (sent,) = compiled.crossings(text)
+    (sent,) = hlo_text.sends(text)
     assert sent.bytes == 4096 and sent.loops == 0
 
 

@@ -6,7 +6,7 @@ from aot import needs_libtpu
 
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.planning import compiled
+from paged_dist.launch.planning import hlo_text
 
 HLO = """
 %fused (p.1: bf16[4,64,256]) -> bf16[4,64,256] {
@@ -42,7 +42,7 @@ ENTRY %main (w: bf16[4,64,256]) -> bf16[4,64,256] {
 
 def test_what_is_written_to_hbm_is_found_once_and_its_loops_counted():
     size = 2 * 4 * 64 * 256
-    found = compiled.made_in_hbm(HLO, size)
+    found = hlo_text.values_written_to_hbm(HLO, size)
     assert [(x.name, x.array, x.bytes, x.loops) for x in found] == [
         ("again", "bf16[4,64,256]", size, 1),  # not `near`, which is in vector memory
         ("done", "bf16[4,64,256]", size, 0),

@@ -17,6 +17,7 @@ import pytest
 from aot import collectives, needs_libtpu
 
 from paged_dist import CacheSpec, PageAllocator, make_pod_mesh
+from paged_dist.launch.common import provenance, record_output
 from paged_dist.launch.common.chips import chip_of
 from paged_dist.launch.serving import programs as step
 from paged_dist.launch.serving import report
@@ -320,7 +321,7 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
     measured = Measured(live_tokens=[1], live_rows=[1], pages=[1])
     r = report.summarise(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
     assert not r["oracle_passed"] and r["peak_share"] is None
-    report.append_json_line(str(tmp_path / "x"), r)
+    record_output.append_json_line(str(tmp_path / "x"), r)
     assert json.loads((tmp_path / "x").read_text())["oracle_worst_error"] is None
 
 
@@ -348,16 +349,16 @@ def test_peak_of_a_chip_by_its_device_kind(kind, peak, devices_a_chip):
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_generation_s_own_device_kind_has_a_peak(topology):
     mesh = make_pod_mesh(topology=topology)
-    (kind,) = report.device_counts(mesh)
+    (kind,) = provenance.device_counts(mesh)
     assert chip_of(kind).name == topology.split(":")[0].replace("tpu7x", "v7x")
 
 
 def test_a_json_line_ends_what_an_earlier_writer_left_unfinished(tmp_path):
     path = tmp_path / "deep" / "er" / "x.jsonl"
-    report.append_json_line(str(path), {"a": 1})
+    record_output.append_json_line(str(path), {"a": 1})
     with open(path, "a") as file:
         file.write('{"half')
-    report.append_json_line(str(path), {"a": 2})
+    record_output.append_json_line(str(path), {"a": 2})
     assert path.read_text() == '{"a": 1}\n{"half\n{"a": 2}\n'
 
 

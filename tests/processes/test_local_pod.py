@@ -16,7 +16,8 @@ import warnings
 import jax
 import pytest
 
-from paged_dist.launch.local_pod import dies_with_parent, launcher_command, pod_environment, reserve_port, run_pod
+from paged_dist.launch.common.local_processes import dies_with_parent, launcher_command, pod_environment, reserve_port
+from paged_dist.launch.local_pod import run_pod
 
 LIMIT = 60  # seconds until a pod under test is killed
 MODULE = [sys.executable, "-m", "paged_dist.launch.local_pod"]

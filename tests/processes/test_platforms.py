@@ -22,10 +22,10 @@ from aot import needs_libtpu
 from jax._src.clusters import cloud_tpu_cluster
 
 from paged_dist._compat import detect_cluster
-from paged_dist.cluster.watchdog import PREEMPTED
+from paged_dist.cluster import PREEMPTED
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common.host import has_accelerator
 from paged_dist.mesh import topology as topology_module
 
 TREE = pathlib.Path(__file__).resolve().parents[2]
@@ -387,7 +387,7 @@ def test_a_network_card_in_user_space_lets_a_launcher_run_on_cpu_devices(monkeyp
     real = glob.glob
     under = lambda path: real(path if path.startswith(str(tmp_path)) else str(tmp_path) + path)
     monkeypatch.setattr(glob, "glob", under)  # of the two modules, too
-    assert shared._has_accelerator() == tpu
+    assert has_accelerator() == tpu
     for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         monkeypatch.setenv(name, "to be put back")
         monkeypatch.delenv(name)

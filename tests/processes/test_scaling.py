@@ -13,6 +13,7 @@ import pytest
 from aot import needs_libtpu
 
 from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.scaling import SCALING_PROGRAM
 from paged_dist.launch.sweeps import absent_pods, scaling_report, sub_meshes, sweep_flags
 from paged_dist.launch.sweeps.points import SweepSize, points_of
 from paged_dist.launch.sweeps.sweep_rows import SweepRows
@@ -148,7 +149,7 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
     monkeypatch.setattr(scaling_report, "figure", lambda rows: Figure())
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", f"--output={rows}", f"--plot={tmp_path}/rows.svg"])
-        sweep = SweepRows("paged-dist-scaling", [], said.append, [])
+        sweep = SweepRows(SCALING_PROGRAM, [], said.append, [])
         sweep.points, sweep.done = ["one"], {"one": row("strong", 2, 150.0) | {"key": "mine"}}
         with open("/dev/full" if fails == "stdout" else os.devnull, "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)

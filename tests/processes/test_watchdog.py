@@ -25,16 +25,17 @@ import pytest
 from processes import free_port, run_processes, start
 
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, make_pod_mesh
+from paged_dist.cluster import DISAGREE, LOST
 from paged_dist.cluster import startup as distributed
 from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_action
-from paged_dist.cluster.verdicts import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
+from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Judge, Place
 from paged_dist.cluster.watchers import Spoke
 from paged_dist.cluster.wire import Peer, encoded
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import record_output, shared_flags
+from paged_dist.launch.common.local_processes import pod_environment, reserve_port
+from paged_dist.launch.common.start_jax import start_jax, watchdog
 from paged_dist.launch.comparison.rows import read_rows
-from paged_dist.launch.local_pod import pod_environment, reserve_port
-from paged_dist.launch.serving import report
 
 # What process 0 judges, on a clock of the test's own
 
@@ -766,19 +767,21 @@ def test_handlers_set_from_c_are_put_back_as_they_were():
         set_action(signal.SIGTERM, before[0]), set_action(signal.SIGABRT, before[1])
 
 
-@pytest.mark.parametrize("name", shared.TIMEOUTS)
+@pytest.mark.parametrize("name", shared_flags.TIMEOUTS)
 def test_a_launcher_has_a_flag_for_each_time_out_and_refuses_what_is_none(monkeypatch, name):
     with flagsaver.flagsaver():
         flags.FLAGS(["decode", f"--{name}=7"])
         asked = {}
-        monkeypatch.setattr("paged_dist.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout))
-        shared.watchdog("decode")
+        monkeypatch.setattr(
+            "paged_dist.launch.common.start_jax.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout)
+        )
+        watchdog("decode")
         usual = {"timeout_seconds": 60, "start_timeout_seconds": None, "phase_timeout_seconds": 3600}
         assert asked == usual | {name: 7, "name": "decode"}
         for bad in ("0", "-1", "inf", "nan"):
             flags.FLAGS(["decode", f"--{name}={bad}"])
             with pytest.raises(ValueError, match=rf"^--{name}=.*: must be above 0 and finite"):
-                shared.start_jax("decode")
+                start_jax("decode")
 
 
 # Real processes, and what befalls them
@@ -994,7 +997,7 @@ def test_a_full_disk_ends_all_with_1_and_costs_no_line_but_its_own(tmp_path):
         signal.signal(signal.SIGXFSZ, signal_before)
     text = (tmp_path / "out.jsonl").read_text()
     assert text.startswith(whole) and "\n" not in text[len(whole) :]
-    report.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
+    record_output.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
     rows, warning = read_rows(str(tmp_path / "out.jsonl"))
     assert rows == [json.loads(whole), {"after": 1}] and "line 2: not JSON" in warning
 

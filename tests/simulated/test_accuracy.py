@@ -12,7 +12,8 @@ import pytest
 import paged_dist
 from paged_dist.launch import accuracy
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import host
+from paged_dist.launch.common.run_program import UsageError
 
 SETTINGS = accuracy.Settings(2, 8, 2, 128, 64, 1, (128, 1024))
 
@@ -76,7 +77,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
         return right(query.astype(jnp.bfloat16), cache, *args, **kw)
 
     monkeypatch.setattr(paged_dist, "sharded_paged_attention", unsmoothed)
-    monkeypatch.setattr(shared, "simulate_devices", lambda *_, **__: None)
+    monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     path = tmp_path / "out.jsonl"
     with settings_of(context_lengths=["64"], output=str(path)):
         assert accuracy.main(()) == 1
@@ -102,8 +103,8 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
     ],
 )
 def test_bad_flags_are_refused_before_anything_runs(monkeypatch, change, says):
-    monkeypatch.setattr(shared, "simulate_devices", lambda *_, **__: None)
+    monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     monkeypatch.setattr(accuracy, "measure", lambda s: pytest.fail("went on to measure"))
-    with settings_of(**change), pytest.raises(shared.UsageError) as refusal:
+    with settings_of(**change), pytest.raises(UsageError) as refusal:
         accuracy.main(())
     assert says in str(refusal.value)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIPS, needs_libtpu
+from aot import CHIP_TOPOLOGIES, needs_libtpu
 from jax.extend.core import jaxprs_in_params
 from page_attention_cases import Case, make, stack
 from simulated import assert_no_races, simulated
@@ -343,7 +343,7 @@ AT_ONCE = {"v4": "four", "v5e": "packed_sinks", "v5p": "sixteen_of_sixteen_heads
     ("chip", "name"),
     [
         pytest.param(chip, name, marks=() if name == AT_ONCE[chip] else pytest.mark.slow)
-        for chip in CHIPS
+        for chip in CHIP_TOPOLOGIES
         for name in COMPILED
     ],
 )

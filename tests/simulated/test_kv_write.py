@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIPS, needs_libtpu
+from aot import CHIP_TOPOLOGIES, needs_libtpu
 from jax.sharding import AxisType
 from simulated import RACES, assert_no_races
 
@@ -127,7 +127,7 @@ COMPILED = [
     ("chip", "heads", "pages", "page_size", "head_dim", "dtype", "batch", "tokens"),
     [
         pytest.param(chip, *shape, marks=pytest.mark.slow if (i + j) % 2 else ())
-        for i, chip in enumerate(CHIPS)
+        for i, chip in enumerate(CHIP_TOPOLOGIES)
         for j, shape in enumerate(COMPILED)
     ],
 )
@@ -146,7 +146,7 @@ def test_compiled_write_is_in_place(chip, heads, pages, page_size, head_dim, dty
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
 def test_a_lone_write_into_a_pool_that_would_fit_vmem_stays_in_hbm(chip):
     pool = jax.ShapeDtypeStruct((2, 1, 64, 128, 128), jnp.bfloat16)
     new = jax.ShapeDtypeStruct((4, 2048, 1, 128), jnp.bfloat16)

@@ -102,7 +102,7 @@ def test_the_program_of_a_resize_compiles_for_a_tpu_with_pools_of_any_number_of_
 
 @aot.needs_libtpu
 @pytest.mark.parametrize(
-    "chip", ["v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in aot.CHIPS if chip != "v6e")]
+    "chip", ["v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in aot.CHIP_TOPOLOGIES if chip != "v6e")]
 )
 def test_more_pairs_than_scalar_memory_holds_compile_as_one_launch(chip):
     """1.1 MiB of pairs. They come flat: making 140,000 of [M, 2] flat takes XLA half a minute."""

@@ -20,7 +20,7 @@ import paged_dist as pd
 from paged_dist.kernels import write_kv_pages
 from paged_dist.kernels.cache_update.tiles import choose_tile_rows, pool_shape
 from paged_dist.kernels.quantization import pack_scales, unpack_scales
-from paged_dist.launch.planning.compiled import ops_around_kernels
+from paged_dist.launch.planning.hlo_text import ops_around_kernels
 
 
 def write_in_numpy(arrays, new, starts, ends, tables, layer=0):
@@ -311,9 +311,9 @@ def test_appends_copy_neither_pool_nor_scales(topology, data, model, head_dim, p
     ("head_dim", "page_size", "heads", "dtype"),
     [(128, 128, 8, "float8_e4m3fn"), pytest.param(64, 16, 1, "int8", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@pytest.mark.parametrize("chip", aot.CHIP_TOPOLOGIES)
 def test_prompts_copy_neither_pool_nor_scales(chip, head_dim, page_size, heads, dtype):
-    mesh = pod_mesh(aot.CHIPS[chip], 1, 1)
+    mesh = pod_mesh(aot.CHIP_TOPOLOGIES[chip], 1, 1)
     spec = pd.CacheSpec(heads, head_dim, 2**22 // (page_size * heads), page_size, dtype=dtype, num_layers=2)
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
     new, cache = of("bfloat16", 2, 300, heads, head_dim), pd.PagedKVCache.abstract(spec, mesh)

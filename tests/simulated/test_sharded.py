@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIPS, needs_libtpu
+from aot import CHIP_TOPOLOGIES, needs_libtpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from simulated import RACES, assert_no_races
@@ -330,11 +330,11 @@ def test_small_pages_are_warned_of():
 
 
 def absent_mesh(chip: str, data: int = 2, model: int = 2) -> Mesh:
-    return Mesh(np.array(topology_devices(CHIPS[chip])[: data * model]).reshape(data, 1, model), NAMES)
+    return Mesh(np.array(topology_devices(CHIP_TOPOLOGIES[chip])[: data * model]).reshape(data, 1, model), NAMES)
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_local_forms_compile_for_every_chip(chip, check_vma):
     mesh = absent_mesh(chip)

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paged_dist._compat import lowering_for
-from paged_dist.launch.planning.compiled import CHIPS, collectives, one_chip_mesh, values_as_large_as
+from paged_dist.launch.planning.absent_chips import CHIP_TOPOLOGIES, one_chip_mesh
+from paged_dist.launch.planning.hlo_text import collectives, values_as_large_as
 from paged_dist.mesh.topology import has_libtpu
 
-__all__ = ["CHIPS", "collectives", "compile_on", "needs_libtpu", "one_chip_mesh", "values_as_large_as"]
+__all__ = ["CHIP_TOPOLOGIES", "collectives", "compile_on", "needs_libtpu", "one_chip_mesh", "values_as_large_as"]
 
 # Where PAGED_DIST_REQUIRE_LIBTPU=1 (.ci/run sets it) such a test runs, and fails on the compiler that is not there.
 needs_libtpu = pytest.mark.skipif(

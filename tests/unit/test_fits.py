@@ -38,7 +38,7 @@ def advice(error):
 
 
 def test_ten_million_tokens_fit_where_the_memory_holds_them(monkeypatch, trace):
-    monkeypatch.setattr(fits.shared, "host_bytes", lambda: 10**12)
+    monkeypatch.setattr(fits.host, "memory_bytes", lambda: 10**12)
     run = planned(trace((10_000_000, 5), (100, 5)))
     assert run.pages_per_sequence == -(-10_000_005 // 128)
 
@@ -54,7 +54,7 @@ def test_ten_million_tokens_fit_where_the_memory_holds_them(monkeypatch, trace):
     ],
 )
 def test_a_cache_over_the_memory_is_told_flags_that_fit(monkeypatch, trace, arguments, advised):
-    monkeypatch.setattr(fits.shared, "host_bytes", lambda: 2 * 10**10)
+    monkeypatch.setattr(fits.host, "memory_bytes", lambda: 2 * 10**10)
     requests = trace((10_000_000, 5), *[(2_000_000, 40)] * 40)
     with pytest.raises(ValueError, match="devices has") as e:
         planned(requests, *arguments)
@@ -66,7 +66,7 @@ def test_a_cache_over_the_memory_is_told_flags_that_fit(monkeypatch, trace, argu
 
 
 def test_memory_that_nothing_fits_into_is_told_what_makes_a_page_smaller(monkeypatch, trace):
-    monkeypatch.setattr(fits.shared, "host_bytes", lambda: 10**6)
+    monkeypatch.setattr(fits.host, "memory_bytes", lambda: 10**6)
     with pytest.raises(ValueError, match="give fewer layers or heads, or a smaller --batch"):
         planned(trace((100, 5)))
 
@@ -97,7 +97,7 @@ def test_a_device_that_tells_its_memory_is_taken_at_its_word(trace):
 
 
 def test_page_tables_count_too(monkeypatch, trace):
-    monkeypatch.setattr(fits.shared, "host_bytes", lambda: 10**9)
+    monkeypatch.setattr(fits.host, "memory_bytes", lambda: 10**9)
     planned(trace((100, 5)))
     with pytest.raises(
         ValueError, match=r"and page tables of 0\.6 GB, where each of this host's 8 devices has 0\.1 GB"

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
+from paged_dist.launch.common import record_output
 from paged_dist.launch.comparison.rows import read_rows
-from paged_dist.launch.serving import report
 from paged_dist.launch.sweeps.sweep_rows import rows_in_file
 
 OTHERS = b'{"benchmark": "scaling", "of": "another"}\n'
@@ -50,7 +50,7 @@ def no_locks(monkeypatch, error):
 
 
 def test_numbers_that_json_has_not_are_null_however_deep(path):
-    report.append_json_line(str(path), {"a": math.nan, "b": {"c": [1.5, (math.inf, "x", True)]}})
+    record_output.append_json_line(str(path), {"a": math.nan, "b": {"c": [1.5, (math.inf, "x", True)]}})
     assert json.loads(path.read_text().splitlines()[1]) == {"a": None, "b": {"c": [1.5, [None, "x", True]]}}
 
 
@@ -59,7 +59,7 @@ def test_a_short_write_is_gone_on_with(path, monkeypatch, error):
     short_writes(monkeypatch, path, [7, None])
     if error is not None:
         no_locks(monkeypatch, error)
-    report.append_json_line(str(path), {"a": 1, "b": 2})
+    record_output.append_json_line(str(path), {"a": 1, "b": 2})
     broken = b"" if error is None else b'{"a": 1\n'
     assert path.read_bytes() == OTHERS + broken + b'{"a": 1, "b": 2}\n'
 
@@ -68,7 +68,7 @@ def test_what_another_wrote_after_a_short_write_stays(path, monkeypatch):
     """The other holds to no lock; d082498 cut its line off the end."""
     no_locks(monkeypatch, errno.ENOLCK)
     short_writes(monkeypatch, path, [7, None], between=b"\n" + OTHERS)
-    report.append_json_line(str(path), {"a": 1, "b": 2})
+    record_output.append_json_line(str(path), {"a": 1, "b": 2})
     assert path.read_bytes() == OTHERS + b'{"a": 1\n' + OTHERS + b'\n{"a": 1, "b": 2}\n'
 
 
@@ -79,9 +79,9 @@ def test_a_full_disk_is_an_error_and_costs_one_line(path, monkeypatch, takes):
         if takes[-1] is None:
             no_locks(patch, errno.ENOLCK)
         with pytest.raises(OSError) as raised:
-            report.append_json_line(str(path), {"a": 1, "b": 2})
+            record_output.append_json_line(str(path), {"a": 1, "b": 2})
         assert raised.value.errno == errno.ENOSPC
-    report.append_json_line(str(path), {"benchmark": "scaling", "c": 3})
+    record_output.append_json_line(str(path), {"benchmark": "scaling", "c": 3})
     first, *broken, last = path.read_bytes().splitlines(keepends=True)
     assert first == OTHERS and all(line.startswith(b'{"a": 1') for line in broken) and json.loads(last)["c"] == 3
     rows, warning = read_rows(str(path))
@@ -95,7 +95,7 @@ def test_a_full_disk_is_an_error_and_costs_one_line(path, monkeypatch, takes):
 def test_writers_at_the_same_time_keep_all_lines_whole_though_writes_are_short(path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[: -(-2 * len(data) // 3)]))
-    one = lambda i: [report.append_json_line(str(path), {"i": i, "n": n, "pad": "x" * 30}) for n in range(20)]
+    one = lambda i: [record_output.append_json_line(str(path), {"i": i, "n": n, "pad": "x" * 30}) for n in range(20)]
     threads = [threading.Thread(target=one, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
@@ -107,8 +107,8 @@ def test_writers_at_the_same_time_keep_all_lines_whole_though_writes_are_short(p
 
 
 def test_a_lock_that_is_never_given_up_is_not_waited_for_for_ever(path, monkeypatch):
-    monkeypatch.setattr(report, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(record_output, "_LOCK_SECONDS", 0.05)
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        report.append_json_line(str(path), {"a": 1})
+        record_output.append_json_line(str(path), {"a": 1})
     assert path.read_bytes() == OTHERS + b'{"a": 1}\n'

@@ -9,8 +9,9 @@ import pytest
 from aot import needs_libtpu
 
 from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
+from paged_dist.launch.common.help_text import FLAG_GROUPS
 from paged_dist.launch.serving import report, workload_flags
 from paged_dist.launch.sweeps import scaling_report
 
@@ -48,14 +49,14 @@ TRACE = "ContextTokens,GeneratedTokens,Request tokens,Response tokens\n900,90,80
 def described(**values):
     with flagsaver.flagsaver(**values):
         run = decode.plan_run(decode.model_from_flags(), *workload_flags.requests_from_flags())
-        lines = [report.wrap(*line) for line in report.work_lines(decode.described(run))]
+        lines = [report_lines.report_line(*line) for line in report.work_lines(decode.described(run))]
         return "\n".join(lines), decode.dry_text(run)
 
 
 def test_every_flag_of_decode_that_changes_the_work_is_printed(tmp_path):
     FLAGS(["decode"])
     known = {flag.name for flag in FLAGS.get_key_flags_for_module(decode.__name__)}
-    known -= {"context_tokens", *shared._GROUPS["Output"], *shared._GROUPS["Several processes"]}
+    known -= {"context_tokens", *FLAG_GROUPS["Output"], *FLAG_GROUPS["Several processes"]}
     assert known == OTHERS.keys() | WITH_RESULTS, "a new flag: does it change the work?"
     for name in ("trace.csv", "other.csv"):
         (tmp_path / name).write_text(TRACE)

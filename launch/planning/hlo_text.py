@@ -1,65 +1,23 @@
-"""Ahead-of-time compiles for one absent TPU chip, and what can be read from a compiled program's text."""
+"""What the text of a compiled program (HLO) says: the values it makes, its collectives, sends and kernels.
+
+`compiled.as_text()` is such a text. Which of these values are copies of page pools is found in `pool_copies`.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 import re
-import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from paged_dist._compat import lowering_for
-from paged_dist.mesh.topology import topology_devices
-
-# One single-chip topology for each generation.
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-
-
-class Compiled(NamedTuple):
-    """A program compiled for an absent chip."""
-
-    lower_s: float  # tracing, and lowering to what XLA takes; the kernel is in it, not yet compiled
-    compile_s: float  # XLA, and the kernel's own compiler
-    text: str
-    temp_bytes: int  # HBM beside arguments and results
-
-
-def one_chip_mesh(chip: str) -> Mesh:
-    """A mesh of one absent device of generation `chip`, a key of CHIPS."""
-    return Mesh(np.array(topology_devices(CHIPS[chip])[:1]), ("chip",))
-
-
-def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> Compiled:
-    """`jit(fn)` over `arrays`, replicated on `mesh`, from nothing: neither traces nor programs are reused."""
-    place = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arrays]
-    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=place)
-    on_disk = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        with lowering_for(mesh):
-            jax.jit(lambda x: x + 1).lower(scalar).compile()  # starts the chip's compiler, a second on the first call
-            jax.clear_caches()
-            start = time.perf_counter()
-            lowered = jax.jit(fn).lower(*arrays)
-            between = time.perf_counter()
-            compiled = lowered.compile()
-            end = time.perf_counter()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", on_disk)
-    return Compiled(between - start, end - between, compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes)
-
 
 # A tuple's type has parentheses inside: those of its arrays' tiles.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _NO_MEMORY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
 _NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
 _KERNEL = 'custom_call_target="tpu_custom_call"'
-_BYTES = {
+_BYTES_OF_DTYPE = {
     "pred": 1,
     "s8": 1,
     "u8": 1,
@@ -72,18 +30,17 @@ _BYTES = {
     "u32": 4,
     "f32": 4,
 }
-
-
-_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
-
-
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES_OF_DTYPE)})\[([\d,]*)\]")
 _LAID_OUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
 
 
 def _array_bytes(types: str) -> list[int]:
     """Bytes of each array in an HLO type, a tuple's elements one by one."""
     found = _ARRAY.findall(types)
-    return [_BYTES[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], dtype=float)) for dtype, dims in found]
+    return [
+        _BYTES_OF_DTYPE[dtype] * int(np.prod([int(d) for d in dims.split(",") if d], dtype=float))
+        for dtype, dims in found
+    ]
 
 
 def values_as_large_as(hlo: str, size: int) -> list[str]:
@@ -106,7 +63,7 @@ def values_as_large_as(hlo: str, size: int) -> list[str]:
     return made
 
 
-class Made(NamedTuple):
+class WrittenValue(NamedTuple):
     """A value that a compiled program writes to HBM."""
 
     name: str
@@ -115,7 +72,7 @@ class Made(NamedTuple):
     loops: int  # loops that it stands in
 
 
-def made_in_hbm(hlo: str, size: int) -> list[Made]:
+def values_written_to_hbm(hlo: str, size: int) -> list[WrittenValue]:
     """The values of `size` bytes or more that a compiled program writes to HBM, kernels' in-place results apart.
 
     What a fusion has inside is not written, nor what another computation hands on; an asynchronous pair is one.
@@ -129,7 +86,7 @@ def made_in_hbm(hlo: str, size: int) -> list[Made]:
         for called in re.findall(r"[\w.\-]+", names)
     }
     return [
-        Made(name, f"{dtype}[{dims}]", count, loops.get(inside, 0))
+        WrittenValue(name, f"{dtype}[{dims}]", count, loops.get(inside, 0))
         for inside, name, types, op, _ in _instructions(hlo)
         if name in large and inside not in inner and not op.endswith("-start")
         for (dtype, dims, layout), count in zip(_LAID_OUT.findall(types), _array_bytes(types), strict=True)
@@ -137,7 +94,7 @@ def made_in_hbm(hlo: str, size: int) -> list[Made]:
     ]
 
 
-class Collective(NamedTuple):
+class HloCollective(NamedTuple):
     """One collective operation of a compiled program."""
 
     kind: str  # 'all-reduce', 'reduce-scatter', 'all-gather', ...
@@ -152,7 +109,7 @@ _COLLECTIVES = (
 )
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str) -> list[HloCollective]:
     """The collective operations of a compiled program, one for each instruction; an asynchronous pair is one.
 
     Raises ValueError for groups in a form that is not known here.
@@ -167,7 +124,7 @@ def collectives(hlo: str) -> list[Collective]:
         operands = re.findall(r"%([\w.\-]+)", rest[: rest.index(")")])
         arrays = [f"{dtype}[{dims}]" for x in operands for dtype, dims in _ARRAY.findall(types[x])]
         size = sum(_array_bytes(" ".join(arrays)))
-        found.append(Collective(kind[1], tuple(arrays), size, _groups(name, rest), loops.get(inside, 0)))
+        found.append(HloCollective(kind[1], tuple(arrays), size, _groups(name, rest), loops.get(inside, 0)))
     return found
 
 
@@ -201,7 +158,7 @@ def loop_depths(hlo: str) -> dict[str, int]:
     return {name: depth(name) for name in callers}
 
 
-class Crossing(NamedTuple):
+class Send(NamedTuple):
     """One send of a program for several slices: what leaves a device for another slice, over DCN, or for the host."""
 
     arrays: tuple[str, ...]
@@ -209,7 +166,7 @@ class Crossing(NamedTuple):
     loops: int
 
 
-def crossings(hlo: str) -> list[Crossing]:
+def sends(hlo: str) -> list[Send]:
     """The sends of a compiled program. libtpu turns a collective over several slices into sends and receives."""
     types = {m[1]: m[2] for m in map(_INSTRUCTION.match, hlo.splitlines()) if m}
     loops, found = loop_depths(hlo), []
@@ -217,7 +174,7 @@ def crossings(hlo: str) -> list[Crossing]:
         if op == "send":
             first = re.search(r"%([\w.\-]+)", rest)
             arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(types[first[1]])] if first else []
-            found.append(Crossing(tuple(arrays), sum(_array_bytes(" ".join(arrays))), loops.get(inside, 0)))
+            found.append(Send(tuple(arrays), sum(_array_bytes(" ".join(arrays))), loops.get(inside, 0)))
     return found
 
 
@@ -267,10 +224,10 @@ def ops_around_kernels(hlo: str) -> list[str]:
 
 def kernel_vmem(hlo: str) -> list[int]:
     """Bytes of vector memory that each kernel of a compiled program was given by the compiler."""
-    return [size for _, size in kernels(hlo)]
+    return [size for _, size in kernels_and_vmem(hlo)]
 
 
-def kernels(hlo: str) -> list[tuple[str, int]]:
+def kernels_and_vmem(hlo: str) -> list[tuple[str, int]]:
     """(name, bytes of vector memory that the compiler gave it) of each kernel of a compiled program."""
     used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
     named = re.compile(r'op_name="[^"]*?([^"/]+)/pallas_call"')

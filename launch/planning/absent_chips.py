@@ -1,0 +1,63 @@
+"""Compiles for TPUs that are not here: one absent chip to compile for, and a function compiled for it, timed.
+
+libtpu compiles ahead of time on this host's CPU. `hlo_text` reads what a compiled program says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paged_dist._compat import lowering_for
+from paged_dist.mesh.topology import topology_devices
+
+# The smallest topology of each generation that libtpu compiles for, of whose devices one is taken.
+CHIP_TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+
+
+class CompiledForChip(NamedTuple):
+    """A program compiled for an absent chip."""
+
+    lower_s: float  # tracing, and lowering to what XLA takes; the kernel is in it, not yet compiled
+    compile_s: float  # XLA, and the kernel's own compiler
+    text: str
+    temp_bytes: int  # HBM beside arguments and results
+
+
+def one_chip_mesh(chip: str) -> Mesh:
+    """A mesh of one absent device of generation `chip`, a key of CHIP_TOPOLOGIES."""
+    return Mesh(np.array(topology_devices(CHIP_TOPOLOGIES[chip])[:1]), ("chip",))
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """In this block no program is taken from JAX's compilation cache on disk, so that a compile takes its own time."""
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
+
+
+def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> CompiledForChip:
+    """`jit(fn)` over `arrays`, replicated on `mesh`, from nothing: neither traces nor programs are reused."""
+    place = NamedSharding(mesh, PartitionSpec())
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arrays]
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=place)
+    with without_compilation_cache(), lowering_for(mesh):
+        jax.jit(lambda x: x + 1).lower(scalar).compile()  # starts the chip's compiler, a second on the first call
+        jax.clear_caches()
+        start = time.perf_counter()
+        lowered = jax.jit(fn).lower(*placed)
+        between = time.perf_counter()
+        compiled = lowered.compile()
+        end = time.perf_counter()
+    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return CompiledForChip(between - start, end - between, compiled.as_text(), temp_bytes)

@@ -1,4 +1,4 @@
-"""Two rows must not write one page in one call: seen on the host, before anything runs, where that costs nothing."""
+"""The check that no two rows, or page copies, write one page in one call: on the host, where the ids are there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from paged_dist.ops.page_owners import PageOwners
 
 
 def on_host(*values) -> tuple[np.ndarray, ...] | None:
-    """`values` as NumPy, where all are NumPy's, lists, or arrays of this process's CPU devices; else None.
+    """`values` as NumPy arrays, if all are NumPy's, lists, or on this process's CPU devices; else None.
 
-    No accelerator is asked for anything, and a traced value has none to look at.
+    So nothing is read back from an accelerator, and traced values, which have no content, are not looked at.
     """
     seen = []
     for x in values:

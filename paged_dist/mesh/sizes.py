@@ -1,4 +1,4 @@
-"""Sizes of the mesh axes, from those asked for and the number of devices; the error of a misfit names near sizes."""
+"""Sizes of the mesh axes, from those asked for and the number of devices; where those do not fit, sizes that do."""
 
 from __future__ import annotations
 

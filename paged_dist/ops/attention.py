@@ -1,4 +1,4 @@
-"""Attention: each shard attends over its own heads and pages; those of one sequence merge what they got."""
+"""Attention: each shard attends over its own heads and pages; the shards of one sequence then merge their results."""
 
 from __future__ import annotations
 
@@ -275,6 +275,10 @@ def _attend_local(
     axes,
     implementation,
 ):
+    """Attention of this shard's queries over its pages, merged over the context axis where that has several shards.
+
+    `window` is a traced sliding window, `sliding_window` one that the program knows; at most one of them is given.
+    """
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
@@ -295,7 +299,7 @@ def _attend_local(
         lengths, starts = causal_spans(lengths, starts, query.shape[1], most)  # [B, Q], each token's own
     if window is not None:
         starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
-    if stripes is None:
+    if stripes is None:  # whole sequences lie here: the kernel's output is the result
         with jax.named_scope("attend"):
             made = attend(lengths, starts=starts, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
             made = made if return_lse else (made,)
@@ -311,7 +315,7 @@ def _attend_local(
         elif starts is not None:
             starts = jnp.maximum(starts, 0)
         starts = None if starts is None else here(starts)
-        # f32: what is merged should not have been rounded.
+        # f32: the partial results are rounded once, after the merge.
         output, lse = attend(
             here(ends), starts=starts, sliding_window=None, return_lse=True, output_dtype=jnp.dtype("float32")
         )
@@ -319,7 +323,7 @@ def _attend_local(
     with jax.named_scope("merge"):
         names, scatter = axes.names("context"), output_heads == "scattered"
         output, lse = merge_partials(output, lse, names, scatter=scatter)
-        if sinks is not None:  # once, and not in each shard's part
+        if sinks is not None:  # once, not in each shard's partial result
             output, lse = add_sinks(output, lse, my_heads(sinks, names) if scatter else sinks)
         output = output.astype(query.dtype)
     return (output, lse) if return_lse else output

@@ -1,4 +1,4 @@
-"""The check that no two rows, or page copies, write one page in one call: on the host, where the ids are there."""
+"""The check that no two rows, or page copies, write one page in one call: on the host, if it has the ids."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_rows_apart(
     first, last = starts // spec.page_size, np.minimum((ends - 1) // spec.page_size, columns - 1)
     column = first[:, None] + np.arange(max(0, int((last - first).max(initial=-1)) + 1))
     page = block_tables[rows[:, None], np.minimum(column, columns - 1)]
-    # What lies elsewhere than its place in the row says is not written, nor counted here.
+    # A page on another shard than its place in the row says is not written, so it is not counted.
     owners, first_page = PageOwners.of(spec, mesh, axes), np.maximum(block_tables[rows, :1], 0)
     shard = owners.of_column(column, rows[:, None], first_page, count)
     written = (column <= last[:, None]) & (page >= 0) & (owners.of_page(page) == shard)

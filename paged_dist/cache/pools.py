@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from paged_dist._compat import reshape_minor
 from paged_dist._errors import is_whole_number, require
-from paged_dist.cache.head_dim import cut_heads, pad_heads
+from paged_dist.cache.head_padding import cut_heads, pad_heads
 from paged_dist.cache.spec import CacheSpec
 from paged_dist.kernels.attention.checks import check_scales
 from paged_dist.kernels.dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype

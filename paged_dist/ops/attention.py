@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist.cache import PagedKVCache
-from paged_dist.cache.head_dim import cut_heads, pad_heads
+from paged_dist.cache.head_padding import cut_heads, pad_heads
 from paged_dist.kernels.attention.checks import check_options, check_queries, check_sinks, check_starts
 from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.window import later_starts, split_window

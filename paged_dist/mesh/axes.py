@@ -40,7 +40,7 @@ class MeshAxes:
     context: AxisNames = "context"
     model: AxisNames = "model"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in ("data", "context", "model"):
             names = getattr(self, part)
             if isinstance(names, list):

@@ -92,7 +92,8 @@ def append_kv(
 
 
 @InPlaceOp
-def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, axes, implementation):
+def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, axes, implementation) -> PagedKVCache:
+    """`append_kv` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
     new = P(data, model, None) if key.ndim == 3 else P(data, None, model, None)
     pools = cache.partition_specs(axes)
@@ -156,7 +157,8 @@ def append_kv_local(
 
 
 @broadcasts
-def _append_local(cache, key, value, positions, block_tables, layer, *, axes, implementation):
+def _append_local(cache, key, value, positions, block_tables, layer, *, axes, implementation) -> PagedKVCache:
+    """`append_kv_local` of checked arguments."""
     if key.ndim == 3:
         key, value = key[:, None], value[:, None]
     ends = positions + key.shape[1]
@@ -164,7 +166,15 @@ def _append_local(cache, key, value, positions, block_tables, layer, *, axes, im
         return write_tokens_local(cache, key, value, positions, ends, block_tables, layer, axes, implementation)
 
 
-def _check_append_arguments(cache, key, value, positions, block_tables, implementation) -> None:
+def _check_append_arguments(
+    cache: PagedKVCache,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    block_tables: jax.Array,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     require(key.ndim in (3, 4), "key.shape", key.shape, "must be [B, Hkv, D] or [B, Q, Hkv, D]")
     check_new_tokens(cache, key, value, implementation)
     batch = key.shape[0]

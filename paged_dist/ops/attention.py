@@ -146,7 +146,10 @@ def sharded_paged_attention(
         "sm_scale", "soft_cap", "sliding_window", "return_lse", "output_heads", "mesh", "axes", "implementation",
     ),
 )  # fmt: skip
-def _attend_sharded(query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options):
+def _attend_sharded(
+    query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`sharded_paged_attention` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
     local = functools.partial(_attend_local, axes=axes, **options)
     pools = cache.partition_specs(axes)
@@ -337,8 +340,16 @@ def smoothed_query(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
-def _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation) -> None:
-    """Raises ValueError where arrays disagree, be they whole ones or a shard's."""
+def _check_attention_arguments(
+    query: jax.Array,
+    cache: PagedKVCache,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    sinks: jax.Array | None,
+    starts: jax.Array | None,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
     check_queries(query)

@@ -94,7 +94,8 @@ def _parts(copies: np.ndarray | jax.Array) -> list[jax.Array]:
 
 
 @InPlaceOp
-def _copy_sharded(cache, copies, *, mesh, axes, implementation):
+def _copy_sharded(cache, copies, *, mesh, axes, implementation) -> PagedKVCache:
+    """`copy_pages` of checked arguments: its `shard_map` over `mesh`."""
     pools = cache.partition_specs(axes)
     local = functools.partial(_copy_local, axes=axes, implementation=implementation)
     return run_sharded(local, mesh, (pools, P()), pools, cache, copies)
@@ -137,7 +138,8 @@ def _check_copies(copies: jax.Array | np.ndarray) -> None:
 
 
 @broadcasts
-def _copy_local(cache, copies, *, axes, implementation):
+def _copy_local(cache, copies, *, axes, implementation) -> PagedKVCache:
+    """`copy_pages_local` of checked arguments."""
     names, pages = axes.pages, cache.key_pages.shape[-3]
     shard = lax.axis_index(names) if names else 0
     local = copies - jnp.int32(shard * pages)

@@ -104,7 +104,10 @@ def write_prefill_kv(
 
 
 @InPlaceOp
-def _prefill_sharded(cache, key, value, lengths, block_tables, starts, rows, layer, *, mesh, axes, implementation):
+def _prefill_sharded(
+    cache, key, value, lengths, block_tables, starts, rows, layer, *, mesh, axes, implementation
+) -> PagedKVCache:
+    """`write_prefill_kv` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
     by_row = data if rows is None else None
     new, pools = P(by_row, None, model, None), cache.partition_specs(axes)
@@ -187,7 +190,10 @@ def write_prefill_kv_local(
 
 
 @broadcasts
-def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer, *, axes, implementation):
+def _prefill_local(
+    cache, key, value, lengths, block_tables, starts, rows, layer, *, axes, implementation
+) -> PagedKVCache:
+    """`write_prefill_kv_local` of checked arguments."""
     starts = jnp.zeros_like(lengths) if starts is None else starts
     if rows is not None:
         count = block_tables.shape[0]
@@ -199,7 +205,17 @@ def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer
         return write_tokens_local(cache, key, value, starts, lengths, block_tables, layer, axes, implementation)
 
 
-def _check_prefill_arguments(cache, key, value, lengths, block_tables, starts, rows, implementation) -> None:
+def _check_prefill_arguments(
+    cache: PagedKVCache,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    starts: jax.Array | None,
+    rows: jax.Array | None,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     require(key.ndim == 4, "key.shape", key.shape, "must be [R, T, Hkv, D]")
     check_new_tokens(cache, key, value, implementation)
     count = key.shape[0]

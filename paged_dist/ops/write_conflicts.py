@@ -29,7 +29,13 @@ def on_host(*values) -> tuple[np.ndarray, ...] | None:
 
 
 def check_rows_apart(
-    spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, starts, ends, block_tables, rows=None
+    spec: CacheSpec,
+    mesh: Mesh | AbstractMesh,
+    axes: MeshAxes,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    block_tables: np.ndarray,
+    rows: np.ndarray | None = None,
 ) -> None:
     """Raises ValueError where two rows write tokens into one page, or one row into one page twice: some would be lost.
 
@@ -64,7 +70,7 @@ def check_rows_apart(
         )
 
 
-def check_copies_apart(spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, copies) -> None:
+def check_copies_apart(spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, copies: np.ndarray) -> None:
     """Raises ValueError where a pair of `copies` [M, 2] writes a page that another pair writes or reads."""
     shard = PageOwners.of(spec, mesh, axes).of_page(copies)
     inside = (copies >= 0).all(axis=1) & (copies < spec.num_pages).all(axis=1)

@@ -156,7 +156,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
     import jax.numpy as jnp
 
     from paged_dist import CacheSpec
-    from paged_dist.cache.head_dim import cut_heads, pad_heads
+    from paged_dist.cache.head_padding import cut_heads, pad_heads
     from paged_dist.kernels.decode import launch_plan as decode_plan
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.kernels.decode.api import decode_stored_pages

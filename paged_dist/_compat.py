@@ -1,4 +1,4 @@
-"""What differs between the supported jax versions (0.10.2 to 0.12), and the few idioms that lean on new API."""
+"""Differences between the supported jax versions (0.10.2 to 0.12), and the few uses of new or private jax API."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
-# The compiler of jax 0.10 copies what a program returns if that is one kernel's only result and pinned to HBM; one of
-# two results it leaves alone. (libtpu 0.0.42 copies, 0.0.50 of jax 0.12 does not, those between were not tried.)
+# A kernel's only result, pinned to HBM and returned by the program, is copied by the compiler of jax 0.10. One of two
+# results is not. (libtpu 0.0.42 copies, 0.0.50 of jax 0.12 does not; versions between them were not tried.)
 COPIES_A_LONE_RESULT = jax.__version_info__ < (0, 12)
 
 
@@ -25,13 +25,13 @@ def varying_axes(*arrays: jax.Array) -> frozenset[str]:
 
 
 def out_struct(shape: Sequence[int], dtype, *like: jax.Array) -> jax.ShapeDtypeStruct:
-    """A kernel's result: it varies over the mesh axes over which any of its operands `like` does."""
+    """The type of a kernel's result, which varies over each mesh axis that one of its operands `like` varies over."""
     varying = ManualAxisType(varying=varying_axes(*like))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=varying)
 
 
 def vary_like(x: jax.Array, *like: jax.Array) -> jax.Array:
-    """`x`, typed as varying over the mesh axes of `like` too: what a loop's first carry needs under `check_vma`."""
+    """`x`, typed as varying over the mesh axes of `like` too. A loop's first carry must be, under `check_vma`."""
     missing = varying_axes(*like) - varying_axes(x)
     return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
@@ -39,7 +39,7 @@ def vary_like(x: jax.Array, *like: jax.Array) -> jax.Array:
 def broadcasts(fn: Callable) -> Callable:
     """`fn`, in which arrays of unequal ranks broadcast, whatever `jax_numpy_rank_promotion` says.
 
-    A caller who has it raise asks about the caller's own code; all of ours broadcasts on purpose.
+    A caller sets it to find slips in the caller's own code. This library broadcasts on purpose.
     """
 
     @functools.wraps(fn)
@@ -67,7 +67,7 @@ def lowering_for(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """`x.reshape(shape)` that leaves the sharded axes where they are; an Explicit mesh wants to be told so."""
+    """`x.reshape(shape)` of minor axes that no mesh axis splits. Under Explicit axes the result's sharding is given."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
         return jax.lax.reshape(x, tuple(shape))
@@ -77,10 +77,10 @@ def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def lowered_for(test: Callable[[jax.Device], bool]) -> jax.Array:
-    """A scalar bool, constant in the lowered program: `test` of a device that it is lowered for, absent ones too.
+    """A scalar bool, constant in the lowered program: whether `test` holds for a device that it is lowered for.
 
-    As `jax.lax.platform_dependent` knows the platform, but a platform is all that jax tells in public. False where
-    the lowering has no device (an export, say).
+    The device may be absent. `jax.lax.platform_dependent` chooses by platform alone, and jax has no public way to ask
+    for the chip. False where the lowering has no device (an export, say).
     """
     return _lowered_for_p.bind(test=test)
 

@@ -63,7 +63,8 @@ def write_kv_pages(
       >>> pool = jnp.zeros((1, 1, 4, 8, 128))  # one layer, one head, 4 pages of 8 tokens, head_dim 128
       >>> new = jnp.ones((1, 2, 1, 128))  # two tokens of one sequence
       >>> starts, ends, block_tables = jnp.array([7]), jnp.array([9]), jnp.array([[3, 1]])
-      >>> key_pages, value_pages = kernels.write_kv_pages(pool, pool, new, new, starts, ends, block_tables)
+      >>> write = jax.jit(kernels.write_kv_pages)
+      >>> key_pages, value_pages = write(pool, pool, new, new, starts, ends, block_tables)
       >>> jnp.argwhere(key_pages[0, 0, :, :, 0]).tolist()  # [page, token in it] of tokens 8 and 7
       [[1, 0], [3, 7]]
     """
@@ -118,7 +119,7 @@ def write_kv_pages(
 
 
 def _check_written_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:
-    """Raises ValueError unless scales and smoothing fit the pools' dtype and shape."""
+    """Raises ValueError unless scales and smoothing go with the pools' dtype and shape."""
     dtype = meant_dtype(dtype)
     if is_quantized(dtype):
         layers_and_heads = pool.layers, pool.kv_heads

@@ -1,4 +1,8 @@
-"""The write on TPU: DMA aligned tiles out of the pool, blend the new tokens in, DMA them back, in place."""
+"""The write of new tokens on TPU: DMA aligned tiles out of the pool, blend the tokens in, DMA the tiles back, in place.
+
+`tiles` plans which tiles are written. `write_tiles_pallas` brings the new tokens into the form of tiles and launches
+`_update_kernel`, which treats some tiles in each grid step, with all their DMAs in flight together.
+"""
 
 from __future__ import annotations
 
@@ -31,42 +35,49 @@ from paged_dist.kernels.stripes import Stripes
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 ITEMS_PER_LAUNCH = 32768  # five int32 a tile in SMEM, at most: 640 KiB of its 1 MiB
-QUANTIZE_ELEMENTS = 8192  # at a time: eight f32 registers, whose maxima over lanes do not wait for one another
+QUANTIZE_ELEMENTS = 8192  # at a time, eight f32 registers: their maxima over lanes do not wait for one another
 
 
 class _Plan(NamedTuple):
-    """What a launch is told of its tiles, in SMEM: [M] int32 each, as in `Tiles`."""
+    """Which tiles a launch writes, in SMEM: [M] int32 each, as in `Tiles`."""
 
     layer: jax.Ref  # [1]
     page: jax.Ref
     row: jax.Ref
     first: jax.Ref
     last: jax.Ref
-    leader: jax.Ref | None  # the step's first tile whose scales lie in the same rows; None: each its own
+    leader: jax.Ref | None  # the step's first tile whose scales lie in the same rows; None: no two tiles share rows
 
 
 class _Pool(NamedTuple):
-    """One of the two pools inside the kernel."""
+    """The key pool or the value pool inside the kernel, with its buffers for the C tiles of a step."""
 
     pages: jax.Ref  # [1, L, Hkv, N, rows, W] in HBM, aliased to the operand
-    new: jax.Ref  # [C, Hkv, tile_rows, W] in the pool's dtype; one token a tile: [C, Hkv, W] f32, or int32 bits
+    new: jax.Ref  # [C, Hkv, tile_rows, W] in the pool's dtype; with one token a tile [C, Hkv, W] f32, or int32 bits
     tile: jax.Ref  # [C, Hkv, tile_rows, W] what was read, then what is written
     read: jax.Ref  # [C] DMA semaphores
     write: jax.Ref  # [C]
 
 
 class _Scales(NamedTuple):
-    """The scales of one of them: U rows of 128 a head are read, blended and written together."""
+    """The scales of one of the pools: U rows of 128 a head are read, blended and written together."""
 
-    stored: jax.Ref  # [1, L, Hkv, rows, 1, 128] in HBM, aliased to the operand: single rows can be named
-    new: jax.Ref  # [C, Hkv, U, 128] f32, less U where it is 1, as it is where one token is a tile
-    unit: jax.Ref  # [C, Hkv, U, 128] f32, less U where it is 1
+    stored: jax.Ref  # [1, L, Hkv, rows, 1, 128] in HBM, aliased to the operand; a DMA can name a single row
+    new: jax.Ref  # [C, Hkv, U, 128] f32; [C, Hkv, 128] where U is 1 or one token is a tile
+    unit: jax.Ref  # [C, Hkv, U, 128] f32; [C, Hkv, 128] where U is 1. What was read, then what is written
     read: jax.Ref  # [C]
     write: jax.Ref  # [C]
 
 
 def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_token: bool, shared: bool, quantized: bool):
-    """One grid step: `items` tiles, all their DMAs in flight together."""
+    """One grid step: `items` tiles, all their DMAs in flight together.
+
+    Args:
+      refs: see `_group`.
+      one_token: each tile gets one new token.
+      shared: tiles of a step may have their scales in the same rows, which are then read and written once.
+      quantized: the pools are 8-bit, with scales.
+    """
     step = pl.program_id(0)
     plan, pools, scales, raw = _group(refs, one_token, shared, quantized)
     tile_tokens = tile_rows * shape.tokens_per_row
@@ -88,7 +99,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
     def touched(item):
         return is_layer & (plan.last[item] > plan.first[item])
 
-    def whole(item):  # every token is new: nothing to read, and the new rows go out as they came in
+    def whole(item):  # every token of the tile is new: nothing is read, and the new rows are written as they are
         return plan.last[item] - plan.first[item] == tile_tokens
 
     def each_tile(body):
@@ -140,7 +151,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
             for scale in scales:
                 pltpu.make_async_copy(stored_unit(scale, item), scale.unit.at[c], scale.read.at[c]).wait()
 
-        leading_only(c, item, wait)  # it comes before those that it leads
+        leading_only(c, item, wait)  # a leader comes before the tiles that it leads
         into = leader(c, item)
         page = plan.page[item] * shape.page_size % (unit * LANES)  # where in the rows the page's scales are
         token = _token_of_scale(shape, page, scales[0].unit.shape[1:]) - plan.row[item] * shape.tokens_per_row
@@ -159,7 +170,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
         leading_only(c, item, write)
 
     def finish(c, item):
-        for pool in pools:  # both sources have the tile's bytes, and a wait counts only those
+        for pool in pools:  # blended or all new, a tile has the same bytes, and a wait counts nothing else
             pltpu.make_async_copy(pool.tile.at[c], stored(pool, item), pool.write.at[c]).wait()
 
         def finish_scales():
@@ -198,9 +209,10 @@ def _group(refs, one_token: bool, shared: bool, quantized: bool):
 
 
 def _quantize_rows(rows, bits, scales, dtype) -> None:
-    """Rows [C, Hkv, W] f32 as `quantize_kv` makes them: bits [C, Hkv, W] int32, scales over all lanes [C, Hkv, 128].
+    """Quantises rows [C, Hkv, W] f32 as `quantize_kv` does: into bits [C, Hkv, W] int32 and scales [C, Hkv, 128].
 
-    In here and not in XLA, which makes six small loops of it, more than all else around the kernel.
+    A row's scale fills all 128 lanes. This is done in the kernel because XLA makes six small loops of it, which take
+    longer than everything else around the kernel.
     """
     items, heads, lanes = rows.shape
     group = max(1, QUANTIZE_ELEMENTS // (-(-heads // SUBLANES) * SUBLANES * lanes))
@@ -216,7 +228,7 @@ def _quantize_rows(rows, bits, scales, dtype) -> None:
 
 
 def _blend(mask, new, old):
-    """`old` [tile_rows, W] with `new`, such a tile or one row for all its rows, where `mask` is."""
+    """`old` [tile_rows, W], and `new` where `mask` is true: `new` is such a tile, or one row for all rows."""
     if new.dtype == jnp.int32:  # the bits of one 8-bit row: fp8 is never computed with
         bits = pltpu.bitcast(old, jnp.int8).astype(jnp.int32)
         blended = jnp.where(mask, jnp.broadcast_to(new, old.shape), bits).astype(jnp.int8)
@@ -225,9 +237,10 @@ def _blend(mask, new, old):
 
 
 def _token_of_scale(shape: PoolShape, page, at: tuple[int, ...]) -> jax.Array:
-    """Which token of its page each scale of rows `at` [Hkv, U, 128] (less U where it is 1) belongs to.
+    """Which token of its page each scale in rows of shape `at` belongs to: [Hkv, U, 128], or [Hkv, 128] where U is 1.
 
-    The page's scales begin at number `page` of the rows; those of its neighbours there get tokens outside the page.
+    The page's scales begin at number `page` of these rows. Scales of other pages in the same rows get tokens outside
+    the page.
     """
     number = lax.broadcasted_iota(jnp.int32, at, len(at) - 1) - page
     if len(at) == 3:
@@ -260,7 +273,7 @@ def write_tiles_pallas(
     tile_rows = choose_tile_rows(pool, new_tokens, dtype.itemsize)
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
     new = tuple(align(x, tiles, tile_rows * pool.tokens_per_row) for x in (smooth(key, key_smoothing), value))
-    if quantized and new_tokens > 1:  # of tiles, not before: a gather of scales is slow, and XLA of jax 0.12 dies of it
+    if quantized and new_tokens > 1:  # after `align`: to gather scales is slow, and XLA of jax 0.12 dies of it
         made, unit = [quantize_kv(x, dtype) for x in new], scale_unit(pool)
         lanes = [spread_scales(scales, pool, max(pool.page_size, LANES)) for _, scales in made]
         new = (
@@ -268,7 +281,7 @@ def write_tiles_pallas(
             *(x if unit == 1 else x.reshape(*x.shape[:2], unit, LANES) for x in lanes),
         )
     new = (*(as_stored_rows(x, pool) for x in new[:2]), *new[2:])
-    if new_tokens == 1:  # a row of f32 broadcasts over a tile for nothing; the values are exact in it
+    if new_tokens == 1:  # f32, in which a row broadcasts over a tile at no cost; the values are exact in it
         new = tuple(x[:, :, 0].astype(jnp.float32) for x in new)
     plan = (tiles.page, tiles.row, tiles.first, tiles.last)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -280,20 +293,21 @@ def write_tiles_pallas(
 
 
 def _leaders(page, first, last, items: int, pool: PoolShape) -> jax.Array:
-    """[M]: the first tile of each one's step that is written and whose scales lie in the same rows."""
+    """[M]: for each tile the first written tile of its step whose scales lie in the same rows."""
     rows = jnp.where(last > first, page * pool.page_size // LANES, -1).reshape(-1, items)
     same = rows[:, :, None] == rows[:, None, :]
     return jnp.min(jnp.where(same, jnp.arange(items, dtype=jnp.int32), items), axis=-1).reshape(-1)
 
 
 def _launch_write(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token: bool, interpret: Interpret):
+    """One launch of `_update_kernel` over the tiles of `plan`. Returns the pools, and scales, written."""
     count, dtype, quantized = plan[0].shape[0], pools[0].dtype, len(pools) == 4
     items = min(count, ITEMS_PER_STEP, max(1, VMEM_BUDGET // tile_bytes(pool, tile_rows, dtype.itemsize)))
     steps = -(-count // items)
     pad = steps * items - count
     if pad:  # first == last == 0: untouched
         plan, new = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), (plan, new))
-    # Of one-token tiles, each a sequence's own page, none shares rows of scales from 128 tokens a page on.
+    # Tiles of one token lie in pages of different sequences. From 128 tokens a page on, no two pages share a row.
     shared = quantized and items > 1 and not (one_token and pool.page_size >= LANES)
     page, _, first, last = plan
     leaders = (_leaders(page, first, last, items, pool),) if shared else ()

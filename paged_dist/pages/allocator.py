@@ -1,7 +1,7 @@
 """`PageAllocator`: which sequence owns which pages. Host-side bookkeeping in NumPy, no device is touched.
 
 The class is the public face: it checks arguments, asks another module for the decision, and has `PageLedger` carry it
-out. Each decision is a module: `placement` (which shards, which row), `growth`, `copy_on_write`, `prefix_cache`;
+out. Each decision is a module: `page_placement` (which shards, which row), `growth`, `copy_on_write`, `prefix_cache`;
 `relocation` and `saved_state` take the whole elsewhere. `allocator_view` is what can be asked of it.
 """
 
@@ -22,7 +22,7 @@ from paged_dist.pages.allocator_view import AllocatorView
 from paged_dist.pages.geometry import Geometry
 from paged_dist.pages.growth import changes_pages, give_planned_pages, plan_growth
 from paged_dist.pages.out_of_pages import out_of_pages
-from paged_dist.pages.placement import plan_new_row
+from paged_dist.pages.page_placement import plan_new_row
 from paged_dist.pages.prefix_cache import (
     PrefixMatch,
     as_namespace,

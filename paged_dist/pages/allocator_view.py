@@ -12,7 +12,7 @@ from paged_dist._errors import require, whole_number
 from paged_dist.cache import CacheSpec
 from paged_dist.pages.geometry import Geometry
 from paged_dist.pages.ledger import PageLedger
-from paged_dist.pages.placement import choose_row
+from paged_dist.pages.page_placement import choose_row
 from paged_dist.pages.prefix_cache import PrefixMatch, as_namespace, as_token_ids, check_prefix, find_prefix
 from paged_dist.pages.saved_state import state_of
 

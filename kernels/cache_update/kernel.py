@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
+from paged_dist.kernels.arithmetic import round_up
 from paged_dist.kernels.cache_update.tiles import (
     ITEMS_PER_STEP,
     VMEM_BUDGET,
@@ -215,7 +216,7 @@ def _quantize_rows(rows, bits, scales, dtype) -> None:
     longer than everything else around the kernel.
     """
     items, heads, lanes = rows.shape
-    group = max(1, QUANTIZE_ELEMENTS // (-(-heads // SUBLANES) * SUBLANES * lanes))
+    group = max(1, QUANTIZE_ELEMENTS // (round_up(heads, SUBLANES) * lanes))
     group = max(n for n in range(1, min(group, items) + 1) if items % n == 0)
 
     def quantize(i, _):
@@ -303,7 +304,7 @@ def _launch_write(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_
     """One launch of `_update_kernel` over the tiles of `plan`. Returns the pools, and scales, written."""
     count, dtype, quantized = plan[0].shape[0], pools[0].dtype, len(pools) == 4
     items = min(count, ITEMS_PER_STEP, max(1, VMEM_BUDGET // tile_bytes(pool, tile_rows, dtype.itemsize)))
-    steps = -(-count // items)
+    steps = pl.cdiv(count, items)
     pad = steps * items - count
     if pad:  # first == last == 0: untouched
         plan, new = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), (plan, new))

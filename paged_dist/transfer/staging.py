@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paged_dist.cache import CacheSpec, PagedKVCache
+from paged_dist.kernels.arithmetic import power_of_two_at_least, round_up
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
@@ -32,12 +33,12 @@ def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
 def round_slots(spec: CacheSpec, slots: int) -> int:
     """`slots` pages on each shard, rounded up to a number that a cache of `spec` may have."""
     unit = pages_of_whole_tiles(spec.page_size) if spec.is_quantized else 1
-    return -(-slots // unit) * unit
+    return round_up(slots, unit)
 
 
 def power_of_two(count: int) -> int:
     """`count`, rounded up to a power of two, so that staging caches come in few sizes: each size is a program."""
-    return 1 << max(0, count - 1).bit_length()
+    return power_of_two_at_least(max(1, count))
 
 
 def staging_spec(spec: CacheSpec, shards: int, slots: int) -> CacheSpec:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from paged_dist._compat import broadcasts, vary_like
 
@@ -68,12 +69,12 @@ def result_in_hbm(result: jax.ShapeDtypeStruct, like: jax.Array, interpret: Inte
 _MEANT = {"uint16": jnp.bfloat16, "uint8": jnp.float8_e4m3fn}  # pools stored as bits, on CPU only
 
 
-def meant_dtype(stored) -> jnp.dtype:
+def meant_dtype(stored: DTypeLike) -> jnp.dtype:
     """The dtype that a pool of dtype `stored` stands for: uint16 and uint8 are the bits of bf16 and float8_e4m3fn."""
     return jnp.dtype(_MEANT.get(jnp.dtype(stored).name, stored))
 
 
-def bits_dtype(dtype) -> jnp.dtype:
+def bits_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The inverse of `meant_dtype`: the dtype of the bits, as which a pool is stored where XLA would widen it."""
     return jnp.dtype({jnp.dtype(meant).name: bits for bits, meant in _MEANT.items()}.get(jnp.dtype(dtype).name, dtype))
 
@@ -84,7 +85,7 @@ def as_kernel_dtype(*pools: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(as_meant(p) if meant_dtype(p.dtype) != p.dtype else p for p in pools)
 
 
-def as_stored_dtype(dtype, *values: jax.Array) -> tuple[jax.Array, ...]:
+def as_stored_dtype(dtype: DTypeLike, *values: jax.Array) -> tuple[jax.Array, ...]:
     """`values` in a pool's stored `dtype`: cast to the dtype that it stands for, as bits where it is bits."""
     meant = meant_dtype(dtype)
     values = tuple(v.astype(meant) for v in values)

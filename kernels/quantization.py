@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from paged_dist._compat import broadcasts
 from paged_dist._errors import require
@@ -13,13 +14,13 @@ from paged_dist._errors import require
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what a token's largest channel becomes
 
 
-def is_quantized(dtype) -> bool:
+def is_quantized(dtype: DTypeLike) -> bool:
     """Whether pages of this dtype come with scales."""
     return jnp.dtype(dtype).name in LARGEST
 
 
 @broadcasts
-def quantize_kv(x: jax.Array, dtype, *, smoothing: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def quantize_kv(x: jax.Array, dtype: DTypeLike, *, smoothing: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Symmetric absmax quantisation of keys or values, as `append_kv` and `write_prefill_kv` store them.
 
     Each token and head has one scale, max_d |x[..., d]| / 127 (int8) or / 448 (e4m3). Its values are x / scale, rounded
@@ -56,7 +57,7 @@ def smooth(x: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     return x if smoothing is None else x.astype(jnp.float32) / smoothing.astype(jnp.float32)
 
 
-def scaled_to(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+def scaled_to(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """(x / scale [..., D] f32, scale [..., 1] f32): x [..., D] f32 in the range of `dtype`; for int8 it is rounded."""
     name = jnp.dtype(dtype).name
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -85,7 +86,7 @@ def fp8_bits(x: jax.Array) -> jax.Array:
 
 @broadcasts
 def dequantize_kv(
-    values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype=jnp.float32
+    values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """The inverse of `quantize_kv`, but for its rounding: values * scales, times `smoothing` if given.
 

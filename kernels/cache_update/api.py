@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from paged_dist._errors import require
 from paged_dist.kernels.cache_update.kernel import write_tiles_pallas
@@ -118,9 +119,15 @@ def write_kv_pages(
     return dispatch(kernel, xla, *pools, key, value, starts, ends, block_tables, layer, *last, interpret=interpret)
 
 
-def _check_written_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:
+def _check_written_scales(
+    pool: PoolShape,
+    stored: DTypeLike,
+    key_scales: jax.Array | None,
+    value_scales: jax.Array | None,
+    key_smoothing: jax.Array | None,
+) -> None:
     """Raises ValueError unless scales and smoothing go with the pools' dtype and shape."""
-    dtype = meant_dtype(dtype)
+    dtype = meant_dtype(stored)
     if is_quantized(dtype):
         layers_and_heads = pool.layers, pool.kv_heads
         check_stored_scales(key_scales, value_scales, layers_and_heads, num_pages=pool.pages, page_size=pool.page_size)

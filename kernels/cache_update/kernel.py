@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,7 +71,9 @@ class _Scales(NamedTuple):
     write: jax.Ref  # [C]
 
 
-def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_token: bool, shared: bool, quantized: bool):
+def _update_kernel(
+    *refs: jax.Ref, shape: PoolShape, tile_rows: int, items: int, one_token: bool, shared: bool, quantized: bool
+) -> None:
     """One grid step: `items` tiles, all their DMAs in flight together.
 
     Args:
@@ -190,7 +193,9 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
     each_tile(finish)
 
 
-def _group(refs, one_token: bool, shared: bool, quantized: bool):
+def _group(
+    refs: Sequence[jax.Ref], one_token: bool, shared: bool, quantized: bool
+) -> tuple[_Plan, list[_Pool], list[_Scales], list[jax.Ref]]:
     """The launch's refs as (_Plan, two _Pools, two or no _Scales, what is still to be quantised).
 
     `_launch_write` lists them in the order in which they are taken here: the plan, new tokens, pools as operands and as
@@ -209,7 +214,7 @@ def _group(refs, one_token: bool, shared: bool, quantized: bool):
     return plan, [_Pool(*of(i)) for i in range(2)], [_Scales(*of(i)) for i in range(2, count)], raw
 
 
-def _quantize_rows(rows, bits, scales, dtype) -> None:
+def _quantize_rows(rows: jax.Ref, bits: jax.Ref, scales: jax.Ref, dtype: jnp.dtype) -> None:
     """Quantises rows [C, Hkv, W] f32 as `quantize_kv` does: into bits [C, Hkv, W] int32 and scales [C, Hkv, 128].
 
     A row's scale fills all 128 lanes. This is done in the kernel because XLA makes six small loops of it, which take
@@ -228,7 +233,7 @@ def _quantize_rows(rows, bits, scales, dtype) -> None:
     lax.fori_loop(0, items // group, quantize, None)
 
 
-def _blend(mask, new, old):
+def _blend(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """`old` [tile_rows, W], and `new` where `mask` is true: `new` is such a tile, or one row for all rows."""
     if new.dtype == jnp.int32:  # the bits of one 8-bit row: fp8 is never computed with
         bits = pltpu.bitcast(old, jnp.int8).astype(jnp.int32)
@@ -237,7 +242,7 @@ def _blend(mask, new, old):
     return jnp.where(mask, jnp.broadcast_to(new, old.shape).astype(old.dtype), old)
 
 
-def _token_of_scale(shape: PoolShape, page, at: tuple[int, ...]) -> jax.Array:
+def _token_of_scale(shape: PoolShape, page: jax.Array, at: tuple[int, ...]) -> jax.Array:
     """Which token of its page each scale in rows of shape `at` belongs to: [Hkv, U, 128], or [Hkv, 128] where U is 1.
 
     The page's scales begin at number `page` of these rows. Scales of other pages in the same rows get tokens outside
@@ -293,15 +298,33 @@ def write_tiles_pallas(
     return pools
 
 
-def _leaders(page, first, last, items: int, pool: PoolShape) -> jax.Array:
+def _leaders(page: jax.Array, first: jax.Array, last: jax.Array, items: int, pool: PoolShape) -> jax.Array:
     """[M]: for each tile the first written tile of its step whose scales lie in the same rows."""
     rows = jnp.where(last > first, page * pool.page_size // LANES, -1).reshape(-1, items)
     same = rows[:, :, None] == rows[:, None, :]
     return jnp.min(jnp.where(same, jnp.arange(items, dtype=jnp.int32), items), axis=-1).reshape(-1)
 
 
-def _launch_write(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token: bool, interpret: Interpret):
-    """One launch of `_update_kernel` over the tiles of `plan`. Returns the pools, and scales, written."""
+def _launch_write(
+    pools: tuple[jax.Array, ...],
+    plan: tuple[jax.Array, ...],
+    new: tuple[jax.Array, ...],
+    layer: jax.Array,
+    pool: PoolShape,
+    tile_rows: int,
+    one_token: bool,
+    interpret: Interpret,
+) -> tuple[jax.Array, ...]:
+    """One launch of `_update_kernel` over some tiles.
+
+    Args:
+      pools: key and value pages, and their scales where they are 8-bit.
+      plan: page, row, first and last of each tile, see `Tiles`.
+      new: the new tokens in the form of `_Pool.new`, and their scales in that of `_Scales.new`.
+
+    Returns:
+      `pools`, written.
+    """
     count, dtype, quantized = plan[0].shape[0], pools[0].dtype, len(pools) == 4
     items = min(count, ITEMS_PER_STEP, max(1, VMEM_BUDGET // tile_bytes(pool, tile_rows, dtype.itemsize)))
     steps = pl.cdiv(count, items)

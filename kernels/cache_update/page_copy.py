@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from paged_dist._compat import out_struct
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, in_hbm
 from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.tiling import LANES
+
+Pools = tuple[jax.Array, ...]  # key and value pages, and of 8-bit pages their scales
+Start = tuple[jax.Array | int, ...]  # where a page begins in a pool's third and later axes
 
 PAIRS_PER_STEP = 1024  # 8 KiB of scalar memory, twice; a step's copies are all in flight before one is waited for
 
@@ -58,7 +62,9 @@ def copy_stored_pages(
     return dispatch(kernel, xla, copies, count, *pools, *(sources or ()), interpret=interpret)
 
 
-def _copy_kernel(count, copies, *refs, pairs: int, rows: tuple[int, ...], has_sources: bool):
+def _copy_kernel(
+    count: jax.Ref, copies: jax.Ref, *refs: jax.Ref, pairs: int, rows: tuple[int, ...], has_sources: bool
+) -> None:
     """One grid step: the next `pairs` copies, all in flight together.
 
     rows: for each pool, how many elements of its third axis are one page.
@@ -79,7 +85,9 @@ def _copy_kernel(count, copies, *refs, pairs: int, rows: tuple[int, ...], has_so
     each(lambda copy: copy.wait())
 
 
-def _copy_by_dma(groups, copies, count, page_size: int, interpret: Interpret) -> tuple[jax.Array, ...]:
+def _copy_by_dma(
+    groups: Sequence[Pools], copies: jax.Array, count: jax.Array, page_size: int, interpret: Interpret
+) -> Pools:
     """The pools with the pages copied, by the kernel. groups: the pools, and the sources where they are others."""
     # As in kernel.py: pinned to HBM, with an extra leading axis for jax 0.10, and an axis for each row of scales.
     name_rows = lambda x: x if x.ndim == 5 else x.reshape(*x.shape[:3], 1, LANES)
@@ -116,7 +124,7 @@ def _copy_by_dma(groups, copies, count, page_size: int, interpret: Interpret) ->
     return tuple(x.reshape(pool.shape) for x, pool in zip(made, pools, strict=True))
 
 
-def _copy_in_xla(groups, copies, count, page_size: int) -> tuple[jax.Array, ...]:
+def _copy_in_xla(groups: Sequence[Pools], copies: jax.Array, count: jax.Array, page_size: int) -> Pools:
     """The pools with the pages copied, one page after another: a slice, and an update in place."""
     pools, sources = groups[0], groups[1] if len(groups) > 1 else None
 
@@ -127,7 +135,7 @@ def _copy_in_xla(groups, copies, count, page_size: int) -> tuple[jax.Array, ...]
     return lax.fori_loop(0, count, copy, tuple(pools)) if pools else ()
 
 
-def _place(pool: jax.Array, page_size: int, source: jax.Array, to: jax.Array):
+def _place(pool: jax.Array, page_size: int, source: jax.Array, to: jax.Array) -> tuple[Start, Start, tuple[int, ...]]:
     """(where the source page begins, where the other one begins, a page's shape) in a pool's third and later axes."""
     if pool.ndim == 5:
         return (source, 0, 0), (to, 0, 0), (1, *pool.shape[3:])
@@ -136,7 +144,7 @@ def _place(pool: jax.Array, page_size: int, source: jax.Array, to: jax.Array):
     return at(source), at(to), (rows_of_page(page_size), min(page_size, LANES))
 
 
-def _copy_part(x: jax.Array, source, to, shape, y: jax.Array) -> jax.Array:
+def _copy_part(x: jax.Array, source: Start, to: Start, shape: tuple[int, ...], y: jax.Array) -> jax.Array:
     """`x` [L, Hkv, ...] with `y`'s part of `shape` that begins at `source` at `to`, for all L and Hkv."""
     index = lambda place: (jnp.int32(0), jnp.int32(0), *(jnp.asarray(i, jnp.int32) for i in place))
     part = lax.dynamic_slice(y, index(source), (*x.shape[:2], *shape))

@@ -34,10 +34,12 @@ class PoolShape(NamedTuple):
 
     @property
     def tokens_per_row(self) -> int:
+        """Tokens side by side in one stored row."""
         return self.lanes // self.head_dim
 
     @property
     def page_size(self) -> int:
+        """P, tokens a page."""
         return self.rows * self.tokens_per_row
 
 

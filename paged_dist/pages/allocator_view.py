@@ -133,7 +133,7 @@ class AllocatorView:
     def prefix_match(
         self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None, namespace: bytes = b""
     ) -> PrefixMatch:
-        """The longest run of cached full pages that a prompt begins with. `allocate` takes them.
+        """The longest chain of cached full pages that a prompt begins with. `allocate` takes them.
 
         A page is found by a hash of the namespace, its tokens and all tokens before them (blake2b, 128 bits). At least
         one token of a prompt must be run for its logits, so leave the last one out.

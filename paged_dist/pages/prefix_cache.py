@@ -17,8 +17,8 @@ from paged_dist.pages.page_pool import PagePool
 class PrefixChain(NamedTuple):
     """Pages of one data shard that hold a prompt's first tokens, in the prompt's order, and what each is known to hold.
 
-    All pages of a chain follow from one page 0, and so from one context shard: a data shard may have a chain for each of
-    its context shards.
+    The pages of a chain follow from one page 0, which is on one context shard. A data shard may have a chain for each
+    of its context shards.
     """
 
     data_shard: int

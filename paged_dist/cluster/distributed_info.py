@@ -21,3 +21,9 @@ class DistributedInfo:
     num_processes: int
     coordinator_address: str | None
     how: str
+
+
+def coordinator_of(info: DistributedInfo) -> str:
+    """The coordinator's address, host:port, where there is one: in every run of several processes."""
+    assert info.coordinator_address is not None, info
+    return info.coordinator_address

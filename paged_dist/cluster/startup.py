@@ -1,9 +1,9 @@
 """Start-up of several processes as one JAX program: from explicit arguments, a detected cluster, or none at all.
 
 JAX's own `jax.distributed.initialize` ends the process (an abort, not an exception) when the others do not come in
-time. So the processes first meet over a plain TCP connection to the coordinator, where a time-out, two processes
-with one id or a disagreement about their number is a Python error that names who is missing. Only when all are
-there does JAX's start-up begin, on the same address.
+time. So the processes first meet over a plain TCP connection to the coordinator (`meeting`). There a time-out, two
+processes with one id, or a disagreement about their number is a Python error that names who is missing. JAX's start-up
+begins when all are there, on the same address.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from absl import logging
 from paged_dist._compat import backends_are_initialized, detect_cluster
 from paged_dist._errors import bad_value, require
 from paged_dist.cluster.addresses import is_loopback, split_address
-from paged_dist.cluster.distributed_info import DistributedInfo
+from paged_dist.cluster.distributed_info import DistributedInfo, coordinator_of
 from paged_dist.cluster.meeting import await_others, join
 from paged_dist.cluster.wire import wait_for_end
 
 
 @dataclasses.dataclass(frozen=True)
 class _StartRequest:
+    """The arguments of `initialize_distributed` that a second call must repeat."""
+
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
@@ -52,9 +54,9 @@ def initialize_distributed(
 ) -> DistributedInfo:
     """Makes this process one of several that run a JAX program together; call it before any JAX computation.
 
-    With the first three arguments, these say what to do. With none of them, JAX's cluster detection does (Cloud TPU
-    VM, GKE, Slurm, Open MPI, Kubernetes); where it finds nothing this is the only process, and nothing is done and
-    no network touched. Calling again with the same arguments returns the same answer.
+    Give the first three arguments, or none of them: JAX's cluster detection then finds them (Cloud TPU VM, GKE, Slurm,
+    Open MPI, Kubernetes). Where it finds no cluster, this is the only process: nothing is started and no network is
+    touched. A second call with the same arguments returns the same answer.
 
     Args:
       coordinator_address: host:port on which process 0 listens and that the others can reach; the same in all.
@@ -66,14 +68,24 @@ def initialize_distributed(
         loopback coordinator_address the default is that address. The environment variable
         JAX_COORDINATOR_BIND_ADDRESS comes between the two.
       timeout_seconds: how long to wait until all processes are there: some may still be booting.
-      silence_timeout_seconds: how long a process may be silent after that, as a `Watchdog` is told too: JAX's own
-        runtime waits longer for a sign of life, and so long for the others when a process ends. None:
-        timeout_seconds.
+      silence_timeout_seconds: how long a process may be silent after that; give the timeout_seconds of the `Watchdog`.
+        JAX's own runtime then waits longer for a sign of life, so that the Watchdog comes first, and waits so long for
+        the others when a process ends. None: timeout_seconds.
 
     Raises:
       ValueError: an argument outside its range, or some but not all of the first three.
       RuntimeError: JAX's back ends are running already; a second call with other arguments; the processes did
         not all come within `timeout_seconds`, or disagree about who they are.
+
+    Example:
+      The same line on every host of a cluster; a program of one process has nothing to change either.
+
+      >>> info = pd.initialize_distributed()
+      >>> info.process_id, info.num_processes, info.how
+      (0, 1, 'single')
+
+      Where there is no cluster that JAX knows, the second of two hosts says
+      `pd.initialize_distributed("10.0.0.1:8476", num_processes=2, process_id=1)`.
     """
     global _done, _peers
     request = _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
@@ -104,23 +116,34 @@ def initialize_distributed(
 
 
 def peers() -> tuple[int, int, dict[int, socket.socket]]:
-    """(process id, processes, connections) as `initialize_distributed` left them: process 0 is connected to all others,
-    each of these to process 0. One process and no connection before it was called."""
+    """(process id, number of processes, connections by process id) as `initialize_distributed` left them.
+
+    Process 0 is connected to all others, each of these to process 0. Before it was called: one process, no connection.
+    """
     if _done is None:
         return 0, 1, {}
     return _done[1].process_id, _done[1].num_processes, _peers
 
 
 def wait_for_others_to_end(seconds: float) -> None:
-    """On process 0: waits until all other processes have ended, `seconds` at most; JAX's coordinator ends with it."""
+    """On process 0: waits until all other processes have ended, `seconds` at most; nothing on the others.
+
+    JAX's coordinator ends with process 0, and aborts those that are still there.
+    """
     until = time.monotonic() + seconds
     if _done is not None and _done[1].process_id == 0:
         for peer in _peers.values():
             wait_for_end(peer, until)
 
 
-def _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _StartRequest:
-    """The arguments as one value, in range."""
+def _checked_request(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    local_device_ids: int | Sequence[int] | None,
+    bind_address: str | None,
+) -> _StartRequest:
+    """The arguments of `initialize_distributed` as one value; raises ValueError where one is out of range."""
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
@@ -133,7 +156,7 @@ def _checked_request(coordinator_address, num_processes, process_id, local_devic
     for name in ("num_processes", "process_id"):
         whole = isinstance(given[name], numbers.Integral) and not isinstance(given[name], bool)
         require(given[name] is None or whole, name, given[name], "must be an integer")
-    if not missing:
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
         split_address("coordinator_address", coordinator_address)
         require(num_processes >= 1, "num_processes", num_processes, "must be at least 1")
         require(
@@ -145,17 +168,14 @@ def _checked_request(coordinator_address, num_processes, process_id, local_devic
         num_processes, process_id = int(num_processes), int(process_id)
     if bind_address is not None:
         split_address("bind_address", bind_address)
-    if isinstance(local_device_ids, numbers.Integral):
-        local_device_ids = (int(local_device_ids),)
+    devices = None
+    if isinstance(local_device_ids, (int, numbers.Integral)):
+        devices = (int(local_device_ids),)
     elif local_device_ids is not None:
-        local_device_ids = tuple(map(int, local_device_ids))
-        require(
-            min(local_device_ids, default=-1) >= 0,
-            "local_device_ids",
-            local_device_ids,
-            "must be one or more device numbers from 0",
-        )
-    return _StartRequest(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+        devices = tuple(map(int, local_device_ids))
+        rule = "must be one or more device numbers from 0"
+        require(min(devices, default=-1) >= 0, "local_device_ids", devices, rule)
+    return _StartRequest(coordinator_address, num_processes, process_id, devices, bind_address)
 
 
 def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
@@ -166,8 +186,8 @@ def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
 
 
 def _find_this_process(request: _StartRequest, timeout_seconds: float) -> DistributedInfo:
-    """Who this process is: from the request, or from the cluster it finds itself in."""
-    if request.num_processes is not None:
+    """Which process this is: from the request, or from the cluster that JAX detects."""
+    if request.num_processes is not None and request.process_id is not None:
         return DistributedInfo(request.process_id, request.num_processes, request.coordinator_address, "explicit")
     try:
         found = detect_cluster(timeout_seconds)
@@ -190,25 +210,31 @@ def _find_this_process(request: _StartRequest, timeout_seconds: float) -> Distri
 def _start_distributed(
     info: DistributedInfo, request: _StartRequest, timeout_seconds: float, silence: float
 ) -> dict[int, socket.socket]:
-    """Waits until all processes are there, then starts JAX's distributed runtime; the connections, which stay open."""
+    """Waits until all processes are there, then starts JAX's distributed runtime.
+
+    Returns:
+      The connections of the meeting by process id, which stay open: process 0's to all others, or one to process 0.
+    """
     if backends_are_initialized():
         raise RuntimeError(
             "initialize_distributed() must be called before any JAX computation: a back end is running "
             "already (jax.devices(), jnp.zeros() and device_put start it too)"
         )
+    # pyrefly: ignore[missing-attribute]  # jax gives its options to `config` as attributes when it is imported
     if jax.config.jax_cpu_collectives_implementation is None:
         # Without one, CPU back ends refuse a program over several processes. gloo is JAX's default, not a must.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    host, port = split_address("coordinator_address", info.coordinator_address)
+    coordinator = coordinator_of(info)
+    host, port = split_address("coordinator_address", coordinator)
     bind = request.bind_address or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     if bind is None:
-        bind = info.coordinator_address if is_loopback(host) else f"[::]:{port}"
+        bind = coordinator if is_loopback(host) else f"[::]:{port}"
     deadline = time.monotonic() + timeout_seconds
     is_first = info.process_id == 0
     connections = await_others(bind, info, deadline) if is_first else {0: join(host, port, info, deadline)}
     # Where the arguments are explicit, JAX's detection would still look for local_device_ids, over the network on a
     # cloud VM. Where a cluster was detected it is left on: under Slurm and Open MPI it gives each process its GPU.
-    detection = {"cluster_detection_method": "deactivate"} if info.how == "explicit" else {}
+    detection = "deactivate" if info.how == "explicit" else None
     local = None if request.local_device_ids is None else list(request.local_device_ids)
     try:
         jax.distributed.initialize(
@@ -220,7 +246,7 @@ def _start_distributed(
             shutdown_timeout_seconds=max(1, math.ceil(silence)),
             heartbeat_timeout_seconds=max(100, math.ceil(silence) + 60),  # the watchdog comes first
             coordinator_bind_address=bind,
-            **detection,
+            cluster_detection_method=detection,
         )
     except Exception as e:
         raise RuntimeError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._compat import broadcasts
-from paged_dist.kernels.attention.checks import Problem
+from paged_dist.kernels.attention.problem import Problem
 
 
 @broadcasts
@@ -26,7 +26,7 @@ def causal_spans(lengths, starts, num_queries: int, most: int) -> tuple[jax.Arra
     return ends, None if starts is None else jnp.broadcast_to(starts[:, None], ends.shape)
 
 
-def as_rows(p: Problem, query, lengths, starts):
+def queries_as_rows(p: Problem, query, lengths, starts):
     """query [B, Q, Hq, D] as [B, Hkv * Q * G, D], with its lengths and starts [B, Q]; those of one token as [B]."""
     if p.num_queries == 1:
         return query[:, 0], lengths[:, 0], None if starts is None else starts[:, 0]
@@ -34,8 +34,8 @@ def as_rows(p: Problem, query, lengths, starts):
     return jnp.swapaxes(split, 1, 2).reshape(p.batch, -1, p.head_dim), lengths, starts
 
 
-def from_rows(p: Problem, x):
-    """Results [B, Hkv * Q * G, ...] of `as_rows` as [B, Q, Hq, ...]."""
+def rows_as_queries(p: Problem, x):
+    """Results [B, Hkv * Q * G, ...] of `queries_as_rows` as [B, Q, Hq, ...]."""
     if p.num_queries == 1:
         return x[:, None]
     split = x.reshape(p.batch, p.num_kv_heads, p.num_queries, p.group, *x.shape[2:])

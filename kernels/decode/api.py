@@ -19,7 +19,7 @@ from paged_dist.kernels.attention.checks import (
 from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.window import later_starts, split_window
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.decode.launch_plan import BlockSizes
+from paged_dist.kernels.decode.block_sizes import BlockSizes
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, dispatch
 from paged_dist.kernels.quantization import is_quantized
@@ -90,7 +90,7 @@ def paged_decode_attention(
         of the table that does not fit in SMEM. (A whole table need not: the batch is split into several launches.)
 
     Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
-    `decode_kernel.py` describes.
+    `decode/kernel.py` describes.
     """
     query, key_cache, value_cache, lengths, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, lengths, block_tables)
@@ -122,7 +122,7 @@ def paged_decode_attention(
             lengths, starts = causal_spans(lengths, starts, query.shape[1], most)
         if window is not None:
             starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
-    scales = _check_scales(key_cache, key_scales, value_scales)
+    scales = _checked_and_packed_scales(key_cache, key_scales, value_scales)
     pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
     key_scales, value_scales = scales if layer is not None or scales[0] is None else (x[None] for x in scales)
     return decode_stored_pages(
@@ -142,7 +142,7 @@ def paged_decode_attention(
     )
 
 
-def _check_scales(key_cache, key_scales, value_scales):
+def _checked_and_packed_scales(key_cache, key_scales, value_scales):
     """Scales [.., Hkv, N, P] as stored, or (None, None). Raises ValueError where they do not go with the pages."""
     if key_scales is None and value_scales is None:
         return None, None

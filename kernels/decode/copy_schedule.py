@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.refs import Refs
 from paged_dist.kernels.decode.work_list import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.tiling import LANES
 
 _EARLY = 0.85  # where K's and V's copies are one stream; between 0.8 and 0.9 by replay
 
 
-class Paced:
+class PacedWork:
     """A stream of small pieces of scalar work, done in equal parts between pieces of vector work.
 
     `early`: the share of them that the parts do; `finish` does the rest, beside the last products' latency.
@@ -39,11 +39,11 @@ class Paced:
 
 
 @dataclasses.dataclass
-class Copies:
+class StepCopies:
     """Starts the copies of pages: the next step's K, and the V of a step whose K was taken before."""
 
-    plan: Plan
-    refs: NamedTuple  # decode_kernel.Refs
+    plan: LaunchPlan
+    refs: Refs
     work: WorkList
     cursor: tuple | None
 
@@ -53,7 +53,7 @@ class Copies:
     def start_values(self, ring: Ring) -> None:
         self.values(ring).finish()
 
-    def keys(self, ring: Ring, *, with_values: bool) -> Paced:
+    def keys(self, ring: Ring, *, with_values: bool) -> PacedWork:
         """The next step's cells are taken from the cursor into `ring`'s slots."""
 
         def cells():
@@ -78,7 +78,7 @@ class Copies:
         early = _EARLY if with_values else 1.0
         return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]), early)
 
-    def values(self, ring: Ring) -> Paced:
+    def values(self, ring: Ring) -> PacedWork:
         """The cells that `keys` noted in `ring`'s slots."""
         plan, refs = self.plan, self.refs
         cells = (Cell.load(refs.cells, ring.cells, c, plan) for c in range(plan.C))
@@ -92,7 +92,7 @@ class Copies:
         layers = self.plan.problem.num_layers
         return 0 if self.refs.layer is None else jnp.clip(self.refs.layer[0], 0, layers - 1)
 
-    def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> Paced:
+    def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> PacedWork:
         plan = self.plan
 
         def pieces():
@@ -101,7 +101,7 @@ class Copies:
                     self._start_page(cell, p, copies.of_cell(c))
                     yield
 
-        return Paced(pieces(), plan.C * plan.pages_per_cell, early)
+        return PacedWork(pieces(), plan.C * plan.pages_per_cell, early)
 
     def _start_page(self, cell: Cell, p: int, copies: PageCopies) -> None:
         plan = self.plan
@@ -152,7 +152,7 @@ class PageCopies:
         pages, scales = ([(pool, to.at[c]) for pool, to in pairs] for pairs in (self.pages, self.scales))
         return PageCopies(pages, scales, self.sem)
 
-    def start(self, plan: Plan, page, source, there) -> None:
+    def start(self, plan: LaunchPlan, page, source, there) -> None:
         """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
         for pool, to in self.pages:
             if plan.W == LANES:
@@ -164,7 +164,7 @@ class PageCopies:
                     block = to.at[h * (plan.W // LANES) + i, there]
                     pltpu.make_async_copy(pool.at[h, page, source, lanes], block, self.sem).start()
 
-    def start_scales(self, plan: Plan, page, p: int) -> None:
+    def start_scales(self, plan: LaunchPlan, page, p: int) -> None:
         """All rows of scales of a cell's page p; a row that pages share comes once for each."""
         rows = plan.scale_rows_per_page
         first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.refs import Refs
 from paged_dist.kernels.decode.work_list import Cell, of_query
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
@@ -22,7 +22,7 @@ class LiveRows:
     start: jax.Array | None
 
     @classmethod
-    def of(cls, plan: Plan, refs: NamedTuple, cell: Cell) -> LiveRows:
+    def of(cls, plan: LaunchPlan, refs: Refs, cell: Cell) -> LiveRows:
         end = jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end
         if plan.Q == 1:
             return cls(end, cell.start if plan.has_starts else None)
@@ -47,7 +47,7 @@ class LiveRows:
         return live
 
 
-def _by_row(plan: Plan, of_query: list[jax.Array]) -> jax.Array:
+def _by_row(plan: LaunchPlan, of_query: list[jax.Array]) -> jax.Array:
     """[M, 128] int32 with each row's new token's scalar, register by register: few hold more than one token's rows."""
     made = {}
     registers = []

@@ -8,12 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.decode.work_list import Cell, WorkList, rem
 from paged_dist.kernels.tiling import LANES
 
 
-def scales_of_rows(plan: Plan, work: WorkList, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
+def scales_of_rows(plan: LaunchPlan, work: WorkList, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
     """Head h's scales of some of a cell's rows, for each 128 of them [1, 128], or [M, 128] where rows hold two tokens.
 
     ref: [Hkv, rows of scales, 1, 128], the cell's, as they were fetched.
@@ -28,7 +28,7 @@ def scales_of_rows(plan: Plan, work: WorkList, ref, cell: Cell, h: int, rows: pl
     return columns
 
 
-def _scales_of_tokens(plan: Plan, work: WorkList, ref, cell: Cell, h: int, t: int, j: int) -> jax.Array:
+def _scales_of_tokens(plan: LaunchPlan, work: WorkList, ref, cell: Cell, h: int, t: int, j: int) -> jax.Array:
     """[1, 128]: the scales of token j of each of the cell's rows t to t + 127."""
     if plan.R % LANES == 0:
         page, row = divmod(t, plan.R)

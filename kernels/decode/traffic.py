@@ -6,20 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.tiling import LANES
 
 _SCALE_BYTES = 4
 
 
-class Copies(NamedTuple):
+class PageTraffic(NamedTuple):
     """DMAs out of the pools, K's and V's, and the bytes that they move."""
 
     count: int
     bytes: int
 
 
-def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copies:
+def page_traffic(plan: LaunchPlan, lengths, starts=None, *, unit: int | None = None) -> PageTraffic:
     """The decode kernel's copies of pages; those of the query and the output, a few per sequence, are not counted.
 
     A page that holds a live token is copied once, whole but at the ends of its sequence: of the last page the rows up
@@ -48,16 +48,16 @@ def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copi
     if plan.is_quantized:
         rows = 2 * int(pages.sum()) * plan.scale_rows_per_page
         count, size = count + 2 * int(pages.sum()), size + rows * plan.Hkv * LANES * _SCALE_BYTES
-    return Copies(count, size)
+    return PageTraffic(count, size)
 
 
-def live_bytes(plan: Plan, lengths, starts=None) -> int:
+def live_bytes(plan: LaunchPlan, lengths, starts=None) -> int:
     """Bytes of the K and V that are attended to, and of their scales: the least that any kernel reads."""
     first, end = live_span(plan, lengths, starts)
     return int((end - first).sum()) * bytes_per_token(plan)
 
 
-def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
+def live_span(plan: LaunchPlan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
     """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none.
 
     With several new tokens, from where the first's span begins to where the last's ends.
@@ -74,10 +74,10 @@ def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]
     return np.minimum(first, end), end
 
 
-def bytes_per_token(plan: Plan) -> int:
+def bytes_per_token(plan: LaunchPlan) -> int:
     """Bytes of one token's K and V, all local heads, scales included."""
     return _bytes_of_token(plan) + (2 * plan.Hkv * _SCALE_BYTES if plan.is_quantized else 0)
 
 
-def _bytes_of_token(plan: Plan) -> int:
+def _bytes_of_token(plan: LaunchPlan) -> int:
     return 2 * plan.Hkv * plan.D * plan.cache_dtype.itemsize

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, Plan
+from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, LaunchPlan
+from paged_dist.kernels.decode.refs import Refs
 
 _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn costs some 20 cycles by itself
 
@@ -31,21 +32,21 @@ class Cell(NamedTuple):
     start: jax.Array  # first live token: 0 or less but in a sequence's first cell
 
     @classmethod
-    def load(cls, ref, slot, c: int | jax.Array, plan: Plan) -> Cell:
+    def load(cls, ref, slot, c: int | jax.Array, plan: LaunchPlan) -> Cell:
         """The cell `c` of the step in `slot`, from SMEM."""
         at = slot * (plan.C * NUM_FIELDS)
         packed, end, column, rows = (ref[at + (c * NUM_FIELDS + i)] for i in range(4))
         start = ref[at + (c * NUM_FIELDS + 4)] if plan.has_starts else jnp.int32(0)
         return cls(div(packed, 4), (packed & 1) != 0, (packed & 2) != 0, end, column, rows, start)
 
-    def store(self, ref, slot, c: int, plan: Plan) -> None:
+    def store(self, ref, slot, c: int, plan: LaunchPlan) -> None:
         at = slot * (plan.C * NUM_FIELDS)
         packed = self.b * 4 + jnp.where(self.is_first, 1, 0) + jnp.where(self.is_last, 2, 0)
         fields = (packed, self.end, self.column, self.rows, self.start)
         for i, value in enumerate(fields if plan.has_starts else fields[:-1]):
             ref[at + (c * NUM_FIELDS + i)] = value
 
-    def rows_skipped(self, plan: Plan):
+    def rows_skipped(self, plan: LaunchPlan):
         """Stored rows before the first live tile; only the first page has some."""
         if not plan.has_starts:
             return jnp.int32(0)
@@ -66,20 +67,20 @@ class Ring:
     ahead: int
 
     @classmethod
-    def start(cls, plan: Plan) -> Ring:
+    def start(cls, plan: LaunchPlan) -> Ring:
         return cls(jnp.int32(0), jnp.int32(0), plan.sizes.steps_ahead)
 
-    def of_values(self, plan: Plan):
+    def of_values(self, plan: LaunchPlan):
         """V's slot."""
         return self.cells if plan.values_with_keys else self.here
 
     def plus(self, by: int) -> Ring:
         """Step s + by's."""
-        wrap = lambda slot, size: slot if by % size == 0 else _wrap(slot + by % size, size)
+        wrap = lambda slot, size: slot if by % size == 0 else _wrap_slot(slot + by % size, size)
         return Ring(wrap(self.here, self.ahead + 1), wrap(self.cells, self.ahead + 2), self.ahead)
 
 
-def _wrap(slot, size: int):
+def _wrap_slot(slot, size: int):
     return jnp.where(slot >= size, slot - size, slot)
 
 
@@ -87,14 +88,14 @@ def _wrap(slot, size: int):
 class WorkList:
     """One core's sequences that are not empty, by number in SMEM, and the cells that they make."""
 
-    plan: Plan
-    refs: NamedTuple
+    plan: LaunchPlan
+    refs: Refs
     rows: jax.Array  # this core's live sequences
     live_rows: jax.Array  # those of all cores
     is_ragged: jax.Array  # whether any cell of any core may have a token that is not live
 
     @staticmethod
-    def span(plan: Plan, refs, b):
+    def span(plan: LaunchPlan, refs: Refs, b):
         """(first page, pages, start, end) of sequence b: 0 pages if empty, tokens counted from the first page's.
 
         Of several new tokens' spans, from where the first's begins to where the last's ends.
@@ -116,7 +117,7 @@ class WorkList:
         return first, jnp.where(end > start, pages, 0), start - skipped, end - skipped
 
     @classmethod
-    def build(cls, plan: Plan, refs, core) -> WorkList:
+    def build(cls, plan: LaunchPlan, refs: Refs, core) -> WorkList:
         """Walks the lengths once. Two cores deal the sequences out among them: each goes to the one with less."""
         zero = jnp.int32(0)
         at_once = min(_SPANS_AT_ONCE, plan.B)
@@ -223,7 +224,7 @@ class WorkList:
             Cell(jnp.int32(self.plan.B), no, no, zero, zero, zero, zero).store(self.refs.cells, slot, c, self.plan)
 
 
-def of_query(plan: Plan, b, q: int):
+def of_query(plan: LaunchPlan, b, q: int):
     """The place of sequence b's new token q in `Refs.lengths` and `Refs.starts`."""
     return b if plan.Q == 1 else b * plan.Q + q
 

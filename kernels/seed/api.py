@@ -8,22 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._errors import not_yet, require
-from paged_dist.kernels.attention.checks import (
-    DEFAULT_MASK_VALUE,
-    Problem,
-    check_cache,
-    check_interpret,
-    check_megacore,
-    check_options,
-    check_pages_per_compute_block,
-    check_smem,
-    choose_pages_per_compute_block,
-)
+from paged_dist.kernels.attention.checks import DEFAULT_MASK_VALUE, check_cache, check_interpret, check_options
+from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
 from paged_dist.kernels.decode.api import paged_decode_attention
 from paged_dist.kernels.dispatch import Interpret, dispatch
+from paged_dist.kernels.seed.block_choice import (
+    check_megacore,
+    check_megacore_target,
+    check_pages_per_compute_block,
+    check_smem,
+    choose_pages_per_compute_block,
+    cores_of,
+)
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
-from paged_dist.kernels.target import check_target, simulation
+from paged_dist.kernels.target import simulation
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
@@ -123,8 +122,8 @@ def page_attention(
     problem = check_cache(query, key_cache, value_cache, context_lens, block_tables)
     check_interpret(interpret)
     check_megacore(problem, megacore_mode)
-    interpret = simulation(megacore_mode, interpret)
-    check_target(megacore_mode, interpret, query, key_cache)
+    interpret = simulation(cores_of(megacore_mode), interpret)
+    check_megacore_target(megacore_mode, interpret, query, key_cache)
     check_smem(problem)
     stored = _stored(problem)
     if pages_per_compute_block is None:

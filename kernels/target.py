@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -26,7 +26,7 @@ def target_device(*arrays: jax.Array) -> DescribedDevice | None:
     a mesh with Explicit axes that an argument carries, the devices of concrete arguments, and, with none of
     these, the host's own TPU. Not known: a plain `jit` lowered on a host without a TPU for an absent one.
     """
-    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes: list[jax.sharding.AbstractMesh | None] = [jax.sharding.get_abstract_mesh()]
     for array in arrays:
         if not isinstance(array, jax.core.Tracer) and isinstance(array, jax.Array):
             return next(iter(array.sharding.device_set))
@@ -74,7 +74,7 @@ class _IsTarget:
     target: Target
     asks: tuple[str, ...]
 
-    def __call__(self, device: DescribedDevice) -> bool:
+    def __call__(self, device: Any) -> bool:
         return _only(Target.of(device), self.asks) == self.target
 
 

@@ -233,13 +233,9 @@ def check_options(
         soft_cap,
         "must be None or a positive number",
     )
+    whole = isinstance(sliding_window, int | np.integer) and not isinstance(sliding_window, bool)
     require(
-        sliding_window is None
-        or (
-            isinstance(sliding_window, int | np.integer)
-            and sliding_window >= 1
-            and not isinstance(sliding_window, bool)
-        ),
+        sliding_window is None or (whole and bool(sliding_window >= 1)),
         "sliding_window",
         sliding_window,
         "must be None or a whole number of tokens, at least 1",

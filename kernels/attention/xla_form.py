@@ -73,7 +73,7 @@ def attend_pages_xla(
     )
     scales = tuple(None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
     problem = check_pools(
-        query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales, takes_queries=True
+        query, _as_meant(key_pages), _as_meant(value_pages), lengths, block_tables, *scales, takes_queries=True
     )
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     p, batch = problem, problem.batch
@@ -87,7 +87,7 @@ def attend_pages_xla(
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
     if p.is_quantized:
-        pools += [x.reshape(-1, p.page_size) for x in scales]
+        pools += [x.reshape(-1, p.page_size) for x in scales if x is not None]
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
     starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
     if sliding_window is not None:
@@ -179,9 +179,9 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
 
         s = jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact, preferred_element_type=jnp.float32)
         s = sm_scale * s
+        scales = [_gather_scales(p, pool, ids) for pool in pools[2:]]  # [M, Hkv, 1, T], of 8-bit pages
         if p.is_quantized:
-            k_scale, v_scale = (_gather_scales(p, pool, ids) for pool in pools[2:])  # [M, Hkv, 1, T]
-            s = s * k_scale
+            s = s * scales[0]
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(seen, in_range(s), LOWEST)
@@ -190,7 +190,7 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=-1, keepdims=True)
         if p.is_quantized:
-            weight = weight * jnp.where(seen, v_scale, 0.0)
+            weight = weight * jnp.where(seen, scales[1], 0.0)
         # A dead row of V may hold NaN, and 0 x NaN is NaN.
         v = jnp.where(live[..., None], _pages_as_f32(v, p.cache_dtype), 0.0)
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)

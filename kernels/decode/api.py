@@ -150,7 +150,9 @@ def _checked_and_packed_scales(key_cache, key_scales, value_scales):
     require(is_quantized(dtype), "key_scales", "given", f"go with int8 and float8_e4m3fn pages only, not {dtype}")
     key_scales, value_scales = (x if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
     check_scales(key_scales, value_scales, key_cache.shape[:-1])
-    check_scale_rows(*key_cache.shape[-3:-1], "key_cache.shape[-2]")
+    num_pages, page_size = key_cache.shape[-3:-1]
+    check_scale_rows(num_pages, page_size, "key_cache.shape[-2]")
+    assert key_scales is not None and value_scales is not None  # `check_scales` refuses one alone
     return pack_scales(key_scales), pack_scales(value_scales)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
-from paged_dist.kernels.decode.refs import Refs
+from paged_dist.kernels.decode.refs import Ref, Refs, given
 from paged_dist.kernels.decode.work_list import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.tiling import LANES
 
@@ -73,8 +72,8 @@ class StepCopies:
             pages.append((refs.value_pages.at[layer], refs.v.at[ring.of_values(plan)]))
         scales = []
         if plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
-            scales.append((refs.key_scales.at[layer], refs.k_scales.at[ring.here]))
-            scales.append((refs.value_scales.at[layer], refs.v_scales.at[ring.cells]))
+            scales.append((given(refs.key_scales).at[layer], given(refs.k_scales).at[ring.here]))
+            scales.append((given(refs.value_scales).at[layer], given(refs.v_scales).at[ring.cells]))
         early = _EARLY if with_values else 1.0
         return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]), early)
 
@@ -144,9 +143,9 @@ class StepCopies:
 class PageCopies:
     """Where a step's pages, or a cell's, come from and go to: pairs of a layer's pool and the buffers."""
 
-    pages: list[tuple[jax.Array, jax.Array]]  # [Hkv, N, R, W]; [C, blocks, T, 128], of a cell less C
-    scales: list[tuple[jax.Array, jax.Array]]  # [Hkv, rows, 1, 128]; [C, Hkv, rows, 1, 128]
-    sem: jax.Array
+    pages: list[tuple[Ref, Ref]]  # [Hkv, N, R, W]; [C, blocks, T, 128], of a cell less C
+    scales: list[tuple[Ref, Ref]]  # [Hkv, rows, 1, 128]; [C, Hkv, rows, 1, 128]
+    sem: Ref
 
     def of_cell(self, c: int) -> PageCopies:
         pages, scales = ([(pool, to.at[c]) for pool, to in pairs] for pairs in (self.pages, self.scales))

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist.kernels.decode.edges import clear_edges
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
-from paged_dist.kernels.decode.refs import Refs
+from paged_dist.kernels.decode.refs import Refs, given
 from paged_dist.kernels.decode.work_list import Ring, WorkList
 from paged_dist.kernels.tiling import LANES
 
@@ -51,7 +51,7 @@ class Iteration:
 
     def _wait_for_scales(self) -> None:
         """Waits for step s's scales of K and V, which came with its K."""
-        plan, ref = self.plan, self.refs.v_scales
+        plan, ref = self.plan, given(self.refs.v_scales)
         rows = self.work.pages_of(self.ring.cells) * (2 * plan.Hkv * plan.scale_rows_per_page)
         part = ref.reshape(math.prod(ref.shape[:-2]), 1, LANES).at[pl.ds(0, rows)]
         pl.when(rows > 0)(pltpu.make_async_copy(part, part, self.refs.k_sems.at[self.ring.here]).wait)

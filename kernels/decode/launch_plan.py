@@ -11,7 +11,6 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 
 from paged_dist.kernels.arithmetic import round_up
 from paged_dist.kernels.attention.problem import Problem
@@ -204,7 +203,7 @@ class LaunchPlan:
     @property
     def parts(self) -> list[pl.Slice]:
         """A cell's rows in parts, between which copies are issued."""
-        return [pl.ds(t, min(_PART_ROWS, self.T - t)) for t in range(0, self.T, _PART_ROWS)]
+        return [pl.Slice(t, min(_PART_ROWS, self.T - t)) for t in range(0, self.T, _PART_ROWS)]
 
     @functools.cached_property
     def heads_per_group(self) -> int:
@@ -229,15 +228,15 @@ class LaunchPlan:
         return row % (self.M // self.tokens_per_row) % self.rows_per_head // self.G
 
     @property
-    def scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+    def scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """(shape, dtype) of each VMEM scratch buffer, by its name in `Refs`."""
-        p, ahead, f32 = self.problem, self.sizes.steps_ahead, jnp.float32
+        ahead, f32 = self.sizes.steps_ahead, jnp.dtype(jnp.float32)
         block = (self.C, self.Hkv * self.W // LANES, self.T, LANES)
         stat = (self.H, self.M, LANES)
-        shapes = dict(
-            q=((self.B + 1, self.H * self.M, self.W), p.query_dtype),
-            k=((ahead + 1, *block), p.cache_dtype),
-            v=((ahead + (2 if self.values_with_keys else 1), *block), p.cache_dtype),
+        shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = dict(
+            q=((self.B + 1, self.H * self.M, self.W), self.query_dtype),
+            k=((ahead + 1, *block), self.cache_dtype),
+            v=((ahead + (2 if self.values_with_keys else 1), *block), self.cache_dtype),
             scores=((self.C, self.H, self.M, self.T), f32),
             top=((self.C, *stat), f32),
             decay=((self.C, *stat), f32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def decode_pages_pallas(
     arrays = (key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
     p = check_pools(query, *arrays, takes_queries=True)
     check_output_dtype(output_dtype)
-    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    options: dict[str, Any] = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     options |= dict(return_lse=return_lse, output_dtype=output_dtype)
     plan = make_launch_plan(
         p,
@@ -111,7 +112,7 @@ def decode_pages_pallas(
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     pools = dict(key_pages=key_pages, value_pages=value_pages)
-    if p.is_quantized:  # a row by itself is what a copy can address
+    if key_scales is not None and value_scales is not None:  # a row by itself is what a copy can address
         one = (*key_scales.shape[:-1], 1, key_scales.shape[-1])
         pools |= dict(key_scales=key_scales.reshape(one), value_scales=value_scales.reshape(one))
     pools = dict(zip(pools, in_hbm(*pools.values(), interpret=interpret), strict=True))
@@ -181,8 +182,9 @@ def launch_once(plan: LaunchPlan, query, pools, lengths, block_tables, layer, st
     names = (*scalars, *arrays, *results, *scratch)
 
     def kernel(*refs):
-        given = dict(zip(names, refs, strict=True))
-        decode_kernel(plan, Refs(**{name: given.get(name) for name in Refs._fields}))
+        by_name: dict[str, Any] = dict(zip(names, refs, strict=True))
+        fields: dict[str, Any] = {name: by_name.get(name) for name in Refs._fields}
+        decode_kernel(plan, Refs(**fields))
 
     whole = pl.BlockSpec(memory_space=pltpu.HBM)
     made = pl.pallas_call(

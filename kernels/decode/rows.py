@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist.kernels.attention.scores import LOWEST, in_range
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
-from paged_dist.kernels.decode.refs import Refs
+from paged_dist.kernels.decode.refs import Refs, given
 from paged_dist.kernels.decode.work_list import WorkList, div, rem
 from paged_dist.kernels.tiling import LANES
 
@@ -24,8 +24,8 @@ def row_copies(plan: LaunchPlan, refs: Refs, b, *, empty: bool = False) -> list:
     """The copies of sequence b's output, and of its lse, to HBM; `empty`: of a sequence without live tokens."""
     copies = [pltpu.make_async_copy(refs.no_output if empty else refs.out_rows.at[b], refs.output.at[b], refs.out_sem)]
     if plan.return_lse:
-        source = refs.no_lse if empty else refs.lse_rows.at[b]
-        copies.append(pltpu.make_async_copy(source, refs.lse.at[b], refs.lse_sem))
+        source = refs.no_lse if empty else given(refs.lse_rows).at[b]
+        copies.append(pltpu.make_async_copy(source, given(refs.lse).at[b], refs.lse_sem))
     return copies
 
 
@@ -66,7 +66,7 @@ def _spread_sinks(plan: LaunchPlan, refs: Refs) -> None:
     """Each query row's sink, in all lanes."""
     for row in range(plan.H * plan.M):
         head = plan.head_of_row(row)
-        refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), refs.sinks[head])
+        refs.sink[row // plan.M, pl.ds(row % plan.M, 1), :] = jnp.full((1, LANES), given(refs.sinks)[head])
     refs.sink[...] = in_range(refs.sink[...])  # a sink of -inf is none
 
 
@@ -78,5 +78,5 @@ def _write_empty_lse(plan: LaunchPlan, refs: Refs) -> None:
         if plan.Q > 1:
             head_of_lane = div(head_of_lane, plan.rows_per_head) * plan.G + rem(head_of_lane, plan.G)
         for head in range(plan.problem.num_q_heads):
-            none = jnp.where(head_of_lane == head, refs.sinks[head], none)
-    refs.no_lse[...] = none
+            none = jnp.where(head_of_lane == head, given(refs.sinks)[head], none)
+    given(refs.no_lse)[...] = none

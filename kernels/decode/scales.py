@@ -18,13 +18,15 @@ def scales_of_rows(plan: LaunchPlan, work: WorkList, ref, cell: Cell, h: int, ro
 
     ref: [Hkv, rows of scales, 1, 128], the cell's, as they were fetched.
     """
-    columns = []
+    columns: list[jax.Array] = []
     for t in range(rows.start, rows.start + rows.size, LANES):
         tokens = [_scales_of_tokens(plan, work, ref, cell, h, t, j) for j in range(plan.tokens_per_row)]
         if plan.tokens_per_row > 1:
             row = lax.broadcasted_iota(jnp.int32, (plan.M, LANES), 0)
-            tokens = [jnp.where(row < plan.M // 2, *(jnp.broadcast_to(x, row.shape) for x in tokens))]
-        columns.append(tokens[0])
+            first, second = (jnp.broadcast_to(x, row.shape) for x in tokens)
+            columns.append(jnp.where(row < plan.M // 2, first, second))
+        else:
+            columns.append(tokens[0])
     return columns
 
 
@@ -46,4 +48,5 @@ def _scales_of_tokens(plan: LaunchPlan, work: WorkList, ref, cell: Cell, h: int,
         row = ref[h, p]
         row = row if isinstance(by, int) and by == 0 else pltpu.roll(row, by, 1)
         merged = row if merged is None else jnp.where(lane < to, merged, row)
+    assert merged is not None  # 128 rows begin in some page
     return merged

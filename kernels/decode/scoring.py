@@ -14,6 +14,7 @@ from paged_dist.kernels.attention.scores import DEAD, LOWEST, in_range
 from paged_dist.kernels.decode.copy_schedule import PacedWork
 from paged_dist.kernels.decode.iteration import Iteration, exp_of_difference
 from paged_dist.kernels.decode.live_rows import LiveRows
+from paged_dist.kernels.decode.refs import given
 from paged_dist.kernels.decode.scales import scales_of_rows
 from paged_dist.kernels.decode.work_list import Cell
 from paged_dist.kernels.tiling import LANES
@@ -70,6 +71,6 @@ def _times_keys(at: Iteration, c, cell: Cell, q, rows: pl.Slice, h):
     )
     s = functools.reduce(lambda s, i: s + part(i), range(1, blocks), part(0))
     if plan.is_quantized:
-        scales = scales_of_rows(plan, at.work, refs.k_scales.at[at.ring.here, c], cell, h, rows)
+        scales = scales_of_rows(plan, at.work, given(refs.k_scales).at[at.ring.here, c], cell, h, rows)
         s *= jnp.concatenate(scales, axis=1)
     return s

@@ -15,6 +15,7 @@ from paged_dist.kernels.attention.products import dot
 from paged_dist.kernels.attention.scores import DEAD, LOWEST
 from paged_dist.kernels.decode.copy_schedule import PacedWork
 from paged_dist.kernels.decode.iteration import Iteration, exp_of_difference
+from paged_dist.kernels.decode.refs import given
 from paged_dist.kernels.decode.rows import row_copies
 from paged_dist.kernels.decode.scales import scales_of_rows
 from paged_dist.kernels.decode.work_list import Cell
@@ -42,9 +43,9 @@ def weigh(at: Iteration) -> list[Weights]:
             scores = [refs.scores[c, g, :, t : t + LANES] for t in range(0, plan.T, LANES)]
             parts = [exp_of_difference(score - top) for score in scores]
             of_heads = [parts]
-            if plan.is_quantized:
+            if cell is not None:
                 heads = range(g * plan.heads_per_group, (g + 1) * plan.heads_per_group)
-                ref, rows = refs.v_scales.at[before.cells, c], pl.ds(0, plan.T)
+                ref, rows = given(refs.v_scales).at[before.cells, c], pl.Slice(0, plan.T)
                 scales = [scales_of_rows(plan, at.work, ref, cell, h, rows) for h in heads]
                 # Dead tokens' scales may be NaN, and 0 x NaN is NaN.
                 of_heads = [
@@ -119,7 +120,7 @@ def _write_row(at: Iteration, cell: Cell, outs, sums, tops) -> None:
             lse = jnp.where(total > 0, lse, -jnp.inf) if plan.Q > 1 else lse
             _add_rows_to_lanes(lses, lse[:rows], g * rows)
     if plan.return_lse:
-        refs.lse_rows[cell.b] = lses[0] if len(lses) == 1 else jnp.concatenate(lses, axis=1)
+        given(refs.lse_rows)[cell.b] = lses[0] if len(lses) == 1 else jnp.concatenate(lses, axis=1)
 
     @pl.when(cell.is_last)
     def _():

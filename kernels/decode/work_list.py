@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, LaunchPlan
-from paged_dist.kernels.decode.refs import Refs
+from paged_dist.kernels.decode.refs import Refs, given
 
 _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn costs some 20 cycles by itself
 
@@ -133,7 +133,7 @@ class WorkList:
         def look_at_one(b, rows, live_rows, mine, others, dead):
             inside = b < plan.B
             b = b if plan.B % at_once == 0 else jnp.minimum(b, plan.B - 1)
-            start, end = jnp.int32(0), refs.lengths[of_query(plan, b, plan.Q - 1)]
+            pages, start, end = 0, jnp.int32(0), refs.lengths[of_query(plan, b, plan.Q - 1)]
             if plan.S % plan.pages_per_cell:  # a full table ends inside a cell
                 end = jnp.minimum(end, plan.S * plan.page_size)
             live = end > 0
@@ -204,10 +204,10 @@ class WorkList:
         """Keeps how many tiles and rows of scales a step fetches for K, and for V, until it is waited for."""
         self.refs.tiles[slot] = tiles
         if self.plan.is_quantized:
-            self.refs.pages[slot] = pages
+            given(self.refs.pages)[slot] = pages
 
     def pages_of(self, slot):
-        return self.refs.pages[slot]
+        return given(self.refs.pages)[slot]
 
     def tiles_of(self, slot):
         return self.refs.tiles[slot]

@@ -103,7 +103,7 @@ def page_attention(
     )
     if key_scales is not None or value_scales is not None:
         _check_no_shape_of_the_seed(pages_per_compute_block, megacore_mode, inline_seq_dim)
-        return paged_decode_attention(
+        output = paged_decode_attention(
             query,
             key_cache,
             value_cache,
@@ -116,6 +116,8 @@ def page_attention(
             sliding_window=sliding_window,
             interpret=interpret,
         )
+        assert isinstance(output, jax.Array)  # no lse was asked for
+        return output
     query, key_cache, value_cache, context_lens, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
     )

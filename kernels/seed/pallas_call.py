@@ -82,7 +82,7 @@ def attend_pages_pallas(
     check_smem(p, rows=least)
     rows = sequences_per_launch(p, least)
     layer = jnp.zeros((), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32)
-    pools = in_hbm(key_pages, value_pages, interpret=interpret)
+    k_pool, v_pool = in_hbm(key_pages, value_pages, interpret=interpret)
     launch = functools.partial(
         _launch_flash_attention,
         sm_scale=float(sm_scale),
@@ -94,7 +94,7 @@ def attend_pages_pallas(
         interpret=interpret,
     )
     parts = [
-        launch(query[i : i + rows], *pools, lengths[i : i + rows], block_tables[i : i + rows], layer)
+        launch(query[i : i + rows], k_pool, v_pool, lengths[i : i + rows], block_tables[i : i + rows], layer)
         for i in range(0, p.batch, rows)
     ]
     return parts[0] if len(parts) == 1 else tuple(map(jnp.concatenate, zip(*parts, strict=True)))
@@ -150,8 +150,10 @@ def _launch_flash_attention(
 
     def kernel(layer_ref, lengths, table, buffer_index, init_flag, q, k_pages, v_pages, o, m, l, *scratch):
         core, *step = (pl.program_id(axis) for axis in range(len(grid)))
-        pages = (pool.at[layer_ref[0]] for pool in (k_pages, v_pages))
-        body = FlashKernel(core, lengths, table, buffer_index, init_flag, q, *pages, *scratch, **options)
+        k_pages, v_pages = (pool.at[layer_ref[0]] for pool in (k_pages, v_pages))
+        k_buffer, v_buffer, k_sems, v_sems = scratch
+        refs = (lengths, table, buffer_index, init_flag, q, k_pages, v_pages, k_buffer, v_buffer, k_sems, v_sems)
+        body = FlashKernel(core, *refs, **options)
         attend(body, *step, o, m, l)
 
     buffer = pltpu.VMEM((2, pages_per_compute_block, p.rows, p.width), key_pages.dtype)
@@ -183,7 +185,7 @@ def _launch_flash_attention(
         ],
         # The descriptor clamps page ids, so Mosaic need not check each copy's bounds: that took longer than issuing it.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), disable_bounds_checks=True
+            dimension_semantics=(pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)), disable_bounds_checks=True
         ),
         interpret=interpret,
         name="paged_attention" + ("" if inline_seq_dim else "_blocks_in_grid"),

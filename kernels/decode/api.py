@@ -91,6 +91,20 @@ def paged_decode_attention(
 
     Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
     `decode/kernel.py` describes.
+
+    Example:
+      Two sequences of 5 and 130 tokens in pages of 128, 8 query heads over 2 kv heads.
+
+      >>> pages = jnp.ones((2, 8, 128, 64), jnp.bfloat16)  # [Hkv, N, P, D], here of keys and values alike
+      >>> query = jnp.ones((2, 8, 64), jnp.bfloat16)
+      >>> lengths = jnp.array([5, 130], jnp.int32)
+      >>> tables = jnp.array([[3, 0], [1, 7]], jnp.int32)  # the first sequence has one page: 3
+      >>> options = dict(sm_scale=64**-0.5, return_lse=True)
+      >>> output, lse = kernels.paged_decode_attention(query, pages, pages, lengths, tables, **options)
+      >>> output.shape, output.dtype.name, lse.shape
+      ((2, 8, 64), 'bfloat16', (2, 8))
+      >>> np.round(np.exp(lse[:, 0] - 64**0.5)).tolist()  # every token has the same score, 8
+      [5.0, 130.0]
     """
     query, key_cache, value_cache, lengths, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, lengths, block_tables)

@@ -18,6 +18,18 @@ class BlockSizes:
 
     Raises:
       ValueError: a value outside these rules.
+
+    Example:
+      >>> sizes = kernels.BlockSizes(pages_per_cell=4, cells_per_step=2)
+      >>> sizes.steps_ahead
+      2
+      >>> pages, query = jnp.ones((2, 8, 128, 128), jnp.bfloat16), jnp.ones((1, 8, 128), jnp.bfloat16)
+      >>> lengths, tables = jnp.array([300], jnp.int32), jnp.array([[5, 2, 6]], jnp.int32)
+      >>> kernels.paged_decode_attention(query, pages, pages, lengths, tables, block_sizes=sizes).shape
+      (1, 8, 128)
+      >>> kernels.BlockSizes(pages_per_cell=3, cells_per_step=2)
+      Traceback (most recent call last):
+      paged_dist._errors.BadValue: pages_per_cell=3: must be a power of two
     """
 
     pages_per_cell: int

@@ -87,6 +87,16 @@ def page_attention(
 
     Method: JAX's jax.experimental.pallas.ops.tpu.paged_attention, after PagedAttention (arXiv:2309.06180) and
     FlashAttention's online softmax (arXiv:2205.14135).
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> query = jnp.asarray(rng.normal(size=(2, 4, 64)), jnp.float32)  # [B, Hq, D]
+      >>> keys, values = jnp.asarray(rng.normal(size=(2, 1, 8, 16, 64)), jnp.float32)  # [Hkv, N, P, D] each
+      >>> lengths, tables = jnp.array([20, 3], jnp.int32), jnp.array([[6, 1], [2, 0]], jnp.int32)
+      >>> output = kernels.page_attention(query * 64**-0.5, keys, values, lengths, tables)
+      >>> plain = kernels.ref_paged_attention(query * 64**-0.5, keys, values, lengths, tables)
+      >>> np.allclose(output, plain, atol=1e-4)
+      True
     """
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if hasattr(cache, "weight") and hasattr(cache, "scales"):

@@ -1,4 +1,4 @@
-"""The kernel bodies: flash attention of one sequence and kv head over blocks of pages.
+"""The seed's kernel bodies: flash attention of one sequence and kv head over blocks of pages.
 
 The schedule is that of JAX's paged attention (jax.experimental.pallas.ops.tpu.paged_attention): a double buffer
 of blocks of pages, and the next block, be it of this head, the next head or the next sequence that is not empty,
@@ -68,6 +68,28 @@ def paged_flash_attention_kernel(
       attn_logits_soft_cap: logits become cap * tanh(logits / cap); None: they stay.
       sliding_window: attend to the last so many tokens; pages before them are not read.
       program_ids: (core, sequence, kv head, block) where it is called from another body.
+
+    Example:
+      Two sequences of 8 and 16 tokens; page n holds the value n, and all scores are alike.
+
+      >>> from functools import partial
+      >>> from jax.experimental import pallas as pl
+      >>> from jax.experimental.pallas import tpu as pltpu
+      >>> kernel = partial(kernels.paged_flash_attention_kernel, batch_size=2, pages_per_sequence=2,
+      ...     pages_per_compute_block=1, mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
+      ...     megacore_mode=None)
+      >>> a_head = pl.BlockSpec((None, None, 8, 128), lambda core, b, h, *_: (b, h, 0, 0))
+      >>> hbm, buffer = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM((2, 1, 8, 128), jnp.float32)
+      >>> grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=4, grid=(1, 2, 1, 2),
+      ...     in_specs=[a_head, hbm, hbm], out_specs=[a_head] * 3,
+      ...     scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))])
+      >>> query, keys = jnp.ones((2, 1, 8, 128)), jnp.zeros((1, 4, 8, 128))  # [B, Hkv, G, D], [Hkv, N, P, D]
+      >>> values = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], keys.shape)
+      >>> lengths, table = jnp.array([8, 16]), jnp.array([3, 0, 1, 2])
+      >>> output, m, l = pl.pallas_call(kernel, grid_spec=grid, out_shape=[query] * 3, interpret=True)(
+      ...     lengths, table, jnp.array([0]), jnp.array([1]), query, keys, values)
+      >>> output[:, 0, 0, 0].tolist(), l[:, 0, 0, 0].tolist()
+      ([3.0, 1.5], [8.0, 16.0])
     """
     core, b, h, i = program_ids or tuple(pl.program_id(axis) for axis in range(4))
     body = FlashKernel(
@@ -141,6 +163,28 @@ def paged_flash_attention_kernel_inline_seq_dim(
     """`paged_flash_attention_kernel` with the blocks in a loop: one (sequence, kv head) a step of the grid.
 
     The grid is (cores, sequences, kv heads); refs and arguments are those of the other form.
+
+    Example:
+      Two sequences of 8 and 16 tokens; page n holds the value n, and all scores are alike.
+
+      >>> from functools import partial
+      >>> from jax.experimental import pallas as pl
+      >>> from jax.experimental.pallas import tpu as pltpu
+      >>> kernel = partial(kernels.paged_flash_attention_kernel_inline_seq_dim, batch_size=2, pages_per_sequence=2,
+      ...     pages_per_compute_block=1, mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
+      ...     megacore_mode=None)
+      >>> a_head = pl.BlockSpec((None, None, 8, 128), lambda core, b, h, *_: (b, h, 0, 0))
+      >>> hbm, buffer = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM((2, 1, 8, 128), jnp.float32)
+      >>> grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=4, grid=(1, 2, 1),
+      ...     in_specs=[a_head, hbm, hbm], out_specs=[a_head] * 3,
+      ...     scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))])
+      >>> query, keys = jnp.ones((2, 1, 8, 128)), jnp.zeros((1, 4, 8, 128))  # [B, Hkv, G, D], [Hkv, N, P, D]
+      >>> values = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], keys.shape)
+      >>> lengths, table = jnp.array([8, 16]), jnp.array([3, 0, 1, 2])
+      >>> output, m, l = pl.pallas_call(kernel, grid_spec=grid, out_shape=[query] * 3, interpret=True)(
+      ...     lengths, table, jnp.array([0]), jnp.array([1]), query, keys, values)
+      >>> output[:, 0, 0, 0].tolist(), l[:, 0, 0, 0].tolist()
+      ([3.0, 1.5], [8.0, 16.0])
     """
     core, b, h = (pl.program_id(axis) for axis in range(3))
     body = FlashKernel(

@@ -1,4 +1,4 @@
-"""Which chip a call is lowered for, and what the decode kernel does otherwise on one chip than on another."""
+"""Which chip a call is lowered for, and the decisions of the decode kernel that depend on the chip."""
 
 from __future__ import annotations
 

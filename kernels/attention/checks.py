@@ -129,7 +129,7 @@ def _check_arrays(
     dtypes: tuple[str, ...] = _FLOATS,
     takes_queries: bool = False,
 ) -> Problem:
-    """The problem of arrays [.., Hkv, N, R, W] of keys and values; raises ValueError, which has the arrays' `names`."""
+    """The problem of keys and values [.., Hkv, N, R, W]. Raises ValueError; its text calls the arrays by `names`."""
     q_name, k_name, v_name, n_name, t_name = names
     if takes_queries:
         check_queries(query)
@@ -210,7 +210,7 @@ def check_options(
 ) -> dict[str, float | int | None]:
     """sm_scale, soft_cap and sliding_window by name, as Python's own numbers.
 
-    Raises ValueError for an option outside its rule; all four are numbers known before tracing.
+    Raises ValueError for an option outside its rule, or a traced one: all four are compiled into the kernel.
     """
     for name, value in (
         ("sm_scale", sm_scale),
@@ -261,7 +261,7 @@ def check_lengths(lengths, *shape: int) -> None:
 
 
 def check_starts(starts, *shape: int) -> jax.Array | None:
-    """`starts` [B] int32 ([B, Q] beside such lengths), or None, as an array. Raises ValueError for anything else."""
+    """`starts` as an int32 array of `shape` ([B] or [B, Q], as lengths have it), or None. Else raises ValueError."""
     if starts is None:
         return None
     starts = jnp.asarray(starts)
@@ -271,7 +271,7 @@ def check_starts(starts, *shape: int) -> jax.Array | None:
 
 
 def check_sinks(sinks, num_q_heads: int) -> jax.Array | None:
-    """`sinks` [Hq] f32 or bf16, or None, as an array. Raises ValueError for another shape or dtype."""
+    """`sinks` as an array [Hq], f32 or bf16, or None. Raises ValueError for another shape or dtype."""
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)

@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA: what a shard on a CPU or GPU runs."""
+"""Paged attention in plain XLA: the form that a shard on a CPU or GPU runs, and the oracle for shapes and shardings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paged_dist.kernels.attention.queries import queries_as_rows, rows_as_querie
 from paged_dist.kernels.attention.scores import LOWEST, in_range
 from paged_dist.kernels.dispatch import meant_dtype
 
-# A step takes so many tokens of a sequence, and of as many sequences side by side as make up so many elements of K:
+# A step takes _TOKENS_PER_CHUNK tokens of a sequence, and as many sequences side by side as make _STEP_ELEMENTS of K:
 # 1 MB of K as bf16 and 2 MB of V as f32 stay cached from gather to product. On two cores, at 8 kv heads of 128, twice
 # the size takes the same time, four times 1.5x; at 1 kv head 8 sequences take 0.6 of 2's time.
 _TOKENS_PER_CHUNK = 256

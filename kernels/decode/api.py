@@ -1,4 +1,4 @@
-"""`paged_decode_attention`: the fast kernel, which everything above the kernel level uses."""
+"""`paged_decode_attention`: the checks of a call, and the choice between the Pallas kernel and plain XLA."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def paged_decode_attention(
     block_sizes: BlockSizes | None = None,
     interpret: Interpret = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of one new token a sequence, or of a few, over its pages, on one chip: each live page is read once.
+    """Attention of the newest token of each sequence, or its newest few, over the sequence's pages, on one chip.
+
+    Each live page is read once.
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over tokens starts[b] <= t < lengths[b].
     Of Q new tokens a sequence, as a speculative decoder verifies them, token q is at position lengths[b] - Q + q, and
@@ -157,7 +159,10 @@ def paged_decode_attention(
 
 
 def _checked_and_packed_scales(key_cache, key_scales, value_scales):
-    """Scales [.., Hkv, N, P] as stored, or (None, None). Raises ValueError where they do not go with the pages."""
+    """The scales [.., Hkv, N, P] as `pack_scales` stores them, or (None, None) where there are none.
+
+    Raises ValueError where they do not go with the pages.
+    """
     if key_scales is None and value_scales is None:
         return None, None
     dtype = jnp.dtype(key_cache.dtype).name

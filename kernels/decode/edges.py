@@ -1,4 +1,7 @@
-"""Dead tokens that share a tile with live ones: zeros, for what they hold may be NaN, and 0 x NaN is NaN."""
+"""Clears the dead tokens that share a fetched tile with live ones, at a sequence's two ends.
+
+They may hold NaN. Their weight is 0, and 0 x NaN is NaN.
+"""
 
 from __future__ import annotations
 

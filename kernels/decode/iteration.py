@@ -57,7 +57,7 @@ class Iteration:
         pl.when(rows > 0)(pltpu.make_async_copy(part, part, self.refs.k_sems.at[self.ring.here]).wait)
 
     def _wait(self, ring: Ring, ref, sems) -> None:
-        """Waits for a step's tiles. A wait only counts bytes, so here are as many in one piece."""
+        """Waits for a step's tiles. A wait only counts bytes: one of as many bytes stands for all the copies."""
         plan, tiles = self.plan, self.work.tiles_of(ring.cells) * (2 if self.plan.values_with_keys else 1)
         if plan.tile == plan.register_rows:
             blocks = ref.reshape(math.prod(ref.shape[:-1]) // plan.tile, plan.tile, LANES)
@@ -67,7 +67,7 @@ class Iteration:
         pl.when(tiles > 0)(pltpu.make_async_copy(part, part, sems.at[ring.here]).wait)
 
     def clear_edges(self) -> None:
-        """Zeros for the dead tokens of step s-1's V that share a tile with live ones: there may be NaN."""
+        """Zeros the dead tokens of step s-1's V that share a tile with live ones: they may hold NaN."""
         before = self.ring.plus(-1)
         clear_edges(self.plan, self.refs.cells, before, self.refs.v.at[before.of_values(self.plan)])
 
@@ -81,7 +81,7 @@ class Iteration:
         return pages.astype(jnp.bfloat16) if self.plan.widens_pages else pages
 
     def each_head(self, g, product, shape):
-        """`product(h)` of the kv heads that share row group g, each in its own rows."""
+        """`product(h)` of each kv head h that shares row group g, of which each head's own rows are kept."""
         plan = self.plan
         row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(plan.M // plan.tokens_per_row))
         merged = product(g * plan.heads_per_group)

@@ -1,12 +1,14 @@
-"""The fast decode kernel: one pass over a flat list of cells, two stages in flight.
+"""The body of the decode kernel: one loop over steps, in which four stages of two neighbouring steps overlap.
 
-A cell is up to `pages_per_cell` consecutive pages of one sequence, all local kv heads; a step is `cells_per_step`
-cells, of as many sequences as it takes. Iteration s of the kernel's one loop
+A cell is up to `pages_per_cell` consecutive pages of one sequence, all local kv heads. A step is `cells_per_step`
+cells, of one sequence or several. `work_list` lists the cells. Iteration s of the loop
 
-    weighs   step s-1: exp(score - max), from scores left in VMEM by the iteration before;
-    scores   step s: q.K, masks, each row's maximum, running maxima;
-    issues   the copies of step s + `steps_ahead`'s K, between the scores, and of V one step behind, between the sums;
-    sums     step s-1: weights times V into the running sums, divided and copied out where a sequence ends.
+    weighs   step s-1: exp(score - max), from the scores that the iteration before left in VMEM (`summing.weigh`);
+    scores   step s: q.K, masks, each row's maximum, running maxima (`scoring`);
+    issues   copies (`copy_schedule`): of K of step s + `steps_ahead`, between the scores' products, and of V of the
+             step before that one, between the sums' products;
+    sums     step s-1: weights times V into the running sums; where a sequence ends they are divided and copied out
+             (`summing.sum_up`).
 
 The four are independent but for step s-1's scores, and stand in one basic block: K and V are pushed into the MXU back
 to back while the copies' scalar work, the lane reductions and the exponentials run beside them. A product's latency
@@ -30,13 +32,16 @@ from paged_dist.kernels.decode.work_list import Ring, WorkList, div, rem
 
 
 def decode_kernel(plan: LaunchPlan, refs: Refs) -> None:
-    """The body of a launch: grid (cores, 1)."""
+    """The body of a launch, on a grid of (cores, 1).
+
+    Fills the pipeline with the first steps' copies, loops while there are steps, and sums up the last one.
+    """
     core = pl.program_id(0)
     query_copy(plan, refs).start()
     work = WorkList.build(plan, refs, core)
     ring, ahead = Ring.start(plan), plan.sizes.steps_ahead
     cursor = (jnp.int32(0), jnp.int32(0))
-    # V as in the loop, a step behind K or with it, but that it waits for its buffers to be cleared.
+    # V is issued as in the loop, a step behind K or with it, but only once its buffers are cleared.
     together = plan.values_with_keys and not plan.cache_may_hold_nan
     for a in range(ahead):
         copies = StepCopies(plan, refs, work, cursor)
@@ -68,9 +73,9 @@ def decode_kernel(plan: LaunchPlan, refs: Refs) -> None:
 
 
 def _clear_values(plan: LaunchPlan, refs: Refs) -> None:
-    """Zeros in V's buffers, for rows that no copy fills are summed too, with weight 0, and 0 x NaN is NaN.
+    """Zeros V's buffers: rows that no copy fills are summed too, with weight 0, and 0 x NaN is NaN.
 
-    From then on all that a buffer holds are rows of live tiles, whose dead tokens `Iteration.clear_edges` clears.
+    From then on a buffer holds nothing but rows of live tiles, whose dead tokens `Iteration.clear_edges` clears.
     """
 
     def clear(i, _):
@@ -81,7 +86,7 @@ def _clear_values(plan: LaunchPlan, refs: Refs) -> None:
 
 
 def _compute(at: Iteration, cursor):
-    """The basic block that the module's docstring describes. Returns the cursor behind the issued step."""
+    """One iteration's basic block. Returns the work list's place behind the step whose K was issued."""
     plan, refs, ring = at.plan, at.refs, at.ring
     copies = StepCopies(plan, refs, at.work, cursor)
     keys = copies.keys(ring.plus(plan.sizes.steps_ahead), with_values=plan.values_with_keys)

@@ -1,4 +1,4 @@
-"""Launches the decode kernel over stored, stacked pools, in as many launches as scalar memory asks for."""
+"""Launches the decode kernel over stored, stacked pools; a batch that does not fit on chip becomes several launches."""
 
 from __future__ import annotations
 

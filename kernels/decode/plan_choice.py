@@ -38,7 +38,7 @@ _VMEM_LIMIT_TWO_CORES = 14 << 20  # the chip may be a v4, with 16 MiB a core
 def choose_block_sizes(
     problem: Problem, sliding_window: int | None = None, num_cores: int = 1, outruns_core: bool = False
 ) -> BlockSizes:
-    """The sizes where the caller names none: about a MiB of K a step, in cells as long as the work is likely to be.
+    """The block sizes where the caller names none: steps of about a MiB of K, in cells of the usual work's length.
 
     Found by replaying the compiled schedule for v5e, v5p, v6e and v7x. Two cores have half the work each, and so half
     the step: what is left to compute when the last page arrives is a step.
@@ -70,7 +70,7 @@ def choose_block_sizes(
 
 
 def _shorten(p: Problem, sizes: BlockSizes, num_cores: int) -> BlockSizes:
-    """`sizes` with as few tokens a step as many query rows leave room for."""
+    """`sizes` with shorter steps, and more of them ahead, until the scores of many query rows fit in registers."""
     plan = LaunchPlan(p.replace(batch=num_cores), sizes, num_cores=num_cores)
     pages, cells, ahead = sizes.pages_per_cell, sizes.cells_per_step, sizes.steps_ahead
 
@@ -154,11 +154,11 @@ def rows_per_launch(plan: LaunchPlan) -> int:
     def part(rows):
         return dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
 
-    def fits(rows):
+    def fits_on_chip(rows):
         smem = part(rows).smem_bytes <= SMEM_LIMIT
         return smem and part(rows).vmem_bytes <= vmem_limit(plan.num_cores)
 
-    while rows > least and not fits(rows):
+    while rows > least and not fits_on_chip(rows):
         rows = -(-rows // 2)
     require(
         part(rows).smem_bytes <= SMEM_LIMIT,

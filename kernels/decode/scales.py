@@ -1,4 +1,4 @@
-"""The scales of 8-bit pages, fetched as rows of 128, as the scores of a cell lie: a token's in its column."""
+"""The scales of 8-bit pages in VMEM, put in the order of a cell's scores: each token's scale in its column."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from paged_dist.kernels.tiling import LANES
 
 
 def score_cell(at: Iteration, c, tops, copies: PacedWork) -> None:
-    """Scores of step s's cell c, to `refs.scores`; moves the running maxima in `tops`."""
+    """Writes the scores of step s's cell c to `refs.scores`; raises the running maxima `tops`, one a row group."""
     plan, refs = at.plan, at.refs
     cell = Cell.load(refs.cells, at.ring.cells, c, plan)
     live_rows = LiveRows.of(plan, refs, cell)

@@ -58,7 +58,7 @@ def weigh(at: Iteration) -> list[Weights]:
 
 
 def sum_up(at: Iteration, weights: list[Weights], copies: PacedWork | None = None) -> None:
-    """Step s-1's weights times V, added to the running sums; finished sequences are copied out."""
+    """Adds step s-1's weights times V to the running sums, and copies out the sequences that are finished."""
     plan, refs, before = at.plan, at.refs, at.ring.plus(-1)
     outs, sums = ([ref[g] for g in range(plan.H)] for ref in (refs.run_out, refs.run_sum))
     first_sums = [_sink_sum(at, g) for g in range(plan.H)] if plan.has_sinks else [0.0] * plan.H
@@ -85,7 +85,7 @@ def sum_up(at: Iteration, weights: list[Weights], copies: PacedWork | None = Non
 
 
 def _times_values(at: Iteration, c, of_heads: list[jax.Array], rows: pl.Slice, h):
-    """Weights [M, T], one or each head's, times some rows of step s-1's V of kv head h: [M, W]."""
+    """Weights [M, T] (the one of all heads, or head h's) times rows `rows` of step s-1's V of kv head h: [M, W]."""
     plan, slot = at.plan, at.ring.plus(-1).of_values(at.plan)
     blocks = plan.W // LANES
     weight = of_heads[h % len(of_heads)][:, rows.start : rows.start + rows.size]
@@ -95,7 +95,7 @@ def _times_values(at: Iteration, c, of_heads: list[jax.Array], rows: pl.Slice, h
 
 
 def _sink_sum(at: Iteration, g):
-    """What group g's denominators start from: each lane's part of a sink's own weight, 1; once a query head."""
+    """What group g's denominators start from: a sink's own weight, 1 for each query head, split over the lanes."""
     counts = at.refs.sink[g] > LOWEST
     row = lax.broadcasted_iota(jnp.int32, counts.shape, 0)
     return jnp.where(counts & (row < at.plan.M // at.plan.tokens_per_row), 1 / LANES, 0.0)
@@ -129,7 +129,7 @@ def _write_row(at: Iteration, cell: Cell, outs, sums, tops) -> None:
 
 
 def _balanced_sum(parts):
-    """A balanced sum: its chain is log2 as long as a running one's."""
+    """The sum as a balanced tree: its dependency chain is the logarithm of a running sum's."""
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + parts[len(parts) & ~1 :]
     return parts[0]
@@ -141,7 +141,7 @@ def _repeat_lanes(x, width):
 
 
 def _add_rows_to_lanes(tiles, x, offset: int) -> None:
-    """Adds x [rows, 128], the same in all lanes, to `tiles` [1, 128 or less] of lanes: x[r] in lane offset + r."""
+    """Adds x [rows, 128], the same in all lanes, to a row of lanes in `tiles` of [1, 128]: x[r] to lane offset + r."""
     for i in range(offset // LANES, pl.cdiv(offset + x.shape[0], LANES)):
         first = max(0, (i * LANES - offset) // SUBLANES * SUBLANES)
         part = x[first : (i + 1) * LANES - offset, : tiles[i].shape[1]]

@@ -1,4 +1,4 @@
-"""What the decode kernel fetches from HBM: a pure function of a plan and the lengths, for reports and tests."""
+"""Counts the bytes and DMAs that the decode kernel fetches from HBM for given lengths; for reports and tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class PageTraffic(NamedTuple):
 
 
 def page_traffic(plan: LaunchPlan, lengths, starts=None, *, unit: int | None = None) -> PageTraffic:
-    """The decode kernel's copies of pages; those of the query and the output, a few per sequence, are not counted.
+    """The decode kernel's copies of pages for sequences of `lengths`.
+
+    Copies of the query and the output, a few for each sequence, are not counted.
 
     A page that holds a live token is copied once, whole but at the ends of its sequence: of the last page the rows up
     to the last live one, of the first those from the first live one, in units of `unit` rows. A copy is of all kv
@@ -52,13 +54,13 @@ def page_traffic(plan: LaunchPlan, lengths, starts=None, *, unit: int | None = N
 
 
 def live_bytes(plan: LaunchPlan, lengths, starts=None) -> int:
-    """Bytes of the K and V that are attended to, and of their scales: the least that any kernel reads."""
+    """Bytes of live K and V, and of their scales: the least that any kernel reads."""
     first, end = live_span(plan, lengths, starts)
     return int((end - first).sum()) * bytes_per_token(plan)
 
 
 def live_span(plan: LaunchPlan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
-    """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none.
+    """(first live token, one past the last) of each sequence, both int64 [B]; equal where it has none.
 
     With several new tokens, from where the first's span begins to where the last's ends.
     """

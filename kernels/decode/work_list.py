@@ -1,4 +1,4 @@
-"""The scalar side of the decode kernel: which pages make a cell, and where in the rings a step lives.
+"""The decode kernel's work as a flat list: which pages make a cell, and which ring slots a step uses.
 
 Nothing here branches: the work of the next step's copies is scheduled among this step's vector instructions.
 """
@@ -21,7 +21,10 @@ _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn
 
 
 class Cell(NamedTuple):
-    """Up to `pages_per_cell` pages of one sequence. `start` and `end` count tokens from the cell's first."""
+    """Up to `pages_per_cell` consecutive pages of one sequence: the unit of work. The last step has empty ones.
+
+    `start` and `end` count tokens from the cell's first.
+    """
 
     b: jax.Array  # the sequence; B where there is none
     is_first: jax.Array  # of its sequence
@@ -40,6 +43,7 @@ class Cell(NamedTuple):
         return cls(div(packed, 4), (packed & 1) != 0, (packed & 2) != 0, end, column, rows, start)
 
     def store(self, ref, slot, c: int, plan: LaunchPlan) -> None:
+        """Notes it in SMEM as the cell `c` of the step in `slot`."""
         at = slot * (plan.C * NUM_FIELDS)
         packed = self.b * 4 + jnp.where(self.is_first, 1, 0) + jnp.where(self.is_last, 2, 0)
         fields = (packed, self.end, self.column, self.rows, self.start)
@@ -57,9 +61,10 @@ class Cell(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of step s: `here` in K's and V's rings of `ahead` + 1 buffers, `cells` in the ring of `ahead` + 2 notes.
+    """The slots of one step s in the ring buffers.
 
-    What comes with K and is used a step later, scales of V or V itself, is in a ring like the notes'.
+    `here`: in the rings of `ahead` + 1 buffers of K, and of V. `cells`: in the ring of `ahead` + 2 notes of cells. What
+    is fetched with K and used a step later (V's scales, or V itself) lies in a ring of `ahead` + 2 too.
     """
 
     here: jax.Array
@@ -68,6 +73,7 @@ class Ring:
 
     @classmethod
     def start(cls, plan: LaunchPlan) -> Ring:
+        """Those of step 0."""
         return cls(jnp.int32(0), jnp.int32(0), plan.sizes.steps_ahead)
 
     def of_values(self, plan: LaunchPlan):
@@ -75,18 +81,19 @@ class Ring:
         return self.cells if plan.values_with_keys else self.here
 
     def plus(self, by: int) -> Ring:
-        """Step s + by's."""
+        """Those of step s + by."""
         wrap = lambda slot, size: slot if by % size == 0 else _wrap_slot(slot + by % size, size)
         return Ring(wrap(self.here, self.ahead + 1), wrap(self.cells, self.ahead + 2), self.ahead)
 
 
 def _wrap_slot(slot, size: int):
+    """A slot of 0 to 2 * size - 1, modulo size, without a division."""
     return jnp.where(slot >= size, slot - size, slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkList:
-    """One core's sequences that are not empty, by number in SMEM, and the cells that they make."""
+    """The sequences that one core works on: their numbers are in SMEM (`Refs.work`), empty ones left out."""
 
     plan: LaunchPlan
     refs: Refs
@@ -207,9 +214,11 @@ class WorkList:
             given(self.refs.pages)[slot] = pages
 
     def pages_of(self, slot):
+        """How many pages the step in this slot fetches scales of."""
         return given(self.refs.pages)[slot]
 
     def tiles_of(self, slot):
+        """How many tiles of K the step in this slot fetches."""
         return self.refs.tiles[slot]
 
     def has_step(self, slot):

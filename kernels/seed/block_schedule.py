@@ -11,7 +11,10 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class BlockSchedule:
-    """Which block follows which, and what a block holds. b, h and i are absolute: sequence, kv head, block."""
+    """Which block a core computes after which, and the pages of each.
+
+    b, h and i number the sequence, the kv head and the block in the whole launch, not in the core's part of it.
+    """
 
     lengths_ref: jax.Array
     batch_size: int

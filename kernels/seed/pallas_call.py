@@ -1,4 +1,4 @@
-"""Launches the kernel bodies over stored, stacked pools."""
+"""Launches the seed's kernel bodies over stored, stacked pools."""
 
 from __future__ import annotations
 

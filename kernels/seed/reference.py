@@ -1,4 +1,4 @@
-"""Paged attention in a dozen lines of JAX: what the kernels compute, gathered whole."""
+"""`ref_paged_attention`: the plain reference, which gathers all pages and attends in a dozen lines of JAX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ref_paged_attention(
     attn_logits_soft_cap=None,
     sliding_window=None,
 ):
-    """Attention of one query token a sequence over its pages, the plain reference: clear, not fast.
+    """The plain reference of paged attention, one query token of each sequence: clear, not fast.
 
     softmax(cap(q k^T)) v over a sequence's live tokens, in f32; the query is not scaled. It gathers every page of
     the table, so its memory grows with B x S x P.

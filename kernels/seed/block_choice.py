@@ -1,4 +1,4 @@
-"""How a seed kernel's launch is cut: sequences a launch, pages a block, and what two cores share; and the checks of it."""
+"""How a seed kernel's launch is cut: sequences a launch, pages a block, what two cores share; and the checks of it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def plan_of(s: Settings, target):
     from paged_dist import CacheSpec
     from paged_dist.kernels import BlockSizes
     from paged_dist.kernels.attention.checks import check_pools
-    from paged_dist.kernels.decode import launch_plan as decode_plan
+    from paged_dist.kernels.decode import plan_choice
     from paged_dist.launch.serving.synthetic import input_dtype
 
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
@@ -144,9 +144,9 @@ def plan_of(s: Settings, target):
         scales,
     )
     sizes = None if s.block_sizes is None else BlockSizes(*s.block_sizes)
-    plan = decode_plan.make_plan(problem, target, sizes, sliding_window=s.sliding_window)
-    decode_plan.check_block_sizes(plan)
-    decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
+    plan = plan_choice.make_launch_plan(problem, target, sizes, sliding_window=s.sliding_window)
+    plan_choice.check_block_sizes(plan)
+    plan_choice.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
 
 
@@ -157,8 +157,7 @@ def report_ours(s: Settings, mesh, plan) -> dict:
 
     from paged_dist import CacheSpec
     from paged_dist.cache.head_padding import cut_heads, pad_heads
-    from paged_dist.kernels.decode import launch_plan as decode_plan
-    from paged_dist.kernels.decode import traffic as decode_cost
+    from paged_dist.kernels.decode import plan_choice, traffic
     from paged_dist.kernels.decode.api import decode_stored_pages
     from paged_dist.kernels.scale_layout import scale_rows
     from paged_dist.launch.planning.absent_chips import timed_compile
@@ -189,20 +188,20 @@ def report_ours(s: Settings, mesh, plan) -> dict:
         )
         return cut_heads(output, spec)
 
-    rows = min(p.batch, decode_plan.rows_per_launch(plan))
+    rows = min(p.batch, plan_choice.rows_per_launch(plan))
     launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
     return {
         "block_sizes": dataclasses.asdict(plan.sizes),
         "vmem_planned": launch.vmem_bytes,
         "smem_planned": launch.smem_bytes,
-        **_counted(decode_cost.copies(plan, s.lengths), decode_cost.live_bytes(plan, s.lengths)),
+        **_counted(traffic.page_traffic(plan, s.lengths), traffic.live_bytes(plan, s.lengths)),
         **_compiled(timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
     }
 
 
 def report_jax(s: Settings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
-    from paged_dist.kernels.decode import traffic as decode_cost
+    from paged_dist.kernels.decode import traffic
     from paged_dist.launch.planning import jax_kernel
     from paged_dist.launch.planning.absent_chips import timed_compile
 
@@ -213,7 +212,7 @@ def report_jax(s: Settings, mesh, plan) -> dict:
         "megacore_mode": op.keywords["megacore_mode"],
         "vmem_planned": None,
         "smem_planned": jax_kernel.smem_bytes(plan, pages),
-        **_counted(jax_kernel.copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
+        **_counted(jax_kernel.copies(plan, s.lengths, pages), traffic.live_bytes(plan, s.lengths)),
         **_compiled(timed_compile(mesh, op, *arrays), plan),
     }
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.tpu import TpuInfo
 
 # A kernel's only result, pinned to HBM and returned by the program, is copied by the compiler of jax 0.10. One of two
 # results is not. (libtpu 0.0.42 copies, 0.0.50 of jax 0.12 does not; versions between them were not tried.)
@@ -133,3 +137,31 @@ def detect_cluster(timeout_seconds: float) -> tuple[str, str | None, int, int] |
             )
             return cluster.name, address, num_processes, cluster.get_process_id()
     return None
+
+
+def attached_tpu_info(device) -> TpuInfo | None:
+    """jax's own figures of the chip that `device` is (a jax device or a description of one), each for one core.
+
+    None where this host has no such TPU. What it has none of is not asked for: jax answers for the device in use.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    kind = getattr(device, "device_kind", "")
+    if not kind.startswith("TPU") or not backends_are_initialized() or jax.default_backend() != "tpu":
+        return None
+    own = jax.devices()[0]
+    cores = getattr(device, "num_cores", None)
+    if own.device_kind != kind or cores not in (None, getattr(own, "num_cores", None)):
+        return None
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError:  # a chip that this jax has no figures of
+        return None
+
+
+def tpu_info_of(chip: str, num_cores: int) -> TpuInfo | None:
+    """jax's figures of a generation, 'v5p' say, whose devices have `num_cores` cores; None where it knows none."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    version = {str(version): version for version in pltpu.ChipVersion}.get(chip)
+    return None if version is None else pltpu.get_tpu_info_for_chip(version, num_cores)

@@ -22,7 +22,7 @@ from paged_dist._compat import lowering_for
 from paged_dist._errors import require
 from paged_dist.describe import mesh_facts
 from paged_dist.kernels.attention.checks import check_pools
-from paged_dist.kernels.decode import launch_plan as decode_plan
+from paged_dist.kernels.decode import plan_choice
 from paged_dist.kernels.target import Target
 from paged_dist.kernels.tiling import LANES
 from paged_dist.launch.planning import hlo_text, sizing
@@ -234,9 +234,9 @@ def launch_of(s: Settings, sizes: Sizes, mesh) -> dict:
         scales,
         scales,
     )
-    plan = decode_plan.make_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
-    decode_plan.check_block_sizes(plan)
-    most = decode_plan.rows_per_launch(plan)
+    plan = plan_choice.make_launch_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
+    plan_choice.check_block_sizes(plan)
+    most = plan_choice.rows_per_launch(plan)
     part = dataclasses.replace(plan, problem=problem.replace(batch=min(rows, most)))
     return {
         "rows": min(rows, most),

@@ -34,7 +34,11 @@ from paged_dist.launch.common.chips import chip_of_topology, slice_of
 from paged_dist.launch.common.local_processes import MOST_DEVICES, MOST_PROCESSES, dies_with_parent, launcher_command
 from paged_dist.launch.common.run_program import UsageError, run_program
 from paged_dist.launch.common.start_jax import start_jax, watchdog
-from paged_dist.launch.planning import sizing
+from paged_dist.launch.planning import plan_flags, sizing
+from paged_dist.launch.planning.absent_chips import absent_pod_mesh
+from paged_dist.launch.planning.fitting import checked_sizes
+from paged_dist.launch.planning.plan_text import problems
+from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.serving import run_setup, workload_flags
 from paged_dist.launch.serving.workload import Request, repeated
 from paged_dist.mesh.devices import place_of
@@ -134,7 +138,7 @@ def check_flags() -> None:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is of local pods", "not with --plan or --sizes")
     if PLAN.value is not None:
         chips = [chip_of_topology(topology, "--plan") for topology in PLAN.value]
-        plan.check_hbm_gib(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
+        plan_flags.check_hbm_flag_of(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
     flag_checks.check_output(shared_flags.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")
@@ -161,7 +165,7 @@ def points_of(sizes: list[tuple[int, dict]]) -> list[Point]:
     """
     sizes = sorted(sizes, key=lambda item: (item[0], item[1].get("topology") or ""))
     context, kv_heads, smallest = shared_flags.CONTEXT.value or 1, shared_flags.NUM_KV_HEADS.value, sizes[0][0]
-    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
+    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan_flags.NUM_SLICES.value // context))
     for size, _ in sizes:
         require(
             size % (context * model) == 0,
@@ -459,39 +463,37 @@ def _sizes_here(devices: list) -> list[int]:
 # Plans
 
 
-def settings_of(points: list[Point]) -> dict[Point, sizing.Settings]:
+def settings_of(points: list[Point]) -> dict[Point, PodSettings]:
     """What to plan, point by point."""
     found = {}
     for p in points:
         shape = dict(zip(("data", "context", "model"), p.mesh, strict=True))
-        s = plan.settings_from_flags(p.topology)
+        s = plan_flags.pod_settings_from_flags(p.topology)
         found[p] = dataclasses.replace(s, **shape, batch=p.batch // p.times, times=p.times)
     step = math.lcm(*(p.mesh[0] // math.gcd(p.mesh[0], p.times) for p in points))
     return {p: dataclasses.replace(s, batch_step=step) for p, s in found.items()}
 
 
-def fits_all(
-    settings: dict[Point, sizing.Settings], meshes: dict[Point, object]
-) -> Callable[[Mapping[str, int]], bool]:
+def fits_all(settings: dict[Point, PodSettings], meshes: dict[Point, object]) -> Callable[[Mapping[str, int]], bool]:
     """Whether changed settings fit every point: what is advised of one must hold for the others."""
     return lambda changes: all(
         sizing.fits_with(s, meshes[p], chip_of_topology(p.topology), changes) for p, s in settings.items()
     )
 
 
-def run_plans(settings: dict[Point, sizing.Settings], fits, say) -> int:
-    """Projects what is due; `fits`: as in `plan.plan`."""
+def run_plans(settings: dict[Point, PodSettings], fits, say) -> int:
+    """Projects what is due; `fits`: as in `plan.plan_record`."""
     requests = next(iter(settings.values())).requests
     sweep = Sweep(list(settings), say, list(requests))
     for point in sweep.due():
         say(str(point))
         s = settings[point]
         try:
-            r = plan.plan(s, fits)
+            r = plan.plan_record(s, fits)
         except (ValueError, NotImplementedError, RuntimeError) as e:
             say(f"error: {point}: {e}")
             return 1
-        for problem in plan.problems(r):
+        for problem in problems(r):
             say(f"error: {point}: {problem}")
             return 1
         floor = r["floor"]
@@ -535,7 +537,7 @@ def main(argv) -> int:
     return run_here(model, requests, workload)
 
 
-def planned() -> tuple[dict[Point, sizing.Settings], Callable[[Mapping[str, int]], bool]]:
+def planned() -> tuple[dict[Point, PodSettings], Callable[[Mapping[str, int]], bool]]:
     """The settings of every slice of --plan, checked, and whether changed ones fit them all.
 
     Raises:
@@ -545,12 +547,12 @@ def planned() -> tuple[dict[Point, sizing.Settings], Callable[[Mapping[str, int]
 
     names = dict.fromkeys(slice_of(t, "--plan").topology for t in PLAN.value)
     settings = settings_of(
-        points_of([(len(topology_devices(t, plan.NUM_SLICES.value)), {"topology": t}) for t in names])
+        points_of([(len(topology_devices(t, plan_flags.NUM_SLICES.value)), {"topology": t}) for t in names])
     )
-    meshes = {p: plan.mesh_of(s) for p, s in settings.items()}
+    meshes = {p: absent_pod_mesh(s) for p, s in settings.items()}
     fits = fits_all(settings, meshes)
     for p, s in settings.items():
-        plan.checked_sizes(s, meshes[p], chip_of_topology(p.topology), None, fits)
+        checked_sizes(s, meshes[p], chip_of_topology(p.topology), None, fits)
     return settings, fits
 
 

@@ -12,9 +12,11 @@ import flagsaver
 import pytest
 from aot import needs_libtpu
 
-from paged_dist.launch import scaling
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.sweeps import scaling_report
+from paged_dist.launch.scaling import SCALING_PROGRAM
+from paged_dist.launch.sweeps import absent_pods, scaling_report, sub_meshes, sweep_flags
+from paged_dist.launch.sweeps.points import SweepSize, points_of
+from paged_dist.launch.sweeps.sweep_rows import SweepRows
 from paged_dist.mesh.topology import topology_devices
 
 LIMIT = 120  # seconds, for one sweep
@@ -25,7 +27,7 @@ SMALL += ["--oracle_samples=2"]
 def points(sizes, *arguments):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of([(n, {}) for n in sizes])
+        return points_of([SweepSize(n) for n in sizes])
 
 
 def test_strong_points_do_the_same_work_and_weak_ones_the_same_a_device():
@@ -62,7 +64,7 @@ def test_a_sweep_that_does_not_divide_is_refused(sizes, arguments, message):
 def key(*arguments, point=0, origin=("jax 1", "commit", {"cpu": 2}, 77)):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of([(1, {}), (2, {})])[point].key(list(origin))
+        return points_of([SweepSize(1), SweepSize(2)])[point].key(list(origin))
 
 
 def test_a_row_is_known_by_its_point_the_work_and_its_origin_and_not_by_where_it_goes():
@@ -147,7 +149,7 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
     monkeypatch.setattr(scaling_report, "figure", lambda rows: Figure())
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", f"--output={rows}", f"--plot={tmp_path}/rows.svg"])
-        sweep = scaling.Sweep([], said.append, [])
+        sweep = SweepRows(SCALING_PROGRAM, [], said.append, [])
         sweep.points, sweep.done = ["one"], {"one": row("strong", 2, 150.0) | {"key": "mine"}}
         with open("/dev/full" if fails == "stdout" else os.devnull, "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
@@ -184,7 +186,7 @@ def test_measured_and_projected_are_never_in_one_line_style():
 )
 def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
     devices = list(topology_devices(topology))
-    chosen = scaling.sub_devices(devices, size)
+    chosen = sub_meshes.sub_devices(devices, size)
     assert len(set(chosen)) == size and devices[0] in chosen
     extent = [len({d.coords[i] for d in chosen}) for i in range(3)]
     assert sorted(extent) == sorted(box)
@@ -204,15 +206,15 @@ def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
 def test_the_sizes_there_are_by_default_are_those_of_which_there_is_a_sub_mesh(topology, slices, sizes):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling"])
-        assert scaling._sizes_here(list(topology_devices(topology, slices))) == sizes
+        assert sub_meshes.sub_mesh_sizes(list(topology_devices(topology, slices))) == sizes
 
 
 @needs_libtpu
 def test_a_size_that_is_no_box_is_refused():
     with pytest.raises(ValueError, match="--sizes=3: no box of so many devices"):
-        scaling.sub_devices(list(topology_devices("v5p:4x4x4")), 3)
+        sub_meshes.sub_devices(list(topology_devices("v5p:4x4x4")), 3)
     with pytest.raises(ValueError, match="--sizes=3: there are 2 devices"):
-        scaling.sub_devices([SimpleNamespace(coords=None)] * 2, 3)
+        sub_meshes.sub_devices([SimpleNamespace(coords=None)] * 2, 3)
 
 
 @needs_libtpu
@@ -231,8 +233,8 @@ def test_advice_for_one_slice_of_a_plan_fits_all_when_given_back(slices, argumen
     def check(*more):
         with flagsaver.flagsaver():
             flags.FLAGS(["scaling", f"--plan={slices}", *arguments, *more])
-            scaling.check_flags()
-            return scaling.planned()
+            sweep_flags.check_sweep_flags()
+            return absent_pods.plan_sweep()
 
     with pytest.raises(ValueError, match="--") as e:
         check()

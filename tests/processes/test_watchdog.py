@@ -31,11 +31,11 @@ from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_act
 from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Judge, Place
 from paged_dist.cluster.watchers import Spoke
 from paged_dist.cluster.wire import Peer, encoded
-from paged_dist.launch import compare
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import record_output, shared_flags
 from paged_dist.launch.common.local_processes import pod_environment, reserve_port
 from paged_dist.launch.common.start_jax import start_jax, watchdog
+from paged_dist.launch.comparison.rows import read_rows
 
 # What process 0 judges, on a clock of the test's own
 
@@ -998,7 +998,7 @@ def test_a_full_disk_ends_all_with_1_and_costs_no_line_but_its_own(tmp_path):
     text = (tmp_path / "out.jsonl").read_text()
     assert text.startswith(whole) and "\n" not in text[len(whole) :]
     record_output.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
-    rows, warning = compare.read_rows(str(tmp_path / "out.jsonl"))
+    rows, warning = read_rows(str(tmp_path / "out.jsonl"))
     assert rows == [json.loads(whole), {"after": 1}] and "line 2: not JSON" in warning
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from paged_dist.launch import compare
+from paged_dist.launch.comparison import rank_statistics, record
 
 MODULE = [sys.executable, "-P", "-m", "paged_dist.launch.compare"]
 LIMIT = 60  # seconds
@@ -92,7 +92,7 @@ def test_p_is_that_of_every_split_of_the_runs(n_a, n_b, kinds):
         seen = off[:n_a].sum()
         splits = [sum(chosen) for chosen in itertools.combinations(off, n_a)]
         want = np.mean([abs(x) >= abs(seen) - 1e-9 for x in splits])
-        p, above = compare.rank_test(pooled[:n_a], pooled[n_a:])
+        p, above = rank_statistics.rank_test(pooled[:n_a], pooled[n_a:])
         assert p == pytest.approx(want, abs=1e-12)
         assert above == (0 if abs(seen) < 1e-9 else -np.sign(seen))
 
@@ -114,12 +114,12 @@ def test_critical_values_are_those_of_published_tables(n_a, n_b, most):
         return [x for _, x in a], b
 
     for u, significant in ((most, True), (most + 1, False)):
-        p, above = compare.rank_test(*runs_with(u))
-        assert (p <= compare.ALPHA) == significant and above == -1
+        p, above = rank_statistics.rank_test(*runs_with(u))
+        assert (p <= rank_statistics.ALPHA) == significant and above == -1
     rng = np.random.default_rng(n_a)
     a, b = rng.random(n_a) + 1, rng.random(n_b) + 1
     ratios = sorted(y / x for x in a for y in b)
-    assert compare.ratio_interval(a, b) == pytest.approx((ratios[most], ratios[-most - 1]))
+    assert rank_statistics.ratio_interval(a, b) == pytest.approx((ratios[most], ratios[-most - 1]))
 
 
 def test_normal_approximation_agrees_with_the_exact_test_where_it_takes_over(monkeypatch):
@@ -127,13 +127,46 @@ def test_normal_approximation_agrees_with_the_exact_test_where_it_takes_over(mon
     for decimals in (1, 9):  # tied, not tied
         a = np.round(rng.normal(3.0, 0.3, 55), decimals)
         b = np.round(rng.normal(3.1, 0.3, 55), decimals)
-        monkeypatch.setattr(compare, "_EXACT_COST", 1e8)
-        exact, spread = compare.rank_test(a, b), compare.ratio_interval(a, b)
-        monkeypatch.setattr(compare, "_EXACT_COST", 0)
-        near, near_spread = compare.rank_test(a, b), compare.ratio_interval(a, b)
+        monkeypatch.setattr(rank_statistics, "_EXACT_COST", 1e8)
+        exact, spread = rank_statistics.rank_test(a, b), rank_statistics.ratio_interval(a, b)
+        monkeypatch.setattr(rank_statistics, "_EXACT_COST", 0)
+        near, near_spread = rank_statistics.rank_test(a, b), rank_statistics.ratio_interval(a, b)
         assert 0.01 < exact[0] < 0.5
         assert near == (pytest.approx(exact[0], rel=0.02), exact[1])
         assert near_spread == pytest.approx(spread, rel=2e-3)
+
+
+# n_a, n_b, distinct values, b's shift, and what this project's own statistics said before scipy's took their place:
+# p, the direction, the interval of the ratio. With and without ties; from 70 + 80 runs on by the normal approximation.
+BEFORE_SCIPY = [
+    (4, 4, 211, 70.25, 0.2, 1, 0.7181978798586572, 3.5325),
+    (4, 4, 5, 2.0, 0.08571428571428572, 1, 0.9902912621359223, 1.06),
+    (3, 6, 4, 1.0, 0.05952380952380952, 1, 1.0, 1.04),
+    (8, 8, 211, 60.5, 0.03791763791763792, 1, 1.0202702702702702, 2.265),
+    (8, 8, 6, 2.0, 0.06418026418026418, 1, 1.0, 1.0392156862745099),
+    (12, 9, 211, -50.25, 0.24690912802367912, -1, 0.4991319444444444, 1.1575),
+    (12, 9, 7, -2.0, 0.058690844758956216, -1, 0.9611650485436893, 1.0),
+    (20, 20, 211, 35.5, 0.042984632900965054, 1, 1.0096153846153846, 1.4875776397515528),
+    (20, 20, 9, 2.0, 0.022341598677624214, 1, 1.0, 1.0380952380952382),
+    (40, 35, 211, 25.5, 0.07170817231042617, 1, 0.9887387387387387, 1.322289156626506),
+    (40, 35, 13, 2.0, 0.017068291826777236, 1, 1.0, 1.0384615384615385),
+    (60, 60, 211, 30.5, 0.004597113200663697, 1, 1.0496031746031746, 1.314516129032258),
+    (60, 60, 3, 0.0, 1.0, 0, 1.0, 1.0),
+    (70, 80, 211, 25.5, 0.009600740335128241, 1, 1.0329861111111112, 1.260752688172043),
+    (70, 80, 20, 2.0, 0.02056119746065418, 1, 1.0, 1.0392156862745099),
+    (150, 150, 5, 0.0, 0.8098466899775462, 1, 1.0, 1.0),
+    (100, 100, 1, 0.0, 1.0, 0, 1.0, 1.0),
+    (5, 5, 1, 0.0, 1.0, 0, 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "kinds", "shift", "p", "above", "low", "high"), BEFORE_SCIPY)
+def test_statistics_are_those_from_before_scipy_s(n_a, n_b, kinds, shift, p, above, low, high):
+    runs = lambda n, shift: [100.0 + 61 * i % 211 % kinds + shift for i in range(n)]
+    a, b = runs(n_a, 0.0), runs(n_b + 3, shift)[3:]
+    assert rank_statistics.rank_test(a, b) == (pytest.approx(p, rel=1e-12), above)
+    assert rank_statistics.rank_test(b, a) == (pytest.approx(p, rel=1e-12), -above)
+    assert rank_statistics.ratio_interval(a, b) == (low, high)
 
 
 def heavy_tailed(rng, n):
@@ -145,7 +178,8 @@ def heavy_tailed(rng, n):
 def test_runs_without_a_difference_are_noise_but_for_five_percent(n_a, n_b, level):
     draws, rng = 2000 if n_a < 25 else 300, np.random.default_rng([n_a, n_b])
     found = sum(
-        compare.rank_test(heavy_tailed(rng, n_a), heavy_tailed(rng, n_b))[0] <= compare.ALPHA for _ in range(draws)
+        rank_statistics.rank_test(heavy_tailed(rng, n_a), heavy_tailed(rng, n_b))[0] <= rank_statistics.ALPHA
+        for _ in range(draws)
     )
     error = np.sqrt(level * (1 - level) / draws)
     assert level - 4 * error < found / draws < level + 4 * error
@@ -157,9 +191,9 @@ def test_interval_holds_the_true_ratio_and_goes_with_the_test(n_a, n_b):
     rng, held = np.random.default_rng([7, n_a, n_b]), 0
     for _ in range(1000):
         a, b = heavy_tailed(rng, n_a), 1.03 * heavy_tailed(rng, n_b)
-        low, high = compare.ratio_interval(a, b)
+        low, high = rank_statistics.ratio_interval(a, b)
         held += low < 1.03 < high
-        assert (low < 1 < high) == (compare.rank_test(a, b)[0] > compare.ALPHA)
+        assert (low < 1 < high) == (rank_statistics.rank_test(a, b)[0] > rank_statistics.ALPHA)
     assert 935 <= held <= 990
 
 
@@ -168,7 +202,7 @@ def test_ten_percent_are_found_in_six_runs_of_two_percent_noise(direction):
     rng = np.random.default_rng(3)
     for _ in range(50):
         noisy = lambda centre: [ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)]
-        r = compare.compare_metric("step_ms_p50", noisy(10.0), noisy(10 * 1.1**direction))
+        r = record.compare_metric("step_ms_p50", noisy(10.0), noisy(10 * 1.1**direction))
         assert r["verdict"] == ("slower" if direction == 1 else "faster")
         assert r["ratio"] == pytest.approx(1.1**direction, rel=0.04)
         assert r["spread"][0] < r["ratio"] < r["spread"][1]
@@ -189,10 +223,10 @@ def test_ten_percent_are_found_in_six_runs_of_two_percent_noise(direction):
     ],
 )
 def test_runs_needed_are_the_fewest_that_could_ever_tell(have, need):
-    assert compare.runs_needed(*have) == need
+    assert rank_statistics.runs_needed(*have) == need
     apart = lambda n: (np.arange(n[0]), 100.0 + np.arange(n[1]))
-    assert compare.rank_test(*apart(need))[0] <= compare.ALPHA
-    assert have == need or compare.rank_test(*apart(have))[0] > compare.ALPHA
+    assert rank_statistics.rank_test(*apart(need))[0] <= rank_statistics.ALPHA
+    assert have == need or rank_statistics.rank_test(*apart(have))[0] > rank_statistics.ALPHA
 
 
 @pytest.mark.parametrize(
@@ -211,8 +245,8 @@ def test_runs_needed_are_the_fewest_that_could_ever_tell(have, need):
 )
 def test_the_better_direction_follows_the_unit(metric, above, below):
     low, high = ([{metric: v + i} for i in range(4)] for v in (1, 11))
-    assert compare.compare_metric(metric, low, high)["verdict"] == above
-    assert compare.compare_metric(metric, high, low)["verdict"] == below
+    assert record.compare_metric(metric, low, high)["verdict"] == above
+    assert record.compare_metric(metric, high, low)["verdict"] == below
 
 
 # What is told
@@ -353,8 +387,8 @@ def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
 
 def test_flags_as_a_list_are_told_one_by_one():
     a, b = ([ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"])))
-    assert compare.differences(a, b) == {"flags.nocheck": [["-"], [""]]}
-    assert compare.differences(rows([1], flags="-x"), rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
+    assert record.differences(a, b) == {"flags.nocheck": [["-"], [""]]}
+    assert record.differences(rows([1], flags="-x"), rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
 
 
 def test_groups_are_told_apart_and_those_of_one_file_listed(run):
@@ -511,20 +545,30 @@ def test_exit_codes_of_the_program(tmp_path):
     )
 
 
-def test_nothing_of_it_imports_jax_unless_it_writes(tmp_path):
-    """The file is loaded by itself: its package imports jax before it, whatever it does."""
+TREE = pathlib.Path(compare.__file__).resolve().parent.parent
+
+
+def test_its_own_modules_import_neither_jax_nor_the_package_unless_it_writes(tmp_path):
+    """As `launch.compare`, for the package `paged_dist` imports jax, whatever is imported from it."""
+    (tmp_path / "few.jsonl").write_text(lines(rows([1000] * 3)))
     (tmp_path / "a.jsonl").write_text(lines(rows([1000] * 4)))
-    source = pathlib.Path(compare.__file__).resolve()
     script = f"""
-import runpy, sys
-main = runpy.run_path({os.fspath(source)!r}, run_name="alone")["main"]
+import sys
+sys.path.insert(0, {str(TREE)!r})
+from launch.compare import main
+loaded = lambda *names: print("loaded", [name for name in names if name in sys.modules])
+assert main(["few.jsonl", "few.jsonl"]) == 0
+loaded("jax", "jaxlib", "absl", "paged_dist", "scipy")
 assert main(["a.jsonl", "a.jsonl"]) == 0
-print(sorted({{"jax", "jaxlib", "absl", "paged_dist"}} & set(sys.modules)))
+loaded("jax", "jaxlib", "absl", "paged_dist", "scipy")
 assert main(["a.jsonl", "a.jsonl", "--output=out.jsonl"]) == 0
-print(sorted({{"jax", "paged_dist"}} & set(sys.modules)))
+loaded("jax", "paged_dist")
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line[0:1] == "["] == ["[]", "['jax', 'paged_dist']"]
+    told = [line for line in done.stdout.splitlines() if line.startswith("loaded")]
+    assert told == ["loaded []", "loaded ['scipy']", "loaded ['jax', 'paged_dist']"]
+    tree = [sys.executable, "-m", "launch.compare", str(tmp_path / "few.jsonl"), str(tmp_path / "a.jsonl")]
+    assert subprocess.run(tree, cwd=TREE, capture_output=True, timeout=LIMIT).returncode == 0

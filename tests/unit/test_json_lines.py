@@ -11,8 +11,9 @@ import threading
 
 import pytest
 
-from paged_dist.launch import compare, scaling
 from paged_dist.launch.common import record_output
+from paged_dist.launch.comparison.rows import read_rows
+from paged_dist.launch.sweeps.sweep_rows import rows_in_file
 
 OTHERS = b'{"benchmark": "scaling", "of": "another"}\n'
 
@@ -83,11 +84,11 @@ def test_a_full_disk_is_an_error_and_costs_one_line(path, monkeypatch, takes):
     record_output.append_json_line(str(path), {"benchmark": "scaling", "c": 3})
     first, *broken, last = path.read_bytes().splitlines(keepends=True)
     assert first == OTHERS and all(line.startswith(b'{"a": 1') for line in broken) and json.loads(last)["c"] == 3
-    rows, warning = compare.read_rows(str(path))
+    rows, warning = read_rows(str(path))
     which = "2, 3" if takes[-1] is None else "2"
     assert len(rows) == 2 and warning == f"{path}: line {which}: not JSON (half-written?), left out"
     said = []
-    assert [r.get("c") for r in scaling.rows_of(str(path), said.append)] == [None, 3]
+    assert [r.get("c") for r in rows_in_file(str(path), said.append)] == [None, 3]
     assert said == [f"warning: {path}: line {n}: not JSON (half-written?), left out" for n in which.split(", ")]
 
 

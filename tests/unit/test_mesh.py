@@ -22,7 +22,7 @@ from slices import crossings, groups_along, partitions
 
 from paged_dist.cache import CacheSpec
 from paged_dist.describe import describe_mesh, mesh_facts
-from paged_dist.launch.scaling import sub_devices
+from paged_dist.launch.sweeps.sub_meshes import sub_devices
 from paged_dist.mesh import make_pod_mesh
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.mesh.devices import memory_limit, place_of, slice_of

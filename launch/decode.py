@@ -110,6 +110,23 @@ def sayer(name: str, watch: Watchdog) -> Callable[[str], None]:
     return say
 
 
+def _compile_part(run: DecodeRun, watch: Watchdog, say: Callable[[str], None]) -> tuple[Engine, RowSchedule]:
+    """This process's part of the run: the programs, compiled and warmed up, and the schedule that feeds them."""
+    m, requests = run.model, run.requests
+    batch, columns = run.pool.batch, run.pages_per_sequence
+    watch.phase("compile")
+    with _as_usage_errors((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
+        engine = Engine(m, run.spec, run.mesh, batch, columns, shared_flags.IMPLEMENTATION.value)
+        allocator = PageAllocator(run.spec, run.mesh, batch, columns)
+        checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared_flags.SEED.value)
+        schedule = RowSchedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
+    say(describe_mesh(run.mesh).partition("\n")[0])
+    say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
+    engine.compile()
+    engine.warm_up()
+    return engine, schedule
+
+
 def measure_run(
     run: DecodeRun,
     watch: Watchdog,
@@ -132,22 +149,10 @@ def measure_run(
     measured = results = None
     ctrl_c = CtrlC(DECODE_PROGRAM.name)
     takes_part = any(d.process_index == jax.process_index() for d in run.mesh.devices.flat)
-    if takes_part:
-        m, requests = run.model, run.requests
-        watch.phase("compile")
-        with _as_usage_errors((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
-            engine = Engine(
-                m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared_flags.IMPLEMENTATION.value
-            )
-            allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
-            checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared_flags.SEED.value)
-            schedule = RowSchedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
-        say(describe_mesh(run.mesh).partition("\n")[0])
-        say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
-        engine.compile()
-        engine.warm_up()
+    part = _compile_part(run, watch, say) if takes_part else None
     watch.meet(f"compiled{tag}")
-    if takes_part:
+    if part is not None:
+        engine, schedule = part
         with contextlib.nullcontext() if sweep is not None else ctrl_c:
             measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
         if measured.profile_error:

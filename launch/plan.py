@@ -28,7 +28,7 @@ from paged_dist.launch.planning.fitting import compile_what_fits
 from paged_dist.launch.planning.plan_text import plan_dry_text, plan_table, problems
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.pod_step import attention_launch
-from paged_dist.launch.planning.step_facts import step_facts
+from paged_dist.launch.planning.step_facts import read_step
 from paged_dist.launch.planning.step_floor import floor_of
 from paged_dist.launch.planning.step_weights import output_heads
 from paged_dist.launch.serving import workload_flags
@@ -86,7 +86,7 @@ def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None
     mesh_s = time.perf_counter() - start
     sizes, step = compile_what_fits(s, mesh, chip, fits)
     launch = attention_launch(s, sizes, mesh)
-    found = step_facts(s, sizes, mesh, step.program)
+    found = read_step(s, sizes, mesh, step.program)
     spec, devices = sizes.spec, mesh.devices.size
     counted, workload = s.requests, s.workload
     if not counted:

@@ -30,7 +30,7 @@ def checked_sizes(
     """
 
     def holds(changes: Mapping[str, int]) -> bool:
-        changed = dataclasses.replace(s, **changes)
+        changed = s.changed(changes)
         try:
             attention_launch(changed, sizes_of(changed, mesh, chip, kept), mesh)
         except ValueError:

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jax.stages import Compiled
 
 # A tuple's type has parentheses inside: those of its arrays' tiles.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -32,6 +33,13 @@ _BYTES_OF_DTYPE = {
 }
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES_OF_DTYPE)})\[([\d,]*)\]")
 _LAID_OUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
+
+
+def program_text(program: Compiled) -> str:
+    """The text of a compiled program."""
+    text = program.as_text()
+    assert text is not None, "JAX's compilers for TPU and CPU have one"
+    return text
 
 
 def _array_bytes(types: str) -> list[int]:
@@ -200,9 +208,9 @@ def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
         within = math.prod(size for _, size in parts.values())
         return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, within))
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, order = ([int(n) for n in x.split(",")] if x else None for x in match.groups())
-        ids = np.arange(np.prod(dims)).reshape(dims)
-        return _as_groups((ids if order is None else ids.transpose(order)).reshape(shape))
+        shape, dims, order = ([int(n) for n in (x or "").split(",") if n] for x in match.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return _as_groups((ids.transpose(order) if order else ids).reshape(shape))
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
     raise ValueError(f"the groups of {name} are in a form that is not known: {text[:200]}")

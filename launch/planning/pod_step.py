@@ -67,8 +67,8 @@ def planned_step(s: PodSettings, mesh: Mesh):
         def one(carry, layer_and_weights):
             cache, x = carry
             layer, to_query, to_key, to_value, back, *mlp = layer_and_weights
-            new = (into(x, w) for w in (to_query, to_key, to_value))
-            cache, output = attend(cache, *new, lengths, tables, layer)
+            query, key, value = into(x, to_query), into(x, to_key), into(x, to_value)
+            cache, output = attend(cache, query, key, value, lengths, tables, layer)
             x = x + out_of(output, back)
             if mlp:
                 gate, up, down = mlp

@@ -109,7 +109,7 @@ def fits_with(
 ) -> bool:
     """Whether the settings, changed so, fit."""
     try:
-        return isinstance(fit(dataclasses.replace(s, **changes), mesh, chip, kept), Sizes)
+        return isinstance(fit(s.changed(changes), mesh, chip, kept), Sizes)
     except ValueError:
         return False
 

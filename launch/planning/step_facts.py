@@ -11,6 +11,7 @@ from jax.stages import Compiled
 from paged_dist._errors import require
 from paged_dist.describe import mesh_facts
 from paged_dist.launch.planning import hlo_text
+from paged_dist.launch.planning.absent_chips import program_memory
 from paged_dist.launch.planning.hlo_text import HloCollective
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.pool_copies import other_copies, pool_copies
@@ -20,9 +21,9 @@ from paged_dist.mesh.devices import slice_of
 _TORUS = {"x", "y", "z"}
 
 
-def step_facts(s: PodSettings, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> dict:
+def read_step(s: PodSettings, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> dict:
     """What a compiled step says of itself: memory, pool copies, collectives, sends, kernels. Bytes are a device's."""
-    text, memory, spec = compiled.as_text(), compiled.memory_analysis(), sizes.spec
+    text, memory, spec = hlo_text.program_text(compiled), program_memory(compiled), sizes.spec
     alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
     cache_bytes = spec.bytes_per_chip(mesh)
     copies = pool_copies(spec, mesh, text)

@@ -20,7 +20,7 @@ from paged_dist.launch.serving.row_schedule import RowSchedule, ScheduledStep
 
 CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
 DIGEST_STEPS = 64  # after so many steps the processes' allocators are compared
-_CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
+_PROMPT_CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
 
 
 @dataclasses.dataclass
@@ -106,18 +106,19 @@ class Engine:
         self._batch, self._columns = batch, pages_per_sequence
         self._at = shardings(mesh)
         # Whole pages: two chunks of one prompt may come in one call, and must not write one page.
-        self.chunk_tokens = max(1, _CHUNK_TOKENS // spec.page_size) * spec.page_size
+        self.chunk_tokens = max(1, _PROMPT_CHUNK_TOKENS // spec.page_size) * spec.page_size
         self.measured = Measured()
         data, shards = mesh.shape["data"], mesh.shape["model"]
         int32 = lambda name, *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._at[name])
-        self._tally = jax.ShapeDtypeStruct((data, shards, 2), jnp.uint32, sharding=self._at["tally"])
+        self._tally_shape = data, shards
+        tally = jax.ShapeDtypeStruct((data, shards, 2), jnp.uint32, sharding=self._at["tally"])
         tables = int32("rows", batch, pages_per_sequence)
         cache = PagedKVCache.abstract(spec, mesh)
         start = time.perf_counter()
         with lowering_for(mesh):
             self.lowered = (
                 jax.jit(benchmark_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
-                    cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
+                    cache, tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
                 ),
                 jax.jit(prefill_chunks(model, mesh, self.chunk_tokens, implementation), donate_argnums=0).lower(
                     cache, int32("chunks", CHUNKS, 4), tables
@@ -130,7 +131,7 @@ class Engine:
         start = time.perf_counter()
         self._step, self._fill = (lowered.compile() for lowered in self.lowered)
         self._cache = PagedKVCache.create(self.spec, self.mesh)
-        self._tally = self._put("tally", np.zeros(self._tally.shape, np.uint32))
+        self._tally = self._put("tally", np.zeros((*self._tally_shape, 2), np.uint32))
         jax.block_until_ready((self._cache, self._tally))
         self.measured.compile_seconds += time.perf_counter() - start
 
@@ -179,7 +180,8 @@ class Engine:
         begin = said = time.perf_counter()
         done = tokens = 0
         scheduled = next(schedule, None)
-        tables, profile = None, StepProfile(profile_dir, m)
+        profile = StepProfile(profile_dir, m)
+        tables: jax.Array | None = None
         while scheduled is not None:
             number = len(m.step_seconds)
             if watch is not None:
@@ -193,6 +195,7 @@ class Engine:
                 watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
             if scheduled.block_tables is not None:
                 tables = self._put("rows", scheduled.block_tables)
+            assert tables is not None  # a schedule's first step has them
             self._prefill(scheduled, tables)
             start = time.perf_counter()
             sample = self.dispatch(scheduled, tables)

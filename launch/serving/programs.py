@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -97,6 +98,7 @@ def benchmark_step(model: Model, mesh: Mesh, implementation: str | None = None):
                 mesh=mesh,
                 implementation=implementation,
             )
+            assert isinstance(output, jax.Array)  # not a pair, without return_lse
             tally += _partial_sums(model, output, request, position, layer, q_heads, channels, data, shards)
             by_shard = output.reshape(data, batch // data, model.num_q_heads, model.head_dim)
             chosen = jnp.arange(batch // data)[None, :] == pick[:, :1]  # [data, B / data]

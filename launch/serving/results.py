@@ -72,9 +72,10 @@ def summarise_run(
     steps = slowest(gathered["step_seconds"])
     compile_s, prefill_s, host_s, check_s, warmup_s = map(float, gathered["seconds"].max(axis=0))
     decode_s = float(steps.sum()) + host_s
-    known = [chip_of(kind) for kind in devices]
-    chips = sum(n / (chip.devices if chip else 1) for n, chip in zip(devices.values(), known, strict=True))
-    peak = None if None in known else min(chip.hbm_bytes_per_s for chip in known)
+    kinds = [chip_of(kind) for kind in devices]
+    chips = sum(n / (chip.devices if chip else 1) for n, chip in zip(devices.values(), kinds, strict=True))
+    known = [chip.hbm_bytes_per_s for chip in kinds if chip is not None]
+    peak = min(known) if len(known) == len(kinds) else None
     tokens, live = sum(measured.live_rows), sum(measured.live_tokens)
     bandwidth = live * bytes_per_token / steps.sum()
     low, high = (int(x) for x in gathered["tally"].astype(np.uint64).sum(axis=0) % 2**32)

@@ -74,7 +74,7 @@ def repeated(requests: list[Request], times: int) -> list[Request]:
     return [r._replace(id=r.id + i * len(requests)) for i in range(times) for r in requests]
 
 
-def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) -> int:
+def sequences_that_fit(requests: Sequence[Request], num_pages: int, page_size: int) -> int:
     """How many of the sequences fit together into a pool of `num_pages` pages of `page_size` tokens.
 
     In the requests' order, and from the first one again where they end, each with the whole pages of its prompt and

@@ -47,7 +47,7 @@ DECODE_PROGRAM = Program("paged-dist-decode", takes=[name for name in shared_fla
 
 @contextlib.contextmanager
 def _as_usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplementedError)):
-    """Bad values of this block end the run with one line: nothing is compiled or written in it."""
+    """An error of these kinds, in a block that compiles and writes nothing, is one of usage: one line, exit code 2."""
     try:
         yield
     except kinds as e:
@@ -55,8 +55,12 @@ def _as_usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplem
 
 
 def main(argv) -> int:
-    """Runs the benchmark that the flags describe; 0, 1 where an output was wrong or something was not written, 75 where
-    it was asked to stop (SIGTERM) and the record is a partial one, 130 where that was Ctrl-C."""
+    """Runs the benchmark that the flags describe.
+
+    Returns:
+      The exit code: 0; 1 where an output was wrong or a file could not be written; 75 where the run was asked to stop
+      (SIGTERM), its record being a partial one; 130 where that was Ctrl-C.
+    """
     del argv
     with _as_usage_errors():
         model = model_from_flags()

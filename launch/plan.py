@@ -74,7 +74,10 @@ def plan_settings() -> PodSettings:
 
 
 def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None = None) -> dict:
-    """The plan as one flat record; a pod's program is compiled on the way. `fits`: as in `sizing.sizes_of`.
+    """Sizes and compiles the step for the pod, and returns the plan as one flat record.
+
+    Args:
+      fits: as in `sizing.sizes_of`.
 
     Raises:
       ValueError, NotImplementedError: settings that do not fit the pod, each with what does.
@@ -130,7 +133,7 @@ def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None
 
 
 def main(argv) -> int:
-    """Plans what the flags describe; 0, or 1 where the step would not run as it should or the file not be written."""
+    """Plans what the flags describe; returns 0, or 1 where the step has problems or the record cannot be written."""
     del argv
     try:
         s = plan_settings()

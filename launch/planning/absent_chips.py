@@ -44,7 +44,7 @@ def one_chip_mesh(chip: str) -> Mesh:
 
 
 def absent_pod_mesh(s: PodSettings) -> Mesh:
-    """The mesh over the absent pod; model takes what divides the kv heads where nothing says how many."""
+    """The mesh over the absent pod. Model, where not given, is the largest size that divides kv heads and slice."""
     model = s.model
     if model is None and s.model_parallelism is None:
         devices, context = len(topology_devices(s.topology, s.num_slices)), s.context or 1

@@ -77,7 +77,7 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
 
 
 def check_hbm_flag_of(chip: Chip) -> None:
-    """Raises ValueError where --hbm_gib is none of such a chip, or more than it gives a program."""
+    """Raises ValueError where --hbm_gib is no size of HBM, or more than a chip of this kind gives a program."""
     flag_checks.check_hbm_flag()
     value, most = shared_flags.HBM_GIB.value, chip.hbm_gib * chip.devices
     require(

@@ -11,7 +11,7 @@ from paged_dist.launch.serving.workload import Request
 
 @dataclasses.dataclass(frozen=True)
 class PodSettings:
-    """What to plan. B rows over the pod, Hq, Hkv, D, P; None where the pod decides."""
+    """What to plan. None: follows from the pod and the other settings."""
 
     topology: str
     num_slices: int

@@ -10,13 +10,16 @@ from paged_dist.launch.serving.programs import Model
 from paged_dist.launch.serving.row_schedule import Check
 from paged_dist.launch.serving.synthetic import Kind, as_held, keys_or_values, values
 
-# By the cache's dtype, relative to the largest output of the row. The oracle is exact, of an 8-bit cache too, for it
-# takes what such a cache holds: what is allowed is the output's own rounding and that of the weights.
+# The largest error allowed, relative to the row's largest output, by the cache's dtype. The oracle computes with what
+# the cache holds, 8-bit caches too, so that a bound covers the rounding of output and softmax weights alone.
 ERROR_BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 
 
 def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> np.ndarray:
-    """float64 [heads, D]: what the checked row's query heads `heads` should give, from indices alone."""
+    """The output that attention should give for a check, float64 [heads, D], recomputed from indices.
+
+    `heads`: those of the Hq query heads to compute.
+    """
     group = model.num_q_heads // model.num_kv_heads
     chosen = range(model.num_q_heads)[heads]
     kv_heads = np.arange(chosen.start // group, (chosen.stop - 1) // group + 1)

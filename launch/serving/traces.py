@@ -1,7 +1,7 @@
-"""Request traces: the files that name each request's prompt and answer length, in the formats that are published.
+"""Request traces: files that hold each request's prompt and answer length, in the formats that are published.
 
-A file is CSV, JSON lines or a JSON list, plain or gzipped. Its container and its format are found out from what is in
-it, not from its name; `--trace_format` names the format.
+A file is CSV, JSON lines or a JSON list, plain or gzipped. Container and format are found out from its content, not
+from its name; `--trace_format` names the format.
 """
 
 from __future__ import annotations
@@ -129,12 +129,13 @@ def read_trace(path: str | Path, limit: int | None = None, format: str | None = 
 
 
 def _known() -> str:
+    """The formats that can be read, for errors."""
     columns = lambda one: f" ({', '.join(one.columns)})" if one.columns else ""
     return "a trace is one of " + "; ".join(f"{name}: {one.what}{columns(one)}" for name, one in FORMATS.items())
 
 
 def _rows(text: io.TextIOBase, path: str, format: str | None, flag: str) -> tuple[str, Iterator[tuple[int, int]]]:
-    """The format, and prompt and generated tokens row by row."""
+    """The format, and an iterator of (prompt tokens, generated tokens), row by row."""
     comments = []
     for first in text:
         if first.strip() and not first.startswith("#"):
@@ -179,7 +180,7 @@ def _format_of(names: list[str], where: _Where) -> str:
 
 
 def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
-    """As `_rows`, of a CSV whose header is the first of `lines`, after `before` others."""
+    """As `_rows`, of a CSV: its header is the first of `lines`, `before` which the file has that many other lines."""
     reader = csv.reader(lines, strict=True)
     here = lambda: _Where(flag, path, f"line {before + max(reader.line_num, 1)}")
     require(
@@ -236,7 +237,7 @@ def _objects_of_a_list(lines, path: str, flag: str, before: int) -> Iterator[tup
 
 
 def _parsed(text: str, where: _Where, before: int | None = None):
-    """What JSON `text` is; `before`: lines before it, where it is a whole file and not the line that `where` names."""
+    """The JSON value of `text`, a line of the file; or of a whole file, after `before` other lines."""
 
     def unique(pairs):
         made = dict(pairs)
@@ -274,7 +275,7 @@ def _object_rows(objects: Iterator[tuple[_Where, dict]], format: str) -> Iterato
 
 
 def _conversation(one: dict, where: _Where) -> tuple[int, int]:
-    """Estimated tokens of a conversation's first answer, and of what stands before it; 0 where there is none."""
+    """Estimated tokens of all text before a conversation's first answer, and of that answer (0: there is none)."""
     turns = one.get("conversations")
     if not isinstance(turns, list):
         raise where.error(f"has no list of conversations: {', '.join(one)[:80]!r}", _known())
@@ -294,7 +295,7 @@ def _conversation(one: dict, where: _Where) -> tuple[int, int]:
 
 
 def _tokens(value, column: str, where: Callable[[], _Where]) -> int:
-    """A whole number of tokens from a CSV's field or from JSON."""
+    """The whole number of tokens in a CSV's field or a JSON value."""
     if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal():
         return int(value)  # nearly all there are
     tokens = None

@@ -30,7 +30,7 @@ from paged_dist.launch.serving.workload import pages_needed
 
 
 def planned_step(s: PodSettings, mesh: Mesh):
-    """The step to plan, `step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: append, attend, layer by layer.
+    """The step to plan: `step(cache, lengths, block_tables, *inputs) -> (cache, outputs)` appends and attends by layer.
 
     Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
     query; with it x [B, width] and the projections, with an MLP of hidden width F its three matrices too, as

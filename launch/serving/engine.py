@@ -139,7 +139,7 @@ class Engine:
         self.measured.compile_seconds += time.perf_counter() - start
 
     def warm_up(self) -> None:
-        """Runs each program once, with idle rows, which write and count nothing: the first step is then like the others."""
+        """Runs each program once, with idle rows, which write and count nothing: no later call is a first one."""
         start = time.perf_counter()
         data = self.mesh.shape["data"]
         rows = np.tile(np.array([0, -1, 0], np.int32), (self._batch, 1))

@@ -208,14 +208,14 @@ def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
     from paged_dist.launch.planning import jax_kernel
     from paged_dist.launch.planning.absent_chips import timed_compile
 
-    pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
-    op, arrays = jax_kernel.call(plan, pages, mesh)
+    pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
+    op, arrays = jax_kernel.jax_call(plan, pages, mesh)
     return {
         "pages_per_compute_block": pages,
         "megacore_mode": op.keywords["megacore_mode"],
         "vmem_planned": None,
-        "smem_planned": jax_kernel.smem_bytes(plan, pages),
-        **_dma_counts(jax_kernel.copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
+        "smem_planned": jax_kernel.jax_smem_bytes(plan, pages),
+        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
         **_program_facts(timed_compile(mesh, op, *arrays), plan),
     }
 
@@ -248,7 +248,7 @@ def report_chip(s: KernelReportSettings, chip: str, mesh, plan) -> list[dict]:
 
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
-        if kernel == "jax" and not (s.jax and jax_kernel.takes(s.dtype)):
+        if kernel == "jax" and not (s.jax and jax_kernel.jax_takes(s.dtype)):
             continue
         try:
             found = report(s, mesh, plan)

@@ -156,7 +156,7 @@ def time_forms(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
     import numpy as np
 
-    from paged_dist.launch.serving.engine import relative_error
+    from paged_dist.launch.serving.output_checks import relative_error
 
     first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
     # An idle row is 0 here; what the plain form makes of no token means nothing.
@@ -232,7 +232,7 @@ def main(argv) -> int:
 
     from paged_dist.launch.common.provenance import versions
     from paged_dist.launch.common.record_output import deliver
-    from paged_dist.launch.serving.engine import ERROR_BOUNDS
+    from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 
     try:
         forms = make_forms(sizes)

@@ -1,4 +1,4 @@
-"""Compiles for TPUs that are not here: one absent chip to compile for, and a function compiled for it, timed.
+"""TPUs that are not here: the mesh of one absent chip or of an absent pod, and a function compiled for a chip, timed.
 
 libtpu compiles ahead of time on this host's CPU. `hlo_text` reads what a compiled program says.
 """
@@ -6,6 +6,7 @@ libtpu compiles ahead of time on this host's CPU. `hlo_text` reads what a compil
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from paged_dist import make_pod_mesh
 from paged_dist._compat import lowering_for
+from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.mesh.topology import topology_devices
 
 # The smallest topology of each generation that libtpu compiles for, of whose devices one is taken.
@@ -33,6 +36,24 @@ class CompiledForChip(NamedTuple):
 def one_chip_mesh(chip: str) -> Mesh:
     """A mesh of one absent device of generation `chip`, a key of CHIP_TOPOLOGIES."""
     return Mesh(np.array(topology_devices(CHIP_TOPOLOGIES[chip])[:1]), ("chip",))
+
+
+def absent_pod_mesh(s: PodSettings) -> Mesh:
+    """The mesh over the absent pod; model takes what divides the kv heads where nothing says how many."""
+    model = s.model
+    if model is None and s.model_parallelism is None:
+        devices, context = len(topology_devices(s.topology, s.num_slices)), s.context or 1
+        model = math.gcd(s.num_kv_heads, devices // s.num_slices // context)  # model stays inside a slice
+        model = math.gcd(model, devices // ((s.data or 1) * context)) or 1
+    return make_pod_mesh(
+        data=s.data,
+        context=s.context,
+        model=model,
+        num_kv_heads=s.num_kv_heads,
+        model_parallelism=s.model_parallelism,
+        topology=s.topology,
+        num_slices=s.num_slices,
+    )
 
 
 @contextlib.contextmanager

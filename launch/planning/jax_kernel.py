@@ -15,19 +15,19 @@ from paged_dist.kernels.decode.traffic import Copies
 from paged_dist.kernels.target import has_megacore
 
 
-def pages_per_block(plan: Plan, block_tokens: int | None) -> int:
+def jax_pages_per_block(plan: Plan, block_tokens: int | None) -> int:
     """`pages_per_compute_block` for blocks of that many tokens, at least a page; None: some two thousand."""
     if block_tokens is None:
         return choose_pages_per_compute_block(plan.problem)
     return max(1, min(plan.S, block_tokens // plan.page_size))
 
 
-def takes(cache_dtype) -> bool:
+def jax_takes(cache_dtype) -> bool:
     """Whether it has pages of this dtype: bf16, f32, and int8 with scales, not fp8."""
     return jnp.dtype(cache_dtype).name in ("bfloat16", "float32", "int8")
 
 
-def call(plan: Plan, pages: int, mesh: Mesh):
+def jax_call(plan: Plan, pages: int, mesh: Mesh):
     """(JAX's op in blocks of `pages`, its arguments' shapes) for the chip of `mesh`, both cores where it has two.
 
     Its table is as wide as whole blocks are: it refuses another. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
@@ -66,7 +66,7 @@ def _over_int8(query, keys, values, lengths, table, key_scales, value_scales, **
     return paged_attention(query, keys, values, lengths, table, **options)
 
 
-def copies(plan: Plan, lengths, pages: int) -> Copies:
+def jax_page_copies(plan: Plan, lengths, pages: int) -> Copies:
     """What JAX's kernel fetches of the pools for `lengths` [B], in blocks of `pages` pages.
 
     Its own semantics (jax 0.10.2 to 0.12): for each sequence and each kv head it visits the blocks that begin before
@@ -83,7 +83,7 @@ def copies(plan: Plan, lengths, pages: int) -> Copies:
     return Copies(count, of_pages * plan.page_size * plan.D * element)
 
 
-def smem_bytes(plan: Plan, pages: int) -> int:
+def jax_smem_bytes(plan: Plan, pages: int) -> int:
     """Scalar memory of its launch: lengths, the flat table, a buffer's number and a flag, each padded."""
     table = plan.B * (-(-plan.S // pages) * pages)
     return sum(-(-4 * n // 512) * 512 for n in (plan.B, table, 1, 1))

@@ -14,18 +14,13 @@ from jax.sharding import Mesh
 
 from paged_dist import CacheSpec, PagedKVCache, Watchdog
 from paged_dist._compat import lowering_for
-from paged_dist.kernels.attention.oracle import attention_oracle
-from paged_dist.launch.serving.programs import Model, decode_step, prefill_chunks, shardings
-from paged_dist.launch.serving.row_schedule import Check, Schedule, StepPlan
-from paged_dist.launch.serving.synthetic import Kind, as_held, keys_or_values, values
+from paged_dist.launch.serving.output_checks import ERROR_BOUNDS, oracle_output, relative_error
+from paged_dist.launch.serving.programs import Model, benchmark_step, prefill_chunks, shardings
+from paged_dist.launch.serving.row_schedule import RowSchedule, ScheduledStep
 
 CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
 DIGEST_STEPS = 64  # after so many steps the processes' allocators are compared
 _CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
-
-# By the cache's dtype, relative to the largest output of the row. The oracle is exact, of an 8-bit cache too, for it
-# takes what such a cache holds: what is allowed is the output's own rounding and that of the weights.
-ERROR_BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 
 
 @dataclasses.dataclass
@@ -56,49 +51,7 @@ class Measured:
         return self.loop_seconds - sum(self.step_seconds) - others
 
 
-def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> np.ndarray:
-    """float64 [heads, D]: what the checked row's query heads `heads` should give, from indices alone."""
-    group = model.num_q_heads // model.num_kv_heads
-    heads = range(model.num_q_heads)[heads]
-    kv_heads = np.arange(heads.start // group, (heads.stop - 1) // group + 1)
-    channels, tokens = np.arange(model.head_dim), np.arange(check.length)
-
-    def make(kind, position, which):
-        where = model.seed, kind, check.request, position, check.layer, which, channels
-        if kind == Kind.QUERY:
-            return values(np, jnp.dtype(model.input_dtype), *where)
-        return as_held(keys_or_values(np, jnp.dtype(model.dtype), *where), jnp.dtype(model.dtype))
-
-    # Query heads start and end inside a group where the mesh does not split between groups: take whole groups.
-    q_heads = np.arange(kv_heads[0] * group, (kv_heads[-1] + 1) * group)
-    query = make(Kind.QUERY, check.length - 1, q_heads)  # [1, Hq', D]
-    pages = -(-check.length // page_size)
-    padding = ((0, pages * page_size - check.length), (0, 0), (0, 0))
-    pools = [
-        np.pad(make(kind, tokens, kv_heads), padding)
-        .swapaxes(0, 1)
-        .reshape(len(kv_heads), pages, page_size, model.head_dim)
-        for kind in (Kind.KEY, Kind.VALUE)
-    ]
-    output, _ = attention_oracle(
-        query,
-        *pools,
-        np.array([check.length]),
-        np.arange(pages)[None],
-        sm_scale=model.sm_scale,
-        soft_cap=model.soft_cap,
-        sliding_window=model.sliding_window,
-    )
-    return output[0, heads.start - q_heads[0] : heads.stop - q_heads[0]]
-
-
-def relative_error(output: np.ndarray, want: np.ndarray) -> float:
-    """The largest |output - want| over the largest |want|; infinite where output is not finite."""
-    error = np.abs(output.astype(np.float64) - want).max() / max(np.abs(want).max(), 1e-30)
-    return float(error) if np.isfinite(error) else float("inf")
-
-
-class _Profile:
+class StepProfile:
     """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's.
 
     Where it fails, as on a full disk, `measured.profile_error` says why, and the run goes on without it.
@@ -162,8 +115,8 @@ class Engine:
         cache = PagedKVCache.abstract(spec, mesh)
         start = time.perf_counter()
         with lowering_for(mesh):
-            self._lowered = (
-                jax.jit(decode_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
+            self.lowered = (
+                jax.jit(benchmark_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
                     cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
                 ),
                 jax.jit(prefill_chunks(model, mesh, self.chunk_tokens, implementation), donate_argnums=0).lower(
@@ -175,7 +128,7 @@ class Engine:
     def compile(self) -> None:
         """Compiles both programs, and allocates the cache straight into its shards."""
         start = time.perf_counter()
-        self._step, self._fill = (lowered.compile() for lowered in self._lowered)
+        self._step, self._fill = (lowered.compile() for lowered in self.lowered)
         self._cache = PagedKVCache.create(self.spec, self.mesh)
         self._tally = self._put("tally", np.zeros(self._tally.shape, np.uint32))
         jax.block_until_ready((self._cache, self._tally))
@@ -205,7 +158,7 @@ class Engine:
 
     def run(
         self,
-        schedule: Schedule,
+        schedule: RowSchedule,
         progress: Callable[[str], None] | None = None,
         profile_dir: str | None = None,
         watch: Watchdog | None = None,
@@ -225,9 +178,9 @@ class Engine:
         m = self.measured
         begin = said = time.perf_counter()
         done = tokens = 0
-        plan = next(schedule, None)
-        tables, profile = None, _Profile(profile_dir, m)
-        while plan is not None:
+        scheduled = next(schedule, None)
+        tables, profile = None, StepProfile(profile_dir, m)
+        while scheduled is not None:
             number = len(m.step_seconds)
             if watch is not None:
                 if stops and watch.stops(first_step + number):
@@ -238,27 +191,27 @@ class Engine:
             profile.before_step(number)
             if watch is not None:
                 watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
-            if plan.block_tables is not None:
-                tables = self._put("rows", plan.block_tables)
-            self._prefill(plan, tables)
+            if scheduled.block_tables is not None:
+                tables = self._put("rows", scheduled.block_tables)
+            self._prefill(scheduled, tables)
             start = time.perf_counter()
-            sample = self._dispatch(plan, tables)
+            sample = self.dispatch(scheduled, tables)
             if watch is not None:
                 watch.dispatched()
-            following = next(schedule, None)  # planned while the devices work
+            following = next(schedule, None)  # scheduled while the devices work
             jax.block_until_ready((self._tally, sample))
             m.step_seconds.append(time.perf_counter() - start)
-            self._count(plan)
-            if plan.checks:
-                self._check(plan, sample)
-            done, tokens = done + plan.finished, tokens + plan.live_rows
+            self._count(scheduled)
+            if scheduled.checks:
+                self._check(scheduled, sample)
+            done, tokens = done + scheduled.finished, tokens + scheduled.live_rows
             if progress and (now := time.perf_counter()) - said >= 10:
                 said = now
                 progress(
-                    f"step {len(m.step_seconds)}: {done} requests done, {plan.live_rows} live, {tokens} tokens, "
+                    f"step {len(m.step_seconds)}: {done} requests done, {scheduled.live_rows} live, {tokens} tokens, "
                     f"{1e3 * m.step_seconds[-1]:.1f} ms the last step, {now - begin:.0f} s"
                 )
-            plan = following
+            scheduled = following
         m.loop_seconds = time.perf_counter() - begin
         if watch is not None:
             watch.phase("report")
@@ -268,39 +221,39 @@ class Engine:
         m.tally = (int(sums[0]) & 0xFFFFFFFF, int(sums[1]) & 0xFFFFFFFF) if shards else (0, 0)
         return m
 
-    def _dispatch(self, plan: StepPlan, tables: jax.Array) -> jax.Array:
+    def dispatch(self, scheduled: ScheduledStep, tables: jax.Array) -> jax.Array:
         self._cache, self._tally, sample = self._step(
-            self._cache, self._tally, self._put("rows", plan.rows), tables, self._put("rows", plan.pick)
+            self._cache, self._tally, self._put("rows", scheduled.rows), tables, self._put("rows", scheduled.pick)
         )
         return sample
 
-    def _prefill(self, plan: StepPlan, tables: jax.Array) -> None:
-        if not len(plan.chunks):
+    def _prefill(self, scheduled: ScheduledStep, tables: jax.Array) -> None:
+        if not len(scheduled.chunks):
             return
         start = time.perf_counter()
-        for i in range(0, len(plan.chunks), CHUNKS):
+        for i in range(0, len(scheduled.chunks), CHUNKS):
             chunks = np.full((CHUNKS, 4), -1, np.int32)
-            some = plan.chunks[i : i + CHUNKS]
+            some = scheduled.chunks[i : i + CHUNKS]
             chunks[: len(some)] = some
             chunks[len(some) :, 2:] = 0  # nothing: an empty range of a negative row
             self._cache = self._fill(self._cache, self._put("chunks", chunks), tables)
         jax.block_until_ready(self._cache)
         self.measured.prefill_seconds += time.perf_counter() - start
-        self.measured.prefill_tokens += int((plan.chunks[:, 3] - plan.chunks[:, 2]).sum())
+        self.measured.prefill_tokens += int((scheduled.chunks[:, 3] - scheduled.chunks[:, 2]).sum())
 
-    def _count(self, plan: StepPlan) -> None:
-        m, lengths, window = self.measured, plan.rows[:, 2], self.model.sliding_window
+    def _count(self, scheduled: ScheduledStep) -> None:
+        m, lengths, window = self.measured, scheduled.rows[:, 2], self.model.sliding_window
         m.live_tokens.append(int((lengths if window is None else np.minimum(lengths, window)).sum(dtype=np.int64)))
-        m.live_rows.append(plan.live_rows)
-        m.pages.append(plan.pages)
+        m.live_rows.append(scheduled.live_rows)
+        m.pages.append(scheduled.pages)
 
-    def _check(self, plan: StepPlan, sample: jax.Array) -> None:
+    def _check(self, scheduled: ScheduledStep, sample: jax.Array) -> None:
         """Each process checks the heads and rows that it holds; a check is counted by the holder of head 0."""
         start = time.perf_counter()
         for shard in sample.addressable_shards:
             if shard.replica_id != 0:
                 continue
-            for check in plan.checks:
+            for check in scheduled.checks:
                 rows, heads = range(sample.shape[0])[shard.index[0]], shard.index[1]
                 if check.data_shard not in rows:
                     continue

@@ -50,7 +50,7 @@ def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
-def decode_step(model: Model, mesh: Mesh, implementation: str | None = None):
+def benchmark_step(model: Model, mesh: Mesh, implementation: str | None = None):
     """The decode step as a function to jit with arguments 0 and 1 donated; its only collectives merge context shards.
 
     `step(cache, tally, rows, block_tables, pick) -> (cache, tally, sample)` with

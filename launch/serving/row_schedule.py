@@ -27,7 +27,7 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
+class ScheduledStep:
     """What one decode step takes, and what is counted about it. Arrays are never written again.
 
     Attributes:
@@ -108,8 +108,8 @@ def choose_checks(requests: list[Request], count: int, num_layers: int, seed: in
 _NO_CHUNKS = np.zeros((0, 4), np.int32)
 
 
-class Schedule:
-    """Iterates over `StepPlan`s until every request is done.
+class RowSchedule:
+    """Iterates over `ScheduledStep`s until every request is done.
 
     Requests enter in arrival order as rows free up; when the next one finds no row, or not the pages that it will
     need by its end, it waits, and so does everyone behind it. Pages are promised at entry and taken as the
@@ -145,7 +145,7 @@ class Schedule:
     def __iter__(self):
         return self
 
-    def __next__(self) -> StepPlan:
+    def __next__(self) -> ScheduledStep:
         admitted, chunks = self._admit()
         live = self._length > 0
         if not live.any():
@@ -164,7 +164,7 @@ class Schedule:
         done = np.flatnonzero(live & (self._length >= self._last))
         for row in done:
             self._free(int(row))
-        return StepPlan(chunks, rows, tables, pick, checks, pages, admitted, len(done))
+        return ScheduledStep(chunks, rows, tables, pick, checks, pages, admitted, len(done))
 
     def _backed_tokens(self) -> np.ndarray:
         """[B] tokens that fit in the pages that each row holds."""

@@ -20,10 +20,11 @@ from paged_dist import CacheSpec, PageAllocator, make_pod_mesh
 from paged_dist.launch.common import provenance, record_output
 from paged_dist.launch.common.chips import chip_of
 from paged_dist.launch.serving import programs as step
-from paged_dist.launch.serving import report
-from paged_dist.launch.serving.engine import ERROR_BOUNDS, Engine, Measured, relative_error
+from paged_dist.launch.serving import results
+from paged_dist.launch.serving.engine import Engine, Measured
+from paged_dist.launch.serving.output_checks import ERROR_BOUNDS, relative_error
 from paged_dist.launch.serving.programs import Model
-from paged_dist.launch.serving.row_schedule import Pool, Schedule
+from paged_dist.launch.serving.row_schedule import Pool, RowSchedule
 from paged_dist.launch.serving.workload import Request, whole_pool
 
 LIMIT = 240  # seconds until a run under test is killed
@@ -189,7 +190,9 @@ def engine_run(model, requests, batch=8, page_size=16):
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
     pool = Pool(batch, 4, 1, spec.num_pages // 4, page_size)
     engine.compile()
-    return engine.run(Schedule(requests, PageAllocator(spec, mesh, batch, columns), pool, engine.chunk_tokens, checks))
+    return engine.run(
+        RowSchedule(requests, PageAllocator(spec, mesh, batch, columns), pool, engine.chunk_tokens, checks)
+    )
 
 
 REQUESTS = [Request(i, 20 + 37 * i % 300, 3 + i % 4) for i in range(12)]
@@ -275,7 +278,7 @@ def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool(dtype):
     model = Model(4, 32, 8, 128, dtype)
     spec = CacheSpec(8, 128, 8 * 512, 128, dtype, 4)
     engine = Engine(model, spec, mesh, 64, 64)
-    for lowered in engine._lowered:
+    for lowered in engine.lowered:
         compiled = lowered.compile()
         assert collectives(compiled.as_text()) == []
         assert compiled.memory_analysis().temp_size_in_bytes < spec.bytes_per_chip(mesh) / spec.num_layers
@@ -294,7 +297,7 @@ def test_the_summary_of_a_hand_computed_run():
         "tally": np.array([[0xFFFFFFFF, 1], [2, 0xFFFFFFFF]], np.uint32),
         "digest": np.array([7, 7], np.uint32),
     }
-    r = report.summarise(
+    r = results.summarise_run(
         gathered, measured, bytes_per_token=1000, num_pages=10, devices={"TPU v5 lite": 4}, dtype="bfloat16"
     )
     assert (r["tokens"], r["steps"], r["chips"]) == (6, 4, 4)
@@ -319,7 +322,7 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
         "tally": np.zeros((2, 2), np.uint32),
     }
     measured = Measured(live_tokens=[1], live_rows=[1], pages=[1])
-    r = report.summarise(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
+    r = results.summarise_run(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
     assert not r["oracle_passed"] and r["peak_share"] is None
     record_output.append_json_line(str(tmp_path / "x"), r)
     assert json.loads((tmp_path / "x").read_text())["oracle_worst_error"] is None

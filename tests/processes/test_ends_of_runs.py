@@ -16,7 +16,7 @@ from test_watchdog import Pod
 from paged_dist.launch.common import record_output
 from paged_dist.launch.common.interrupt import CtrlC
 from paged_dist.launch.common.local_processes import pod_environment
-from paged_dist.launch.serving.engine import Measured, _Profile
+from paged_dist.launch.serving.engine import Measured, StepProfile
 
 LIMIT = 240  # seconds until a run under test is killed
 FAULTY = [sys.executable, "-P", os.path.join(os.path.dirname(__file__), "..", "support", "faulty_decode.py")]
@@ -87,7 +87,7 @@ def test_a_profiler_that_fails_is_left_alone_from_then_on(monkeypatch, fails):
     for name in ("start_trace", "stop_trace"):
         monkeypatch.setattr(f"jax.profiler.{name}", stand_in(name))
     m = Measured()
-    profile = _Profile("folder", m)
+    profile = StepProfile("folder", m)
     for step in range(20):
         profile.before_step(step)
     profile.stop()

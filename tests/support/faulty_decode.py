@@ -9,7 +9,7 @@ from paged_dist.launch import decode
 from paged_dist.launch.serving.engine import Engine
 
 kind, process, step = os.environ["FAULT"].split(":")
-dispatch = Engine._dispatch
+dispatch = Engine.dispatch
 
 
 def faulty(self, plan, tables):
@@ -29,15 +29,15 @@ def faulty(self, plan, tables):
 
 
 if kind == "pages":
-    from paged_dist.launch.serving import row_schedule as schedule
+    from paged_dist.launch.serving import row_schedule
 
-    start = schedule.Schedule.__init__
+    start = row_schedule.RowSchedule.__init__
 
     def keep(self, *arguments):
         start(self, *arguments)
         decode.faulty_schedule = self
 
-    schedule.Schedule.__init__ = keep
+    row_schedule.RowSchedule.__init__ = keep
 
 if kind == "profile":
     import jax
@@ -54,5 +54,5 @@ if kind == "compile":
     Engine.compile = lambda _: signal.raise_signal(signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background has it ignored
-Engine._dispatch = faulty
+Engine.dispatch = faulty
 decode.cli()

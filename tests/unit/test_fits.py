@@ -9,9 +9,9 @@ import flagsaver
 import pytest
 
 from paged_dist import make_pod_mesh
-from paged_dist.launch import decode, plan
+from paged_dist.launch import plan
 from paged_dist.launch.common.flag_registry import FLAGS
-from paged_dist.launch.serving import fits, workload_flags
+from paged_dist.launch.serving import fits, run_setup, workload_flags
 from paged_dist.launch.serving.workload import MOST_TOKENS
 
 
@@ -19,7 +19,7 @@ def planned(*arguments):
     """What `decode` with `arguments` would run, on the 8 simulated devices of the tests."""
     with flagsaver.flagsaver():
         FLAGS(["decode", *arguments])
-        return decode.plan_run(decode.model_from_flags(), *workload_flags.requests_from_flags())
+        return run_setup.prepare_run(run_setup.model_from_flags(), *workload_flags.requests_from_flags())
 
 
 @pytest.fixture
@@ -88,12 +88,12 @@ class Gpu:
 def test_a_device_that_tells_its_memory_is_taken_at_its_word(trace):
     with flagsaver.flagsaver():
         FLAGS(["decode", trace((1_000_000, 5))])
-        model, requests = decode.model_from_flags(), workload_flags.requests_from_flags()
+        model, requests = run_setup.model_from_flags(), workload_flags.requests_from_flags()
         mesh = lambda limit: make_pod_mesh(devices=[Gpu(i, limit) for i in range(4)], model=4)
         for limit in (None, 2 * 10**9):
-            decode.plan_run(model, *requests, mesh(limit))
+            run_setup.prepare_run(model, *requests, mesh(limit))
         with pytest.raises(ValueError, match=r"a cache of 1\.0 GB a device, where a device has 1\.0 GB; --num_pages=5"):
-            decode.plan_run(model, *requests, mesh(10**9))
+            run_setup.prepare_run(model, *requests, mesh(10**9))
 
 
 def test_page_tables_count_too(monkeypatch, trace):
@@ -115,6 +115,6 @@ def test_the_limits_of_a_table_are_those_of_positions_and_of_the_mesh():
     ):
         with flagsaver.flagsaver(), pytest.raises(ValueError, match=f"{flag}: must be at most {most}: "):
             FLAGS([*arguments, flag])
-            plan.settings_from_flags()
+            plan.plan_settings()
     with pytest.raises(ValueError, match=r"--batch=100000000: must be at most 65536"):
         planned("--batch=100000000")

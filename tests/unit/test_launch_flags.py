@@ -10,9 +10,9 @@ import flagsaver
 import numpy as np
 import pytest
 
-from paged_dist.launch import decode
 from paged_dist.launch.common import chips
 from paged_dist.launch.common import flag_registry as own_flags
+from paged_dist.launch.serving import results
 
 IMPORTED = """
 import importlib, pkgutil, sys
@@ -88,4 +88,4 @@ def test_memory_of_a_chip_is_the_flag_s_or_the_table_s_or_the_device_s_own(kind,
     mesh = SimpleNamespace(devices=np.array([device]))
     own_flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(hbm_gib=flag):
-        assert decode._hbm_gib(mesh) == gib
+        assert results.chip_hbm_gib(mesh) == gib

@@ -12,7 +12,8 @@ from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
 from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
-from paged_dist.launch.serving import report, workload_flags
+from paged_dist.launch.planning.plan_text import plan_table
+from paged_dist.launch.serving import report, results, run_setup, workload_flags
 from paged_dist.launch.sweeps import scaling_report
 
 # Another value of each flag that changes what decode does.
@@ -48,9 +49,9 @@ TRACE = "ContextTokens,GeneratedTokens,Request tokens,Response tokens\n900,90,80
 
 def described(**values):
     with flagsaver.flagsaver(**values):
-        run = decode.plan_run(decode.model_from_flags(), *workload_flags.requests_from_flags())
-        lines = [report_lines.report_line(*line) for line in report.work_lines(decode.described(run))]
-        return "\n".join(lines), decode.dry_text(run)
+        run = run_setup.prepare_run(run_setup.model_from_flags(), *workload_flags.requests_from_flags())
+        lines = [report_lines.report_line(*line) for line in report.work_lines(results.work_record(run))]
+        return "\n".join(lines), report.decode_dry_text(run)
 
 
 def test_every_flag_of_decode_that_changes_the_work_is_printed(tmp_path):
@@ -142,7 +143,7 @@ def test_a_plan_prints_what_its_attention_does():
     arguments = ["--topology=v5e:2x2", "--layers=1", "--soft_cap=30", "--sliding_window=512", "--hbm_gib=1"]
     with flagsaver.flagsaver():
         FLAGS(["plan", *arguments])
-        text = plan.table(plan.plan(plan.settings_from_flags()))
+        text = plan_table(plan.plan_record(plan.plan_settings()))
     assert "cache bfloat16, soft cap 30, window 512" in " ".join(text.split())
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from paged_dist.cache import CacheSpec
-from paged_dist.launch.serving.row_schedule import Pool, Schedule
+from paged_dist.launch.serving.row_schedule import Pool, RowSchedule
 from paged_dist.launch.serving.workload import draw_requests
 from paged_dist.pages import OutOfPages, PageAllocator
 
@@ -56,7 +56,7 @@ def test_the_fullest_context_shard_stays_near_the_mean_on_a_workload(data, batch
     a = PageAllocator(CacheSpec(1, 128, need), mesh, batch, max(-(-r.tokens // 128) for r in requests))
     each = need // (data * context)
     use = []
-    for _ in Schedule(requests, a, Pool(batch, data, context, each, 128), 1024, {}):
+    for _ in RowSchedule(requests, a, Pool(batch, data, context, each, 128), 1024, {}):
         use.append([[each - a.free_pages(d, c) for c in range(context)] for d in range(data)])
     use = np.array(use)
     fullest = use.max(axis=0)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from paged_dist import CacheSpec, PageAllocator, dequantize_kv, quantize_kv
-from paged_dist.launch.serving import report
-from paged_dist.launch.serving.row_schedule import Pool, Schedule, choose_checks
+from paged_dist.launch.serving import results
+from paged_dist.launch.serving.row_schedule import Pool, RowSchedule, choose_checks
 from paged_dist.launch.serving.synthetic import Kind, as_held, checksum_terms, hash_indices, keys_or_values, values
 from paged_dist.launch.serving.workload import (
     CONTEXT_PERCENTILES,
@@ -74,7 +74,7 @@ def test_a_whole_pool_is_the_least_that_the_cache_takes(dtype, page_size):
 def test_the_capacity_of_a_hand_computed_pod():
     spec = CacheSpec(8, 128, 4, 128, "float32", 10)
     requests = [Request(0, 100, 28), Request(1, 100, 29)]  # 1 and 2 pages
-    found = report.capacity(spec, requests, hbm_gib=1.0, chips=2)
+    found = results.capacity(spec, requests, hbm_gib=1.0, chips=2)
     assert found["hbm_gib"] == 1.0 and found["chips"] == 2
     for dtype, token in (
         ("bfloat16", 2 * 10 * 8 * 256),
@@ -84,7 +84,7 @@ def test_the_capacity_of_a_hand_computed_pod():
         pages = 2**31 // (128 * token)
         fits = pages // 3 * 2 + (pages % 3 >= 1)
         assert found[dtype] == {"bytes_per_token": token, "pages": pages, "sequences": fits}
-    assert report.capacity(CacheSpec(1, 128, 4, 48), requests, 1.0, 1)["int8"] is None
+    assert results.capacity(CacheSpec(1, 128, 4, 48), requests, 1.0, 1)["int8"] is None
 
 
 # Tensors
@@ -160,7 +160,7 @@ def make_schedule(requests, *, batch=4, data=2, pages_per_shard=8, page_size=16,
     spec = CacheSpec(1, 128, pages_per_shard * data, page_size)
     allocator = PageAllocator(spec, mesh, batch, max(-(-r.tokens // page_size) for r in requests))
     pool = Pool(batch, data, 1, pages_per_shard, page_size)
-    return Schedule(requests, allocator, pool, chunk_tokens, checks or {}), allocator, pool
+    return RowSchedule(requests, allocator, pool, chunk_tokens, checks or {}), allocator, pool
 
 
 def test_every_token_of_every_request_is_decoded_once_with_its_own_pages():

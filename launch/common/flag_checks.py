@@ -53,6 +53,12 @@ def check_sizes() -> None:
         at_most(largest, **{name: flags.FLAGS[name].value})
 
 
+def check_head_counts() -> None:
+    """Raises ValueError where the query heads are not the same number for each key/value head."""
+    q, kv = flags.FLAGS["num_q_heads"].value, flags.FLAGS["num_kv_heads"].value
+    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+
+
 def check_host_memory(argument: str, value: object, need: int) -> None:
     """Raises ValueError where `need` bytes, of which `argument` is the likeliest cause, are over what this host has."""
     have = host.memory_bytes()

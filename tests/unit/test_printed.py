@@ -93,7 +93,7 @@ def test_the_printed_implementation_is_that_of_the_platform():
 
 
 def test_every_setting_of_kernel_report_is_printed():
-    s = kernel_report.Settings(("v5e",), (500, 20), 8, 2, 128, 128, None, "bfloat16", None, True, None)
+    s = kernel_report.KernelReportSettings(("v5e",), (500, 20), 8, 2, 128, 128, None, "bfloat16", None, True, None)
     others = dict(
         lengths=(500, 30),
         num_q_heads=16,
@@ -109,8 +109,8 @@ def test_every_setting_of_kernel_report_is_printed():
     rows = {"chips", "jax"}  # a row of the table each
     assert others.keys() | rows == {field.name for field in dataclasses.fields(s)}
     for name, value in others.items():
-        changed = kernel_report.table(dataclasses.replace(s, **{name: value}), [], {})
-        assert changed != kernel_report.table(s, [], {}), name
+        changed = kernel_report.kernel_report_table(dataclasses.replace(s, **{name: value}), [], {})
+        assert changed != kernel_report.kernel_report_table(s, [], {}), name
 
 
 def test_every_setting_of_xla_report_and_accuracy_is_printed():
@@ -119,18 +119,20 @@ def test_every_setting_of_xla_report_and_accuracy_is_printed():
     record = dict(settings=settings, results=[], cpus=2, versions={}, bound=1)
     for name, value in settings.items():
         other = record | dict(settings=settings | {name: "int8" if name == "dtype" else 2 * value})
-        assert xla_report.table(other) != xla_report.table(record), name
+        assert xla_report.xla_report_table(other) != xla_report.xla_report_table(record), name
     with flagsaver.flagsaver():
         FLAGS(["xla_report", "--batch=2", "--num_q_heads=8", "--num_kv_heads=2"])
         assert settings.keys() | {"live"} == xla_report.sizes_from_flags().keys()  # a block of the table each
 
-    s = accuracy.Settings(2, 8, 2, 128, 64, 1, (128,))
+    s = accuracy.AccuracySettings(2, 8, 2, 128, 64, 1, (128,))
     of = lambda n: [
         dict(length=n, dtype=dtype, case=case, error=0, own_error=0)
         for dtype in accuracy.DTYPES
         for case in accuracy.CASES
     ]
-    table = lambda s: accuracy.table(dict(settings=s._asdict(), results=of(s.lengths[0]), versions={}, failures=[]))
+    table = lambda s: accuracy.accuracy_table(
+        dict(settings=s._asdict(), results=of(s.lengths[0]), versions={}, failures=[])
+    )
     for name in s._fields:
         other = s._replace(**{name: (256,) if name == "lengths" else 3 * getattr(s, name)})
         assert table(other) != table(s), name

@@ -19,9 +19,9 @@ from paged_dist import describe_mesh
 from paged_dist.describe import mesh_facts
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import host, provenance, record_output, shared_flags
-from paged_dist.launch.common.chips import chip_of_topology
 from paged_dist.launch.common.program import Program
 from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning import plan_flags
 from paged_dist.launch.planning.absent_chips import absent_pod_mesh
 from paged_dist.launch.planning.fitting import compile_what_fits

@@ -7,7 +7,8 @@ from typing import Any
 from paged_dist._errors import bad_value, require
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import Chip, slice_of
+from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.slices import bookable_slice
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.serving import workload_flags
 
@@ -43,7 +44,7 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
     """
     if topology is None:
         raise bad_value("--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
-    topology, chip = slice_of(topology)
+    topology, chip = bookable_slice(topology)
     given = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
     sizes += ("num_pages", "pages_per_sequence", "sliding_window", "model_parallelism", "num_slices", "context_tokens")

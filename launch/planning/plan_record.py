@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from paged_dist import describe_mesh
 from paged_dist.describe import mesh_facts
 from paged_dist.launch.common import provenance, shared_flags
-from paged_dist.launch.common.chips import chip_of_topology
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning.absent_chips import absent_pod_mesh
 from paged_dist.launch.planning.fitting import compile_what_fits
 from paged_dist.launch.planning.pod_settings import PodSettings

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from paged_dist.launch.common.chips import chip_of_topology
 from paged_dist.launch.common.number_formats import gib, kib, quantity
 from paged_dist.launch.common.report_lines import attention_options, head_dim_words, report_line
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning.absent_chips import absent_pod_mesh
 from paged_dist.launch.planning.fitting import checked_sizes
 from paged_dist.launch.planning.pod_settings import PodSettings

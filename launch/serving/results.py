@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
 from paged_dist.launch.common import provenance, shared_flags
-from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.chips import Chip, chip_of
 from paged_dist.launch.serving.engine import Measured
 from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 from paged_dist.launch.serving.run_setup import DecodeRun
@@ -148,7 +148,7 @@ def chip_hbm_gib(mesh: Mesh) -> float:
     if shared_flags.HBM_GIB.value is not None:
         return shared_flags.HBM_GIB.value
     chip = chip_of(mesh.devices.flat[0].device_kind)
-    if chip is not None:
+    if isinstance(chip, Chip):
         return chip.hbm_gib * chip.devices
     here = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
     told = min(map(memory_limit, here), default=math.inf)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from paged_dist.launch.common.chips import chip_of_topology, slice_of
 from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.slices import bookable_slice, chip_of_topology
 from paged_dist.launch.planning import plan_flags, sizing
 from paged_dist.launch.planning.absent_chips import absent_pod_mesh
 from paged_dist.launch.planning.fitting import checked_sizes
@@ -47,7 +47,7 @@ def plan_sweep() -> PlannedSweep:
     """
     from paged_dist.mesh.topology import topology_devices
 
-    names = dict.fromkeys(slice_of(t, "--plan").topology for t in sweep_flags.PLAN.value)
+    names = dict.fromkeys(bookable_slice(t, "--plan").topology for t in sweep_flags.PLAN.value)
     settings = settings_of_points(
         points_of([SweepSize(len(topology_devices(t, plan_flags.NUM_SLICES.value)), topology=t) for t in names])
     )

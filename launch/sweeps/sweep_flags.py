@@ -6,8 +6,8 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import chip_of_topology
 from paged_dist.launch.common.local_processes import MOST_DEVICES
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning import plan_flags
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")

@@ -21,9 +21,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_dist import CacheSpec, OutOfPages, PageAllocator, make_pod_mesh
 from paged_dist.launch import plan
-from paged_dist.launch.common import chips
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import V5E, V5P, V6E, V7X, chip_of_topology
+from paged_dist.launch.common import slices
+from paged_dist.launch.common.chips import V5E, V5P, V6E, V7X
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning import (
     absent_chips,
     fitting,
@@ -145,33 +146,37 @@ TOPOLOGIES = [
 @pytest.mark.parametrize(("written", "means"), TOPOLOGIES)
 def test_a_slice_is_one_that_can_be_booked_or_refused_with_the_nearest(written, means):
     if isinstance(means, str):
-        assert chips.slice_of(written).topology == means
+        assert slices.bookable_slice(written).topology == means
         return
     with pytest.raises(ValueError, match="--topology=") as e:
-        chips.slice_of(written)
+        slices.bookable_slice(written)
     works = str(e.value).split("; ")[1]
     for name in means:
         assert name in works
     for name in re.findall(r"\S+[:-]\d[\dx]*", works):
-        chips.slice_of(name)  # what is advised can be booked
+        slices.bookable_slice(name)  # what is advised can be booked
 
 
-@given(st.sampled_from(sorted(chips._TOPOLOGIES)), st.lists(st.integers(0, 70), min_size=1, max_size=4), st.booleans())
+@given(
+    st.sampled_from(sorted(slices.CHIP_OF_GENERATION)),
+    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    st.booleans(),
+)
 @hypothesis.settings(derandomize=True, max_examples=100, deadline=None)
 def test_whatever_slice_is_asked_the_one_advised_is_taken(generation, dims, by_count):
     name = f"{generation}-{dims[0] * 37}" if by_count else f"{generation}:{'x'.join(map(str, dims))}"
     try:
-        found = chips.slice_of(name)
+        found = slices.bookable_slice(name)
     except ValueError as e:
         advised = re.findall(r"\S+[:-]\d[\dx]*", str(e).split("; ")[1])
         assert advised
         for other in advised:
-            assert tuple(map(int, chips.slice_of(other).topology.split(":")[1].split("x"))) in chips.slices_sold(
-                generation
-            )
+            assert tuple(
+                map(int, slices.bookable_slice(other).topology.split(":")[1].split("x"))
+            ) in slices.slices_sold(generation)
     else:
         dims = sorted(int(n) for n in found.topology.split(":")[1].split("x"))
-        assert dims in map(sorted, chips.slices_sold(generation))
+        assert dims in map(sorted, slices.slices_sold(generation))
 
 
 @needs_libtpu

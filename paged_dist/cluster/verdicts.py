@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     lost: int | None = None
 
 
-class _Where(NamedTuple):
+class _ProgressSince(NamedTuple):
     """How far a process is, and since when."""
 
     progress: Progress
@@ -59,7 +59,7 @@ class Judge:
         self._start_limit = limit if start_limit is None else start_limit
         self.names = {i: f"process {i}" for i in range(num_processes)}
         self._heard = dict.fromkeys(self.names, now)
-        self._where = dict.fromkeys(self.names, _Where(START, now))
+        self._where = dict.fromkeys(self.names, _ProgressSince(START, now))
         self._here: set[int] = set()
         self._meetings: dict[int, str] = {}  # of the processes that wait in one
         self._freed = now  # until then a phase held up those at a step
@@ -81,7 +81,7 @@ class Judge:
     def at(self, i: int, progress: Progress, now: float) -> None:
         """Process i has come to `progress`."""
         if self._where[i].progress != progress:
-            self._where[i] = _Where(progress, now)
+            self._where[i] = _ProgressSince(progress, now)
 
     def gone(self, i: int) -> None:
         """The connection of process i has ended; that is a loss unless it left before."""

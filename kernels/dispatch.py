@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,16 @@ from jax.experimental.pallas import tpu as pltpu
 from paged_dist._compat import broadcasts, vary_like
 
 Interpret = bool | pltpu.InterpretParams | Literal["xla"] | None
+Results = TypeVar("Results")  # a pytree of arrays
 
 
-def dispatch(kernel: Callable, xla: Callable, *operands: jax.Array, interpret: Interpret):
+def dispatch(
+    kernel: Callable[..., Results], xla: Callable[..., Results], *operands: Any, interpret: Interpret
+) -> Results:
     """Calls `kernel(*operands, interpret=...)` or `xla(*operands)`; both return the same shapes and dtypes.
 
     Args:
+      operands: pytrees of arrays; None where the op has no such operand.
       interpret: None follows the platform that the program is lowered for (not the host's default back end):
         the kernel on TPU, the XLA form elsewhere. False is the kernel, True or an InterpretParams its
         simulation in TPU interpret mode, which cannot be a branch of `platform_dependent`. 'xla' is the XLA form

@@ -1,4 +1,4 @@
-"""Eight-bit keys and values: one f32 scale for each token and kv head, and how the scales are stored."""
+"""Eight-bit keys and values: one f32 scale for each token and kv head. `scale_layout` says how scales are stored."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from paged_dist._compat import broadcasts, reshape_minor
+from paged_dist._compat import broadcasts
 from paged_dist._errors import require
-from paged_dist.kernels.tiling import LANES
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what a token's largest channel becomes
 
@@ -146,47 +145,3 @@ def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -
     mean = jnp.sum(jnp.where(live, log, 0.0), axis=-1, keepdims=True)
     mean = mean / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
     return jnp.where(live, jnp.exp(log - mean), 1.0)
-
-
-def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size") -> None:
-    """Raises ValueError where a pool's scales do not fill whole rows of 128, or a page's would straddle two."""
-    fits = page_size % LANES == 0 or LANES % page_size == 0
-    rule = "with int8 and fp8 must divide 128 or be a multiple of it, for scales are stored 128 to a row"
-    require(fits, argument, page_size, rule)
-    pages = max(1, LANES // page_size)
-    require(
-        num_pages % pages == 0,
-        "num_pages",
-        num_pages,
-        f"with int8 and fp8 at page_size {page_size} must be a multiple of {pages} on each shard, for so many pages "
-        "share a row of scales",
-    )
-
-
-def scale_rows(num_pages: int, page_size: int) -> int:
-    """Rows of 128 that the scales of one head's pages take."""
-    return num_pages * page_size // LANES
-
-
-def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
-    """Scales [..., N, P] as stored, [..., N * P / 128, 128].
-
-    Token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row, R = P / tokens_per_row: where
-    two tokens share a row of the pool, first come all the first ones of a page, then the second ones, as the kernel's
-    scores have them side by side.
-    """
-    *lead, pages, page_size = scales.shape
-    if tokens_per_row > 1:
-        scales = reshape_minor(scales, (*lead, pages, page_size // tokens_per_row, tokens_per_row))
-        scales = jnp.swapaxes(scales, -1, -2)
-    return reshape_minor(scales, (*lead, scale_rows(pages, page_size), LANES))
-
-
-def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) -> jax.Array:
-    """The inverse of `pack_scales`: [..., N, P]."""
-    *lead, rows, lanes = stored.shape
-    pages = rows * lanes // page_size
-    if tokens_per_row > 1:
-        stored = reshape_minor(stored, (*lead, pages, tokens_per_row, page_size // tokens_per_row))
-        stored = jnp.swapaxes(stored, -1, -2)
-    return reshape_minor(stored, (*lead, pages, page_size))

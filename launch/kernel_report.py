@@ -162,7 +162,7 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
     from paged_dist.kernels.decode import launch_plan as decode_plan
     from paged_dist.kernels.decode import traffic as decode_cost
     from paged_dist.kernels.decode.api import decode_stored_pages
-    from paged_dist.kernels.quantization import scale_rows
+    from paged_dist.kernels.scale_layout import scale_rows
     from paged_dist.launch.planning.absent_chips import timed_compile
 
     p = plan.problem

@@ -10,13 +10,21 @@ from paged_dist.cluster import Disagreement, Watchdog, initialize_distributed
 from paged_dist.describe import describe_mesh
 from paged_dist.kernels.quantization import calibrate_key_smoothing, dequantize_kv, quantize_kv
 from paged_dist.mesh import MeshAxes, make_pod_mesh
-from paged_dist.ops.append import append_kv, append_kv_local, write_prefill_kv, write_prefill_kv_local
-from paged_dist.ops.attention import paged_attention_local, sharded_paged_attention
-from paged_dist.ops.page_copies import copy_pages, copy_pages_local
-from paged_dist.ops.table_check import check_block_tables
+from paged_dist.ops import (
+    append_kv,
+    append_kv_local,
+    check_block_tables,
+    copy_pages,
+    copy_pages_local,
+    paged_attention_local,
+    sharded_paged_attention,
+    write_prefill_kv,
+    write_prefill_kv_local,
+)
 from paged_dist.pages import OutOfPages, PageAllocator, PrefixMatch
 from paged_dist.transfer.checkpoint import restore, save
-from paged_dist.transfer.reshard import reshard, resize
+from paged_dist.transfer.reshard import reshard
+from paged_dist.transfer.resize import resize
 
 __version__ = "0.1.0"
 

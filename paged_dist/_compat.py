@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 # The compiler of jax 0.10 copies what a program returns if that is one kernel's only result and pinned to HBM; one of
 # two results it leaves alone. (libtpu 0.0.42 copies, 0.0.50 of jax 0.12 does not, those between were not tried.)
@@ -50,7 +50,7 @@ def broadcasts(fn: Callable) -> Callable:
     return call
 
 
-def has_explicit_axes(mesh: Mesh) -> bool:
+def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     """Whether any axis of `mesh` is Explicit, so that `shard_map` refuses arguments in another sharding."""
     return any(t == AxisType.Explicit for t in mesh.axis_types)
 
@@ -76,7 +76,7 @@ def reshape_minor(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jax.lax.reshape(x, tuple(shape), out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*kept)))
 
 
-def lowered_for(test: Callable[[object], bool]) -> jax.Array:
+def lowered_for(test: Callable[[jax.Device], bool]) -> jax.Array:
     """A scalar bool, constant in the lowered program: `test` of a device that it is lowered for, absent ones too.
 
     As `jax.lax.platform_dependent` knows the platform, but a platform is all that jax tells in public. False where
@@ -85,11 +85,13 @@ def lowered_for(test: Callable[[object], bool]) -> jax.Array:
     return _lowered_for_p.bind(test=test)
 
 
-def _lowering_device(ctx):
+def _lowering_device(ctx: mlir.LoweringRuleContext) -> jax.Device | None:
+    """The first device that the program at `ctx` is lowered for; None where the lowering has none."""
     axis_context = ctx.module_context.axis_context
     devices = getattr(axis_context, "device_assignment", None)
-    if devices is None and isinstance(getattr(axis_context, "mesh", None), Mesh):
-        devices = axis_context.mesh.devices.flat
+    mesh = getattr(axis_context, "mesh", None)
+    if devices is None and isinstance(mesh, Mesh):
+        devices = mesh.devices.flat
     return next(iter(devices or ()), None)
 
 
@@ -98,7 +100,7 @@ _lowered_for_p.def_abstract_eval(lambda *, test: ShapedArray((), np.bool_))
 _lowered_for_p.def_impl(lambda *, test: jax.jit(lambda: _lowered_for_p.bind(test=test))())
 
 
-def _lower_lowered_for(ctx, *, test):
+def _lower_lowered_for(ctx: mlir.LoweringRuleContext, *, test: Callable[[jax.Device], bool]):
     device = _lowering_device(ctx)
     return [mlir.ir_constant(np.bool_(device is not None and test(device)))]
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from paged_dist._errors import require
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
-from paged_dist.mesh.facts import PhysicalRun, mesh_facts
+from paged_dist.mesh.facts import MeshFacts, PhysicalRun, mesh_facts
 from paged_dist.ops.collectives import Collective, attention_collectives
 
 
@@ -63,34 +63,11 @@ def describe_mesh(
         (num_q_heads, batch, spec),
         "the collectives of attention follow from all three",
     )
-    shape = " x ".join(f"{axis.name} {axis.size}" for axis in facts.axes)
-    kinds = ", ".join(kind if len(facts.device_kinds) == 1 else f"{count} {kind}" for kind, count in facts.device_kinds)
-    head = [
-        f"mesh: {shape} = {_counted(facts.num_devices, 'device')} ({kinds})",
-        _counted(facts.num_processes, "process", "processes"),
-    ]
-    if facts.num_slices > 1:
-        head.append(f"{facts.num_slices} slices")
-    if facts.has_coordinates:
-        sizes = ", ".join(f"{name} {size}" for name, size in facts.physical if name != "slice")
-        head.append(f"physical {sizes}" if sizes else "one chip")
-    else:
-        head.append("no physical coordinates")
-    types = sorted({axis.type for axis in facts.axes})
-    if types != ["Auto"]:
-        head.append("axis types " + ", ".join(f"{axis.name} {axis.type}" for axis in facts.axes))
-    lines = [", ".join(head)]
-    for axis in facts.axes:
-        where = ", ".join(map(_words, axis.runs)) if axis.size > 1 else "nothing is split"
-        lines.append(f"  {axis.name} {axis.size}: {where}")
-    for name in facts.split:
-        lines.append(f"  split: {_axis_words(name)} between {' and '.join(facts.sharers(name))}")
-    if facts.has_coordinates and not facts.fills_box:
-        lines.append("  the devices do not fill a box: neighbours in the mesh may lie apart")
+    lines = _mesh_lines(facts)
     if spec is not None:
         unit = "chip" if facts.has_coordinates and "core" not in dict(facts.physical) else "device"
         lines += _cache_lines(spec, mesh, axes, unit)
-        if num_q_heads is not None:
+        if num_q_heads is not None and batch is not None:
             made = attention_collectives(
                 spec,
                 mesh,
@@ -104,6 +81,35 @@ def describe_mesh(
     return "\n".join(lines)
 
 
+def _mesh_lines(facts: MeshFacts) -> list[str]:
+    """The mesh's sizes and devices, where each axis runs, and which physical axes several mesh axes share."""
+    shape = " x ".join(f"{axis.name} {axis.size}" for axis in facts.axes)
+    kinds = ", ".join(kind if len(facts.device_kinds) == 1 else f"{count} {kind}" for kind, count in facts.device_kinds)
+    head = [
+        f"mesh: {shape} = {_count_of(facts.num_devices, 'device')} ({kinds})",
+        _count_of(facts.num_processes, "process", "processes"),
+    ]
+    if facts.num_slices > 1:
+        head.append(f"{facts.num_slices} slices")
+    if facts.has_coordinates:
+        sizes = ", ".join(f"{name} {size}" for name, size in facts.physical if name != "slice")
+        head.append(f"physical {sizes}" if sizes else "one chip")
+    else:
+        head.append("no physical coordinates")
+    types = sorted({axis.type for axis in facts.axes})
+    if types != ["Auto"]:
+        head.append("axis types " + ", ".join(f"{axis.name} {axis.type}" for axis in facts.axes))
+    lines = [", ".join(head)]
+    for axis in facts.axes:
+        where = ", ".join(map(_run_in_words, axis.runs)) if axis.size > 1 else "nothing is split"
+        lines.append(f"  {axis.name} {axis.size}: {where}")
+    for name in facts.split:
+        lines.append(f"  split: {_axis_in_words(name)} between {' and '.join(facts.sharers(name))}")
+    if facts.has_coordinates and not facts.fills_box:
+        lines.append("  the devices do not fill a box: neighbours in the mesh may lie apart")
+    return lines
+
+
 def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list[str]:
     """Why model and context have their sizes, and what of the cache lies on each `unit`, a chip or a device."""
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
@@ -113,13 +119,13 @@ def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list
     if group == 1:
         why = f"model is 1 and context is 1, each {unit} has its sequences to itself"
     elif model == most:
-        why = f"model {model} is the greatest common divisor of the {_counted(heads, 'kv head')} and a sequence's "
+        why = f"model {model} is the greatest common divisor of the {_count_of(heads, 'kv head')} and a sequence's "
         why += f"{group} {unit}s"
         why += f", context takes the other {context}" if context > 1 else ", nothing is left for context"
     else:
         why = f"model {model} was chosen, context {context} takes the rest of a sequence's {group} {unit}s (model "
-        why += f"could be {most}, the greatest common divisor with the {_counted(heads, 'kv head')})"
-    each = f"{_counted(heads // model, 'kv head')} a {unit}"
+        why += f"could be {most}, the greatest common divisor with the {_count_of(heads, 'kv head')})"
+    each = f"{_count_of(heads // model, 'kv head')} a {unit}"
     copies = mesh.devices.size // (data * group)
     if copies > 1:
         parts = {name for part in ("data", "context", "model") for name in axes.names(part)}
@@ -127,15 +133,15 @@ def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list
         twice = f"K and V are stored {copies} times, for {' x '.join(rest)} splits nothing of them"
     else:
         twice = "no K or V is stored twice"
-    layers = "" if spec.num_layers is None else f", {_counted(spec.num_layers, 'layer')}"
+    layers = "" if spec.num_layers is None else f", {_count_of(spec.num_layers, 'layer')}"
     padded = ""
     if spec.stored_head_dim > spec.head_dim:
         padded = f", head_dim {spec.head_dim} stored as {spec.stored_head_dim}"
-    return [
-        f"  heads: {why}; {each}, {twice}",
-        f"  cache: {spec.num_pages} pages over data {data} x context {context}, "
-        f"{spec.num_pages // (data * context)} a {unit}: {_bytes(per_chip)} a {unit} in {spec.dtype}{padded}{layers}",
-    ]
+    pages = (
+        f"{spec.num_pages} pages over data {data} x context {context}, {spec.num_pages // (data * context)} a {unit}"
+    )
+    size = f"{_bytes_in_words(per_chip)} a {unit} in {spec.dtype}{padded}{layers}"
+    return [f"  heads: {why}; {each}, {twice}", f"  cache: {pages}: {size}"]
 
 
 def _collective_lines(made: tuple[Collective, ...], num_layers: int | None, unit: str) -> list[str]:
@@ -144,29 +150,29 @@ def _collective_lines(made: tuple[Collective, ...], num_layers: int | None, unit
     over, (rows, *_, heads) = made[0], made[0].shapes[0]
     lines = [
         f"  collectives of an attention call, over {' x '.join(over.axes)} {over.group} only, for "
-        f"{_counted(rows, 'row')} and {_counted(heads, 'q head')} a {unit}:"
+        f"{_count_of(rows, 'row')} and {_count_of(heads, 'q head')} a {unit}:"
     ]
-    cost = lambda count, sent: f"{_bytes(count)} a {unit}, {_bytes(sent)} sent in a ring"
+    cost = lambda count, sent: f"{_bytes_in_words(count)} a {unit}, {_bytes_in_words(sent)} sent in a ring"
     for one in made:
         arrays = " and ".join(str(list(shape)) for shape in one.shapes)
         lines.append(f"    {one.kind} ({one.reduction}) of f32 {arrays}: {cost(one.bytes, one.bytes_sent)}")
     calls = num_layers or 1
     total = cost(calls * sum(one.bytes for one in made), calls * sum(one.bytes_sent for one in made))
-    return [*lines, f"  collectives of a step, {_counted(calls, 'layer')}: {total}"]
+    return [*lines, f"  collectives of a step, {_count_of(calls, 'layer')}: {total}"]
 
 
-def _bytes(count: int) -> str:
+def _bytes_in_words(count: int) -> str:
     for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {prefix}B"
     return f"{count} B"
 
 
-def _counted(n: int, one: str, many: str | None = None) -> str:
+def _count_of(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
-def _axis_words(physical: str) -> str:
+def _axis_in_words(physical: str) -> str:
     return {
         "slice": "the slices",
         "core": "the cores of a chip",
@@ -175,7 +181,7 @@ def _axis_words(physical: str) -> str:
     }.get(physical, f"physical axis {physical}")
 
 
-def _words(run: PhysicalRun) -> str:
+def _run_in_words(run: PhysicalRun) -> str:
     """One run: what share of the axis, how many positions of how many, how far apart."""
     if run.whole:
         what = {
@@ -196,4 +202,4 @@ def _words(run: PhysicalRun) -> str:
         apart = "neighbours"
     else:
         apart = f"{run.stride} apart"
-    return f"{share} of {_axis_words(run.physical)} ({run.count} of {run.size}, {apart})"
+    return f"{share} of {_axis_in_words(run.physical)} ({run.count} of {run.size}, {apart})"

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
-from paged_dist.kernels.quantization import LARGEST, check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.quantization import LARGEST, is_quantized
+from paged_dist.kernels.scale_layout import check_stored_scales
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
@@ -135,18 +136,14 @@ def check_pools(
         takes_queries=takes_queries,
     )
     if problem.is_quantized:
-        check_scale_rows(problem.num_pages, problem.page_size)
-        rows = scale_rows(problem.num_pages, problem.page_size)
-        check_scales(key_scales, value_scales, (*key_pages.shape[:2], rows, LANES))
+        check_stored_scales(
+            key_scales,
+            value_scales,
+            (problem.num_layers, problem.num_kv_heads),
+            num_pages=problem.num_pages,
+            page_size=problem.page_size,
+        )
     return problem
-
-
-def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless both scales are there, f32, of this shape."""
-    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
-        require(scales is not None, name, None, "8-bit pages need both key_scales and value_scales")
-        require(scales.shape == shape, f"{name}.shape", scales.shape, f"must be {shape}, one for each token and head")
-        require(scales.dtype == jnp.float32, f"{name}.dtype", jnp.dtype(scales.dtype).name, "must be float32")
 
 
 def check_queries(query) -> None:

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._errors import require
-from paged_dist.kernels.attention.checks import check_scales
 from paged_dist.kernels.cache_update.kernel import write_tiles_pallas
 from paged_dist.kernels.cache_update.tiles import PoolShape, pool_shape
 from paged_dist.kernels.cache_update.xla_form import write_tiles_xla
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, meant_dtype
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_stored_scales
 from paged_dist.kernels.stripes import Stripes
-from paged_dist.kernels.tiling import LANES
 
 
 def write_kv_pages(
@@ -88,7 +87,7 @@ def write_kv_pages(
         require(array.shape == shape, f"{name}.shape", array.shape, f"must be {shape}")
         require(jnp.issubdtype(array.dtype, jnp.integer), f"{name}.dtype", array.dtype, "must be an integer dtype")
     pool = pool_shape(key_pages, head_dim)
-    _check_scales(pool, key_pages.dtype, key_scales, value_scales, key_smoothing)
+    _check_written_scales(pool, key_pages.dtype, key_scales, value_scales, key_smoothing)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     stored, quantized = key_pages.dtype, key_scales is not None
     pools = (key_pages, value_pages, key_scales, value_scales)[: 4 if quantized else 2]
@@ -110,13 +109,12 @@ def write_kv_pages(
     return dispatch(kernel, xla, *pools, key, value, starts, ends, block_tables, layer, *last, interpret=interpret)
 
 
-def _check_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:
+def _check_written_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:
     """Raises ValueError unless scales and smoothing fit the pools' dtype and shape."""
     dtype = meant_dtype(dtype)
     if is_quantized(dtype):
-        check_scale_rows(pool.pages, pool.page_size)
-        rows = scale_rows(pool.pages, pool.page_size)
-        check_scales(key_scales, value_scales, (pool.layers, pool.kv_heads, rows, LANES))
+        layers_and_heads = pool.layers, pool.kv_heads
+        check_stored_scales(key_scales, value_scales, layers_and_heads, num_pages=pool.pages, page_size=pool.page_size)
         shape = (pool.kv_heads, pool.head_dim)
         given = shape if key_smoothing is None else key_smoothing.shape
         require(given == shape, "key_smoothing.shape", given, f"must be {shape}, (Hkv, D)")

@@ -17,7 +17,7 @@ from paged_dist.kernels.cache_update.tiles import (
     VMEM_BUDGET,
     PoolShape,
     align,
-    as_rows,
+    as_stored_rows,
     choose_tile_rows,
     plan_tiles,
     scale_unit,
@@ -83,7 +83,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
         return scale.stored.at[0, layer, :, row if unit == 1 else pl.ds(row, unit), 0, :]
 
     def leader(c, item):
-        return plan.leader[item] if shared else c
+        return c if plan.leader is None else plan.leader[item]
 
     def touched(item):
         return is_layer & (plan.last[item] > plan.first[item])
@@ -179,11 +179,14 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
 
 
 def _group(refs, one_token: bool, shared: bool, quantized: bool):
-    """The launch's refs as (_Plan, two _Pools, two or no _Scales, what is still to be quantised), as `_launch` lists
-    them: the plan, new tokens, pools, pools again, buffers like tiles, semaphores, buffers for what is quantised."""
+    """The launch's refs as (_Plan, two _Pools, two or no _Scales, what is still to be quantised).
+
+    `_launch_write` lists them in the order in which they are taken here: the plan, new tokens, pools as operands and as
+    results, buffers like tiles, semaphores, and buffers for what is quantised.
+    """
     refs = list(refs)
     take = lambda n: [refs.pop(0) for _ in range(n)]
-    plan = _Plan(*take(6)) if shared else _Plan(*take(5), None)
+    plan = _Plan(*take(5), leader=take(1)[0] if shared else None)
     count = 4 if quantized else 2
     here = quantized and one_token
     new = take(2 if here else count)
@@ -264,14 +267,14 @@ def write_tiles_pallas(
             *(values for values, _ in made),
             *(x if unit == 1 else x.reshape(*x.shape[:2], unit, LANES) for x in lanes),
         )
-    new = (*(as_rows(x, pool) for x in new[:2]), *new[2:])
+    new = (*(as_stored_rows(x, pool) for x in new[:2]), *new[2:])
     if new_tokens == 1:  # a row of f32 broadcasts over a tile for nothing; the values are exact in it
         new = tuple(x[:, :, 0].astype(jnp.float32) for x in new)
     plan = (tiles.page, tiles.row, tiles.first, tiles.last)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     for begin in range(0, tiles.page.shape[0], ITEMS_PER_LAUNCH):
         part = lambda x, begin=begin: x[begin : begin + ITEMS_PER_LAUNCH]
-        pools = _launch(pools, jax.tree.map(part, plan), jax.tree.map(part, new), layer, pool, tile_rows,
+        pools = _launch_write(pools, jax.tree.map(part, plan), jax.tree.map(part, new), layer, pool, tile_rows,
                         new_tokens == 1, interpret)  # fmt: skip
     return pools
 
@@ -283,7 +286,7 @@ def _leaders(page, first, last, items: int, pool: PoolShape) -> jax.Array:
     return jnp.min(jnp.where(same, jnp.arange(items, dtype=jnp.int32), items), axis=-1).reshape(-1)
 
 
-def _launch(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token: bool, interpret: Interpret):
+def _launch_write(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token: bool, interpret: Interpret):
     count, dtype, quantized = plan[0].shape[0], pools[0].dtype, len(pools) == 4
     items = min(count, ITEMS_PER_STEP, max(1, VMEM_BUDGET // tile_bytes(pool, tile_rows, dtype.itemsize)))
     steps = -(-count // items)
@@ -292,7 +295,8 @@ def _launch(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token:
         plan, new = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), (plan, new))
     # Of one-token tiles, each a sequence's own page, none shares rows of scales from 128 tokens a page on.
     shared = quantized and items > 1 and not (one_token and pool.page_size >= LANES)
-    leaders = (_leaders(plan[0], *plan[2:], items, pool),) if shared else ()
+    page, _, first, last = plan
+    leaders = (_leaders(page, first, last, items, pool),) if shared else ()
 
     block = lambda x: pl.BlockSpec((items, *x.shape[1:]), lambda i, *_: (i,) + (0,) * (x.ndim - 1))
     in_place = pl.BlockSpec(memory_space=pl.ANY)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, in_hbm
+from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.tiling import LANES
 
 PAIRS_PER_STEP = 1024  # 8 KiB of scalar memory, twice; a step's copies are all in flight before one is waited for
@@ -91,7 +92,7 @@ def _copy_by_dma(groups, copies, count, page_size: int, interpret: Interpret) ->
         functools.partial(
             _copy_kernel,
             pairs=pairs,
-            rows=(1, 1, *(page_size // LANES for _ in pools[2:])),
+            rows=(1, 1, *(rows_of_page(page_size) for _ in pools[2:])),
             has_sources=len(groups) > 1,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -129,7 +130,7 @@ def _place(pool: jax.Array, page_size: int, source: jax.Array, to: jax.Array):
         return (source, 0, 0), (to, 0, 0), (1, *pool.shape[3:])
     # Scales: one after another in rows of 128, whole rows or a part of one.
     at = lambda page: (page * page_size // LANES, page * page_size % LANES)
-    return at(source), at(to), (max(1, page_size // LANES), min(page_size, LANES))
+    return at(source), at(to), (rows_of_page(page_size), min(page_size, LANES))
 
 
 def _copy_part(x: jax.Array, source, to, shape, y: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.stripes import Stripes
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
@@ -42,7 +43,8 @@ class PoolShape(NamedTuple):
 
 def pool_shape(pool: jax.Array, head_dim: int) -> PoolShape:
     """The PoolShape of a stored pool [L, Hkv, N, rows, lanes]."""
-    return PoolShape(*pool.shape, head_dim)
+    layers, kv_heads, pages, rows, lanes = pool.shape
+    return PoolShape(layers, kv_heads, pages, rows, lanes, head_dim)
 
 
 class Tiles(NamedTuple):
@@ -85,7 +87,7 @@ def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
 
 def scale_unit(pool: PoolShape) -> int:
     """Rows of 128 scales that are read and written together: a page's, or the one that several pages share."""
-    return max(1, pool.page_size // LANES)
+    return rows_of_page(pool.page_size)
 
 
 def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:
@@ -172,7 +174,7 @@ def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
     return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, head_dim)
 
 
-def as_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
+def as_stored_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
     """What `align` made as stored rows, [M, Hkv, tile_rows, W]; a lone token in all places of its row, for a mask."""
     if tokens.shape[2] == 1:
         return jnp.tile(tokens, (1, 1, 1, pool.tokens_per_row))

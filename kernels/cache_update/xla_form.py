@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from paged_dist.kernels.cache_update.tiles import PoolShape, align, as_rows, plan_tiles, spread_scales, token_in_tile
+from paged_dist.kernels.cache_update.tiles import (
+    PoolShape,
+    align,
+    as_stored_rows,
+    plan_tiles,
+    spread_scales,
+    token_in_tile,
+)
 from paged_dist.kernels.dispatch import as_stored_dtype, meant_dtype
 from paged_dist.kernels.quantization import quantize_kv, smooth
 from paged_dist.kernels.stripes import Stripes
@@ -33,7 +40,7 @@ def write_tiles_xla(
     target = jnp.where(writes, tiles.page, pool.pages)  # out of range: dropped
 
     def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-        new = as_rows(new, pool)
+        new = as_stored_rows(new, pool)
         if tile_rows == pool.rows:
             old = pages[layer, :, tiles.page]  # [M, Hkv, rows, W]
             return pages.at[layer, :, target].set(jnp.where(mask, new, old), mode="drop")

@@ -13,7 +13,6 @@ from paged_dist.kernels.attention.checks import (
     check_lengths,
     check_options,
     check_queries,
-    check_scales,
     check_sinks,
     check_starts,
 )
@@ -23,7 +22,8 @@ from paged_dist.kernels.attention.xla_form import attend_pages_xla
 from paged_dist.kernels.decode.launch_plan import BlockSizes
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, dispatch
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, check_scales, pack_scales, unpack_scales
 from paged_dist.kernels.target import on_target
 from paged_dist.kernels.tiling import LANES, SUBLANES
 

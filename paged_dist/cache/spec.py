@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from paged_dist._errors import require
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist._errors import require, whole_number
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, pages_of_whole_tiles, scale_rows
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.mesh import MeshAxes
 
-_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
+CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,14 @@ class CacheSpec:
         try:
             name = jnp.dtype(self.dtype).name
         except TypeError:
-            name = str(self.dtype)
-        require(name in _DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {_DTYPES}")
+            name = f"{self.dtype}"
+        require(name in CACHE_DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {CACHE_DTYPES}")
         object.__setattr__(self, "dtype", name)
         for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
             value = getattr(self, field)
             if field == "num_layers" and value is None:
                 continue
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            require(whole and value >= 1, field, value, "must be a whole number, at least 1")
-            object.__setattr__(self, field, int(value))
+            object.__setattr__(self, field, whole_number(field, value, at_least=1))
         rule = SUBLANES * self.tokens_per_row
         require(
             self.page_size % rule == 0,
@@ -103,6 +101,14 @@ class CacheSpec:
         return (*self._layers, self.num_kv_heads, scale_rows(self.num_pages, self.page_size), LANES)
 
     @property
+    def shard_page_multiple(self) -> int:
+        """What the number of pages on each shard is a multiple of: as many as fill whole (8, 128) tiles of scales.
+
+        1 where there are no scales.
+        """
+        return pages_of_whole_tiles(self.page_size) if self.is_quantized else 1
+
+    @property
     def key_smoothing_shape(self) -> tuple[int, ...]:
         """Shape of a key smoothing: [Hkv, D], or [L, Hkv, D]."""
         return (*self._layers, self.num_kv_heads, self.head_dim)
@@ -147,8 +153,8 @@ class CacheSpec:
             f"must be a multiple of the mesh's data x context size {data} x {context}",
             f"{-(-self.num_pages // (data * context)) * data * context} works",
         )
-        if self.is_quantized:
-            pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size
+        pages = self.shard_page_multiple
+        if pages > 1:
             require(
                 self.num_pages % (pages * data * context) == 0,
                 "num_pages",

@@ -34,7 +34,8 @@ def place_of(device: jax.Device) -> Place | None:
     coords = getattr(device, "coords", None)
     if device.platform != "tpu" or coords is None or len(coords) != 3:
         return None
-    return Place(slice_of(device), *coords, getattr(device, "core_on_chip", 0) or 0)
+    x, y, z = coords
+    return Place(slice_of(device), x, y, z, getattr(device, "core_on_chip", 0) or 0)
 
 
 def memory_limit(device: jax.Device) -> float:

@@ -56,8 +56,8 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
                 "over which only data is split",
                 divisors_near(math.gcd(*map(len, slices)), group),
             )
-    boxes = [_as_box(members) for members in slices]
-    if any(box is None or box.shape != boxes[0].shape for box in boxes):
+    boxes = [box for box in map(_as_box, slices) if box is not None]
+    if len(boxes) < len(slices) or len({box.shape for box in boxes}) > 1:
         logging.warning(
             "make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "
             "coordinates, neighbours in the mesh may lie apart",
@@ -77,7 +77,7 @@ def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
 
 def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
     """One slice's devices as [x, y, z, core], or None where they leave holes in the box around them."""
-    where = np.array([place_of(d)[1:] for d in devices])
+    where = np.array([place[1:] for place in map(place_of, devices) if place is not None])
     where -= where.min(axis=0)
     dims = where.max(axis=0) + 1
     if math.prod(dims.tolist()) != len(devices):

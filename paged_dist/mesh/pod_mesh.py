@@ -5,13 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-import numbers
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import bad_value, is_whole_number, require
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.mesh.devices import slice_of
 from paged_dist.mesh.placement import place_devices
@@ -77,8 +76,8 @@ def make_pod_mesh(
     }
     for argument, size in {**sizes, "num_slices": num_slices}.items():
         if size is not None:
-            whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-            require(whole and size >= 1, argument, size, "must be a positive integer or None")
+            positive = is_whole_number(size) and size >= 1
+            require(positive, argument, size, "must be a positive integer or None")
     if axis_types is None or isinstance(axis_types, AxisType):
         axis_types = (axis_types or AxisType.Auto,) * 3
     require(len(axis_types) == 3, "axis_types", axis_types, "must be one AxisType, or one each of data, context, model")

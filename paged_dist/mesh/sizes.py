@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from paged_dist._errors import bad_value
 
@@ -28,7 +29,7 @@ def infer_sizes(
     if isinstance(found, tuple):
         return found
     works = found.works
-    if works is None or (found.change and not isinstance(_sizes_of(num_devices, **asked | found.change), tuple)):
+    if works is None or (found.change and not isinstance(_sizes_of(num_devices, **{**asked, **found.change}), tuple)):
         works = _sizes_near(num_devices, asked, found.argument)
     raise bad_value(found.argument, found.value, found.rule, works)
 
@@ -42,7 +43,7 @@ class _Unfit:
     value: int
     rule: str
     works: str | None = None
-    change: dict[str, int | None] | None = None
+    change: Mapping[str, int | None] | None = None
 
 
 def _sizes_of(
@@ -67,7 +68,7 @@ def _sizes_of(
         if model_parallelism % model:
             return _Unfit("model", model, f"must divide model_parallelism {model_parallelism}")
         rest = model_parallelism // model
-        if context not in (None, rest):
+        if context is not None and context != rest:
             rule = f"model {model} x context must be model_parallelism {model_parallelism}"
             return _Unfit("context", context, rule, f"leave it out, or pass {rest}", {"context": rest})
         context = rest
@@ -97,9 +98,9 @@ def _sizes_of(
 def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -> str:
     """What works in place of the sizes `asked`: other values of `argument` alone, else the nearest sizes of all."""
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-    if asked.get(argument) is not None:
+    wanted = asked.get(argument)
+    if wanted is not None:
         alone = [d for d in divisors if isinstance(_sizes_of(num_devices, **asked | {argument: d}), tuple)]
-        wanted = asked[argument]
         if near := [d for d in alone if d < wanted][-2:] + [d for d in alone if d > wanted][:2]:
             *most, last = map(str, near)
             return f"{argument}={', '.join(most)} or {last} works" if most else f"{argument}={last} works"
@@ -110,7 +111,7 @@ def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -
         return {name: size for name, size in sizes.items() if asked[name] not in (None, size)}
 
     def distance(change: dict[str, int]) -> tuple[int, float]:
-        return len(change), sum(abs(math.log(size / asked[name])) for name, size in change.items())
+        return len(change), sum(abs(math.log(size / (asked[name] or size))) for name, size in change.items())
 
     options = [
         changed(model, context)

@@ -19,20 +19,19 @@ from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.window import later_starts, split_window
 from paged_dist.kernels.decode.api import add_sinks, decode_stored_pages
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.collectives import OUTPUT_HEADS
-from paged_dist.ops.in_shard_map import (
+from paged_dist.ops.arguments import (
     Implementation,
     as_arrays,
+    as_optional_arrays,
     check_batch,
-    check_shard,
-    context_size,
+    check_int32,
+    check_table_shape,
     interpret_of,
-    invariant_over_context,
-    local_pages,
-    op_mesh,
-    run_sharded,
 )
+from paged_dist.ops.collectives import check_output_heads
+from paged_dist.ops.in_shard_map import check_shard, context_size, invariant_over_context, local_pages
 from paged_dist.ops.merge import merge_partials, my_heads
+from paged_dist.ops.sharded_call import op_mesh, run_sharded
 
 
 def sharded_paged_attention(
@@ -99,16 +98,17 @@ def sharded_paged_attention(
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
     """
-    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
+    query, lengths, block_tables = as_arrays(query, lengths, block_tables)
+    sinks, starts = as_optional_arrays(sinks, starts)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
-    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation)
     sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
     context, model = axes.size(mesh, "context"), axes.size(mesh, "model")
-    _check_output_heads(output_heads, query.shape[-2] // model, context)
-    return _sharded(
+    check_output_heads(output_heads, query.shape[-2] // model, context)
+    return _attend_sharded(
         query,
         cache,
         lengths,
@@ -132,9 +132,9 @@ def sharded_paged_attention(
         "sm_scale", "soft_cap", "sliding_window", "return_lse", "output_heads", "mesh", "axes", "implementation",
     ),
 )  # fmt: skip
-def _sharded(query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options):
+def _attend_sharded(query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options):
     data, model = axes.names("data") or None, axes.names("model") or None
-    local = functools.partial(_local, axes=axes, **options)
+    local = functools.partial(_attend_local, axes=axes, **options)
     pools = cache.partition_specs(axes)
     if axes.size(mesh, "context") == 1:
         # Pools that are only read need not vary over it, and no reduction makes the output the same.
@@ -207,13 +207,14 @@ def paged_attention_local(
     Raises:
       ValueError: as `sharded_paged_attention`; no `shard_map` around the call, or one with another part of the cache.
     """
-    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
+    query, lengths, block_tables = as_arrays(query, lengths, block_tables)
+    sinks, starts = as_optional_arrays(sinks, starts)
     check_shard(cache, axes)
-    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation)
     sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
-    _check_output_heads(output_heads, query.shape[-2], context_size(axes))
-    return _local(
+    check_output_heads(output_heads, query.shape[-2], context_size(axes))
+    return _attend_local(
         query,
         cache,
         lengths,
@@ -231,7 +232,7 @@ def paged_attention_local(
 
 
 @broadcasts
-def _local(
+def _attend_local(
     query,
     cache,
     lengths,
@@ -254,7 +255,7 @@ def _local(
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
-        pad_heads(_smoothed(query, smoothing), cache.spec),
+        pad_heads(smoothed_query(query, smoothing), cache.spec),
         key_pages,
         value_pages,
         lengths,
@@ -299,7 +300,7 @@ def _local(
     return (output, lse) if return_lse else output
 
 
-def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
+def smoothed_query(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     """query [..., Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
     if smoothing is None:
         return query
@@ -307,7 +308,7 @@ def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
-def _check(query, cache, lengths, block_tables, sinks, starts, implementation) -> None:
+def _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation) -> None:
     """The checks that hold for whole arrays and for one shard's alike."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
@@ -322,25 +323,7 @@ def _check(query, cache, lengths, block_tables, sinks, starts, implementation) -
         f"query heads must be a multiple of the cache's {kv_heads} kv heads",
     )
     require(lengths.shape == (batch,), "lengths.shape", lengths.shape, f"must be ({batch},), one for each row of query")
-    require(
-        block_tables.ndim == 2 and block_tables.shape[0] == batch and block_tables.shape[1] >= 1,
-        "block_tables.shape",
-        block_tables.shape,
-        f"must be [{batch}, pages_per_sequence], one row for each of query's and at least one column",
-    )
-    for name, array in (("lengths", lengths), ("block_tables", block_tables)):
-        require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
+    check_table_shape(block_tables, batch, "query")
+    check_int32(lengths=lengths, block_tables=block_tables)
     check_sinks(sinks, heads)
     check_starts(starts, batch)
-
-
-def _check_output_heads(output_heads: str, heads: int, context: int) -> None:
-    """`heads`: query heads of one model shard."""
-    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
-    require(
-        output_heads == "replicated" or heads % context == 0,
-        "output_heads",
-        output_heads,
-        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
-        "'replicated' takes any",
-    )

@@ -16,15 +16,17 @@ from paged_dist._errors import require
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
+from paged_dist.ops.arguments import Implementation, interpret_of
+from paged_dist.ops.in_shard_map import check_shard
+from paged_dist.ops.sharded_call import InPlaceOp, op_mesh, run_sharded
 from paged_dist.ops.write_conflicts import check_copies_apart, on_host
 
-COPIES_AT_ONCE = 512  # pairs of a launch of an eager call
+PAIRS_PER_LAUNCH = 512  # of an eager call
 
 
 def copy_pages(
     cache: PagedKVCache,
-    copies: jax.Array,
+    copies: jax.Array | np.ndarray,
     *,
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
@@ -70,12 +72,12 @@ def _parts(copies: np.ndarray | jax.Array) -> list[jax.Array]:
     xp = np if isinstance(copies, np.ndarray) else jnp
     if xp is np:
         copies = copies[(copies >= 0).all(axis=1)]
-    missing = -len(copies) % COPIES_AT_ONCE
+    missing = -len(copies) % PAIRS_PER_LAUNCH
     padded = xp.concatenate([copies, xp.full((missing, 2), -1, xp.int32)])
-    return [jnp.asarray(part) for part in padded.reshape(-1, COPIES_AT_ONCE, 2)]
+    return [jnp.asarray(part) for part in padded.reshape(-1, PAIRS_PER_LAUNCH, 2)]
 
 
-@in_place
+@InPlaceOp
 def _copy_sharded(cache, copies, *, mesh, axes, implementation):
     pools = cache.partition_specs(axes)
     local = functools.partial(_copy_local, axes=axes, implementation=implementation)

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 from paged_dist._errors import bad_value, require
 from paged_dist.cache import PagedKVCache
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import as_arrays, check_batch
+from paged_dist.ops.arguments import as_arrays, as_optional_arrays, check_batch
+from paged_dist.ops.page_owners import PageOwners
 
 _OUTSIDE = "must be a page id in [0, {pages}), for the row has {tokens} tokens"
 _ELSEWHERE = "must be on data shard {data} and context shard {context}, which own ids [{first}, {end})"
@@ -50,7 +51,8 @@ def check_block_tables(
       ValueError: the first wrong entry, by row and column, with the ids that would be right; shapes or dtypes that
         disagree. Under checkify the error of `error.throw()` says the same.
     """
-    block_tables, lengths, starts = as_arrays(block_tables, lengths, starts)
+    block_tables, lengths = as_arrays(block_tables, lengths)
+    (starts,) = as_optional_arrays(starts)
     require(block_tables.ndim == 2, "block_tables.shape", block_tables.shape, "must be [B, pages_per_sequence]")
     batch, columns = block_tables.shape
     for name, array, shape in (("lengths", lengths, (batch,)), ("starts", starts, (batch,))):
@@ -63,25 +65,25 @@ def check_block_tables(
     mesh = mesh if mesh is not None else cache.mesh if cache.mesh is not None else jax.sharding.get_abstract_mesh()
     axes.check(mesh.axis_names)
     check_batch(batch, mesh, axes, "block_tables.shape[0]")
-    data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
+    owners = PageOwners.of(cache.spec, mesh, axes)
     pages, page_size = cache.spec.num_pages, cache.spec.page_size
-    own = pages // (data * context)
 
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (batch, columns), axis) for axis in (0, 1))
     live = column * page_size < lengths[:, None]
     if starts is not None:
         live &= (column + 1) * page_size > starts[:, None]
     outside = (block_tables < 0) | (block_tables >= pages)
-    begins = jnp.clip(block_tables[:, :1], 0, pages - 1) // own % context
-    shard = row // (batch // data) * context + (begins + column) % context  # that owns each entry's page
-    elsewhere = ~outside & (block_tables // own != shard)
+    first_page = jnp.clip(block_tables[:, :1], 0, pages - 1)
+    shard = owners.of_column(column, row, first_page, batch)  # that must own each entry's page
+    elsewhere = ~outside & (owners.of_page(block_tables) != shard)
 
-    _check(live & outside, _OUTSIDE, block_tables, pages=pages, tokens=lengths[:, None])
-    more = dict(data=shard // context, context=shard % context, first=shard * own, end=(shard + 1) * own)
-    _check(live & elsewhere, _ELSEWHERE, block_tables, **more)
+    _check_no_entry(live & outside, _OUTSIDE, block_tables, pages=pages, tokens=lengths[:, None])
+    own = owners.pages_per_shard
+    more = dict(data=shard // owners.context, context=shard % owners.context, first=shard * own, end=(shard + 1) * own)
+    _check_no_entry(live & elsewhere, _ELSEWHERE, block_tables, **more)
 
 
-def _check(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> None:
+def _check_no_entry(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> None:
     """Raises, or checks under checkify, for the first entry of `wrong` [B, S], whose values fill `rule`."""
     batch, columns = wrong.shape
     place = jax.lax.broadcasted_iota(jnp.int32, wrong.shape, 0) * columns
@@ -91,6 +93,6 @@ def _check(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> No
     values = {name: there(x) for name, x in values.items()} | dict(row=first // columns, column=first % columns)
     page, message = there(block_tables), "block_tables[{row}, {column}]"
     if isinstance(wrong, jax.core.Tracer):
-        checkify.check(first == batch * columns, message + "={page}: " + rule, page=page, **values)
+        checkify.check(first == batch * columns, message + "={page}: " + rule, debug=False, page=page, **values)
     elif wrong.any():
         raise bad_value(message.format(**values), int(page), rule.format(**values))

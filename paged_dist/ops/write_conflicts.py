@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from paged_dist._errors import bad_value
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
+from paged_dist.ops.page_owners import PageOwners
 
 
 def on_host(*values) -> tuple[np.ndarray, ...] | None:
@@ -46,11 +47,9 @@ def check_rows_apart(
     column = first[:, None] + np.arange(max(0, int((last - first).max(initial=-1)) + 1))
     page = block_tables[rows[:, None], np.minimum(column, columns - 1)]
     # What lies elsewhere than its place in the row says is not written, nor counted here.
-    data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
-    each = spec.num_pages // (data * context)
-    begins = np.maximum(block_tables[rows, 0], 0) // each
-    shard = rows[:, None] // (count // data) * context + (begins[:, None] + column) % context
-    written = (column <= last[:, None]) & (page >= 0) & (page // each == shard)
+    owners, first_page = PageOwners.of(spec, mesh, axes), np.maximum(block_tables[rows, :1], 0)
+    shard = owners.of_column(column, rows[:, None], first_page, count)
+    written = (column <= last[:, None]) & (page >= 0) & (owners.of_page(page) == shard)
     page, row = page[written], np.broadcast_to(rows[:, None], written.shape)[written]
     order = np.argsort(page, kind="stable")
     page, row = page[order], row[order]
@@ -67,8 +66,7 @@ def check_rows_apart(
 
 def check_copies_apart(spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, copies) -> None:
     """Raises ValueError where a pair of `copies` [M, 2] writes a page that another pair writes or reads."""
-    each = spec.num_pages // (axes.size(mesh, "data") * axes.size(mesh, "context"))
-    shard = copies // each
+    shard = PageOwners.of(spec, mesh, axes).of_page(copies)
     inside = (copies >= 0).all(axis=1) & (copies < spec.num_pages).all(axis=1)
     read, write = copies[inside & (shard[:, 0] == shard[:, 1]) & (copies[:, 0] != copies[:, 1])].T
     pages, times = np.unique(write, return_counts=True)

@@ -34,7 +34,7 @@ class Unfinished(ValueError):
     """A manifest that was not written to its end, or is damaged so that it looks like one."""
 
 
-def _number(name: str) -> int:
+def _order_of(name: str) -> int:
     """Which of a folder's manifests it is, in the order they were written; 0 in format 1, -1 for another file."""
     if name == _FORMAT_1_MANIFEST:
         return 0
@@ -44,7 +44,7 @@ def _number(name: str) -> int:
 
 def _newest_first(folder: str) -> list[str]:
     """The names of the manifests in a folder, whole or not."""
-    return sorted((name for name in os.listdir(folder) if _number(name) >= 0), key=_number, reverse=True)
+    return sorted((name for name in os.listdir(folder) if _order_of(name) >= 0), key=_order_of, reverse=True)
 
 
 def data_folder(folder: str, name: str) -> str:
@@ -53,7 +53,7 @@ def data_folder(folder: str, name: str) -> str:
     return os.path.join(folder, f"data-{match[2]}") if match else folder
 
 
-def _load(folder: str, name: str) -> dict:
+def load_manifest(folder: str, name: str) -> dict:
     """A manifest, checked by its own digest. Raises ValueError where it is damaged, Unfinished where it ends early."""
     try:
         with open(os.path.join(folder, name), "rb") as f:
@@ -65,12 +65,12 @@ def _load(folder: str, name: str) -> dict:
         raise Unfinished(str(bad_value("folder", folder, rule))) from e
     require(whole, "folder", folder, f"{name} is damaged: it is not what was written")
     manifest = json.loads(text)
-    known = manifest.get("format") == (FORMAT if _number(name) else FORMAT_1)
+    known = manifest.get("format") == (FORMAT if _order_of(name) else FORMAT_1)
     require(known, "folder", folder, f"is of format {manifest.get('format')!r}, not {FORMAT!r}")
     return manifest
 
 
-def read(folder: str) -> tuple[str, dict]:
+def read_newest(folder: str) -> tuple[str, dict]:
     """(where its files lie, the manifest) of the save in a folder.
 
     Raises:
@@ -79,7 +79,7 @@ def read(folder: str) -> tuple[str, dict]:
     unfinished = None
     for name in _newest_first(folder) if os.path.isdir(folder) else ():
         try:
-            return data_folder(folder, name), _load(folder, name)
+            return data_folder(folder, name), load_manifest(folder, name)
         except Unfinished as e:  # of a save that was interrupted: the one before counts
             unfinished = unfinished or e
     if unfinished is not None:
@@ -106,10 +106,10 @@ def _is_of_interrupted(folder: str, name: str) -> bool:
     """Whether a file or folder, where nothing but its like is there, is left over from a save that was interrupted."""
     if _DATA.fullmatch(name):
         return True
-    if _number(name) < 1:
+    if _order_of(name) < 1:
         return False
     try:
-        _load(folder, name)
+        load_manifest(folder, name)
     except Unfinished:
         return True
     except ValueError:
@@ -127,8 +127,9 @@ class NewSave:
     def __init__(self, folder: str, token: bytes):
         self._folder, self._token = folder, token.hex()
         self.data = os.path.join(folder, f"data-{self._token}")
-        self._manifest, self._made = None, False
-        self._lock = None  # a descriptor of the folder
+        self._manifest: str | None = None  # the path of its manifest, once that is being written
+        self._made = False  # whether this process has made the folder
+        self._lock: int | None = None  # a descriptor of the folder
         self._may_be_valid = False  # whether a manifest names the files, as far as can be known
 
     def begin(self, is_first: bool) -> None:
@@ -171,7 +172,7 @@ class NewSave:
         for some in (self.data, self._folder, os.path.dirname(self._folder)):
             sync_folder(some)
         text = json.dumps({"format": FORMAT} | manifest, sort_keys=True)
-        number = 1 + max(map(_number, _newest_first(self._folder)), default=0)
+        number = 1 + max(map(_order_of, _newest_first(self._folder)), default=0)
         name = f"manifest-{number:06d}-{self._token}.json"
         path = self._manifest = os.path.join(self._folder, name)
         try:
@@ -191,7 +192,7 @@ class NewSave:
             what = "the save is whole, and so is one before it, but a loss of power may undo it: could not be synced"
             raise OSError(e.errno, f"{e.strerror}: {what}", self._folder) from e
         for other in reversed(_newest_first(self._folder)):
-            if _number(other) < number:
+            if _order_of(other) < number:
                 self._remove(other)
 
     def withdraw(self) -> bool:
@@ -215,11 +216,11 @@ class NewSave:
     def _remove(self, name: str) -> None:
         """Removes the save of an older manifest, that last: until then it tells what is left to remove."""
         try:
-            if _number(name):
+            if _order_of(name):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(data_folder(self._folder, name))
             else:
-                for file in _load(self._folder, name)["files"]:
+                for file in load_manifest(self._folder, name)["files"]:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(self._folder, os.path.basename(file)))
             os.unlink(os.path.join(self._folder, name))

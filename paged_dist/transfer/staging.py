@@ -1,10 +1,14 @@
-"""Pages on their way: some of each shard's, gathered into a staging cache and written from one, in place."""
+"""Staging caches: small caches that hold the pages of one chunk while they go elsewhere.
+
+A transfer copies some pages of each shard into a staging cache, brings that to another mesh or to a file (or fills it
+from there), and copies its pages into the pool where they belong. All chunks of a transfer have one size, so that they
+run one program.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from paged_dist.cache import CacheSpec, PagedKVCache
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
-from paged_dist.kernels.tiling import LANES, SUBLANES
+from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import Implementation, interpret_of, run_sharded
+from paged_dist.ops.arguments import Implementation, interpret_of
+from paged_dist.ops.sharded_call import run_sharded
 
 
 def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
@@ -26,7 +31,7 @@ def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
 
 def round_slots(spec: CacheSpec, slots: int) -> int:
     """`slots` pages a shard, rounded up to what a cache of `spec` may have."""
-    unit = math.lcm(SUBLANES * LANES, spec.page_size) // spec.page_size if spec.is_quantized else 1
+    unit = pages_of_whole_tiles(spec.page_size) if spec.is_quantized else 1
     return -(-slots // unit) * unit
 
 
@@ -40,15 +45,15 @@ def staging_spec(spec: CacheSpec, shards: int, slots: int) -> CacheSpec:
     return dataclasses.replace(spec, num_pages=shards * slots)
 
 
-def pairs(lists: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of each shard, [n, 2], padded to one length: ([shards, length, 2], [shards]) int32."""
+def _padded(lists: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each shard's list of copies [n, 2], padded to one length: ([shards, length, 2], [shards]) int32, the n's."""
     made = np.zeros((len(lists), max(1, length), 2), np.int32)
     for shard, some in zip(made, lists, strict=True):
         shard[: len(some)] = some
     return made, np.array([len(some) for some in lists], np.int32)
 
 
-def put(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+def _global_array(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     """A global array from every process's own copy of it."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
@@ -68,16 +73,17 @@ def copy_between(
       lists: of each page shard [n, 2] int32, local ids: page of source, page of into.
       length: how many of a shard's list are copied at once. Calls with the same one share a program.
     """
-    at = P(axes.pages or None)
+    at, mesh = P(axes.pages or None), into.mesh
+    assert isinstance(mesh, Mesh)  # `zeros_like_cache` made it, or it holds the pages that go elsewhere
     for begin in range(0, max(map(len, lists)), length):
-        part = pairs([some[begin : begin + length] for some in lists], length)
-        copies, counts = (put(x, into.mesh, P(*at, *(None,) * (x.ndim - 1))) for x in part)
-        into = _copy_between(into, source, copies, counts, axes=axes, implementation=implementation)
+        part = _padded([some[begin : begin + length] for some in lists], length)
+        copies, counts = (_global_array(x, mesh, P(*at, *(None,) * (x.ndim - 1))) for x in part)
+        into = copy_chunk(into, source, copies, counts, axes=axes, implementation=implementation)
     return into
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "implementation"), donate_argnames="into")
-def _copy_between(into, source, copies, counts, *, axes, implementation):
+def copy_chunk(into, source, copies, counts, *, axes, implementation):
     def local(into, source, copies, counts):
         pools, sources = ((*c.stacked_pages(), *c.stacked_scales().values()) for c in (into, source))
         interpret = interpret_of(implementation)

@@ -16,7 +16,8 @@ from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attentio
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.kernels.decode import launch_plan as decode_plan
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
-from paged_dist.kernels.quantization import dequantize_kv, pack_scales, quantize_kv
+from paged_dist.kernels.quantization import dequantize_kv, quantize_kv
+from paged_dist.kernels.scale_layout import pack_scales
 from paged_dist.kernels.target import Target
 
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)

@@ -18,18 +18,19 @@ from typing import NamedTuple
 from paged_dist._errors import require
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.run_program import UsageError, run_program
+from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.serving.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(
     "context_lengths", ["128", "512", "2048", "8192", "32768"], "Live tokens of the sequences, one measurement each."
 )
 
-NAME = "paged-dist-accuracy"
-_TAKEN = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seed", "output")
-_DEFAULTS = {"batch": 2, "num_q_heads": 8, "num_kv_heads": 2}
-for _name in _TAKEN:
-    flags.declare_key_flag(_name)
+ACCURACY_PROGRAM = Program(
+    "paged-dist-accuracy",
+    takes=("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seed", "output"),
+    defaults={"batch": 2, "num_q_heads": 8, "num_kv_heads": 2},
+)
 
 CASES = ("plain", "outliers", "smoothed")
 # The largest relative root mean square error allowed, by dtype and case; none where outliers are not smoothed.
@@ -44,10 +45,10 @@ GROWTH_BOUND = 1.4  # of any length's error over the shortest's, which a few hea
 DTYPES = ("int8", "float8_e4m3fn")
 _OUTLIERS, _OUTLIER_SIZE = 4, 20.0
 _SAMPLE = 512  # tokens that the smoothing is calibrated on
-_CHUNK = 2048  # tokens of a sequence that one prefill call writes
+_PREFILL_TOKENS = 2048  # tokens of a sequence that one prefill call writes
 
 
-class Settings(NamedTuple):
+class AccuracySettings(NamedTuple):
     """What to measure. B, Hq, Hkv, D, P, and the context lengths in tokens, ascending."""
 
     batch: int
@@ -59,30 +60,30 @@ class Settings(NamedTuple):
     lengths: tuple[int, ...]
 
 
-def settings_from_flags() -> Settings:
+def accuracy_settings() -> AccuracySettings:
     """The settings that the flags name.
 
     Raises:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
-    shared_flags.refuse_others(_TAKEN)
-    values = {name: flags.FLAGS[name].value for name in _TAKEN[:5]}
+    ACCURACY_PROGRAM.refuse_other_flags()
+    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")
+    values = {name: flags.FLAGS[name].value for name in shapes}
     flag_checks.at_least(1, **values)
     flag_checks.check_seed()
-    q, kv = values["num_q_heads"], values["num_kv_heads"]
-    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+    flag_checks.check_head_counts()
     text = ",".join(CONTEXT_LENGTHS.value)
     whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
     lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
     flag_checks.check_sizes()
-    drawn = 2 * 4 * values["batch"] * max(lengths) * kv * values["head_dim"]
+    drawn = 2 * 4 * values["batch"] * max(lengths) * values["num_kv_heads"] * values["head_dim"]
     flag_checks.check_host_memory("--context_lengths", text, drawn)
     flag_checks.check_output(shared_flags.OUTPUT.value)
-    return Settings(**values, seed=shared_flags.SEED.value, lengths=tuple(sorted(set(lengths))))
+    return AccuracySettings(**values, seed=shared_flags.SEED.value, lengths=tuple(sorted(set(lengths))))
 
 
-class Data(NamedTuple):
+class CaseData(NamedTuple):
     """One case's arrays, T the longest context."""
 
     query: object  # [B, Hq, D] bf16
@@ -91,7 +92,7 @@ class Data(NamedTuple):
     smoothing: object  # [Hkv, D] f32, or None
 
 
-def draw(s: Settings) -> dict[str, Data]:
+def draw(s: AccuracySettings) -> dict[str, CaseData]:
     """The data of every case: the same draws, so that cases differ in nothing else."""
     import jax.numpy as jnp
     import numpy as np
@@ -113,8 +114,8 @@ def draw(s: Settings) -> dict[str, Data]:
         over = np.sqrt(np.mean(np.square(over), axis=-1, keepdims=True))
         return np.asarray(jnp.asarray(query / over, jnp.bfloat16))
 
-    plain = Data(scaled(np.ones_like(size)), keys, values, None)
-    outliers = Data(scaled(size), keys * size, values, None)
+    plain = CaseData(scaled(np.ones_like(size)), keys, values, None)
+    outliers = CaseData(scaled(size), keys * size, values, None)
     return {
         "plain": plain,
         "outliers": outliers,
@@ -122,7 +123,7 @@ def draw(s: Settings) -> dict[str, Data]:
     }
 
 
-def tables_of(s: Settings):
+def tables_of(s: AccuracySettings):
     """int32 [B, S] page ids, shuffled."""
     import numpy as np
 
@@ -131,7 +132,7 @@ def tables_of(s: Settings):
     return rng.permutation(s.batch * columns).reshape(s.batch, columns).astype(np.int32)
 
 
-def fill(s: Settings, dtype: str, data: Data, tables):
+def fill(s: AccuracySettings, dtype: str, data: CaseData, tables):
     """A cache of `dtype` on one device that holds data's keys and values on the pages of `tables` [B, S]."""
     import jax
     import jax.numpy as jnp
@@ -143,7 +144,7 @@ def fill(s: Settings, dtype: str, data: Data, tables):
     mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
     cache = PagedKVCache.create(spec, mesh, key_smoothing=data.smoothing)
     write = jax.jit(write_prefill_kv, donate_argnums=0)
-    chunk = min(_CHUNK, max(s.lengths))
+    chunk = min(_PREFILL_TOKENS, max(s.lengths))
     for start in range(0, max(s.lengths), chunk):
         ends = np.full(s.batch, min(start + chunk, max(s.lengths)), np.int32)
         more = ((0, 0), (0, start + chunk - int(ends[0])), (0, 0), (0, 0))
@@ -163,7 +164,7 @@ def held_pages(cache) -> tuple:
     return keys, values
 
 
-def given_pages(s: Settings, data: Data) -> tuple:
+def given_pages(s: AccuracySettings, data: CaseData) -> tuple:
     """(keys, values) [Hkv, B * S, P, D] f32: the data itself, on pages in order."""
     import numpy as np
 
@@ -184,7 +185,7 @@ def relative_rms(output, want) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def measure(s: Settings) -> list[dict]:
+def measure_errors(s: AccuracySettings) -> list[dict]:
     """One record for each length, dtype and case: length, dtype, case, `error` and the op's `own_error`."""
     import jax
     import numpy as np
@@ -234,7 +235,7 @@ def failures(results: list[dict]) -> list[str]:
     return failed
 
 
-def table(record: dict) -> str:
+def accuracy_table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
     from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
@@ -274,7 +275,7 @@ def main(argv) -> int:
     """Measures what the flags describe; 0, or 1 where an error is over its bound."""
     del argv
     try:
-        s = settings_from_flags()
+        s = accuracy_settings()
         host.simulate_devices(1, many_processes=False)
 
         from paged_dist import CacheSpec
@@ -285,7 +286,7 @@ def main(argv) -> int:
     except ValueError as e:
         raise UsageError(str(e)) from e
 
-    results = measure(s)
+    results = measure_errors(s)
     record = {
         "benchmark": "accuracy",
         "settings": s._asdict(),
@@ -298,15 +299,13 @@ def main(argv) -> int:
         "failures": failures(results),
         "versions": versions(),
     }
-    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
+    written = deliver(ACCURACY_PROGRAM.name, accuracy_table(record), shared_flags.OUTPUT.value, record)
     return int(not written or bool(record["failures"]))
 
 
 def cli() -> None:
     """The console script."""
-    for name, value in _DEFAULTS.items():
-        flags.FLAGS.set_default(name, value)
-    run_program(main, NAME)
+    ACCURACY_PROGRAM.run(main)
 
 
 if __name__ == "__main__":

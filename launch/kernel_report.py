@@ -10,12 +10,12 @@ It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing abo
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 from paged_dist._errors import require
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.run_program import UsageError, run_program
+from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
@@ -35,16 +35,18 @@ JAX_BLOCK_TOKENS = flags.DEFINE_integer(
     "jax_block_tokens", None, "Tokens of a block of JAX's own. Default: some two thousand, as many as VMEM holds."
 )
 
-NAME = "paged-dist-kernel-report"
-_TAKEN = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window", "kv_dtype", "output")
-_TAKEN += ("context_tokens",)
-_DEFAULTS = {"batch": 32, "num_q_heads": 8, "num_kv_heads": 1}  # a chip's share of 64 heads over 8 chips
-for _name in _TAKEN:
-    flags.declare_key_flag(_name)
+KERNEL_REPORT_PROGRAM = Program(
+    "paged-dist-kernel-report",
+    takes=(
+        *("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window"),
+        *("kv_dtype", "context_tokens", "output"),
+    ),
+    defaults={"batch": 32, "num_q_heads": 8, "num_kv_heads": 1},  # a chip's share of 64 heads over 8 chips
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class KernelReportSettings:
     """What to compile: one chip's shapes and the lengths to count for, checked as far as flags go."""
 
     chips: tuple[str, ...]
@@ -61,22 +63,22 @@ class Settings:
     lengths_of: str | None = None  # the trace that has them, and what to know of it
 
 
-def settings_from_flags() -> Settings:
+def kernel_report_settings() -> KernelReportSettings:
     """The settings that the flags name.
 
     Raises:
       ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
-    shared_flags.refuse_others(_TAKEN, {"context": "give --context_tokens"})
-    values = {name: flags.FLAGS[name].value for name in _TAKEN[:6]}
+    KERNEL_REPORT_PROGRAM.refuse_other_flags({"context": "give --context_tokens"})
+    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window")
+    values = {name: flags.FLAGS[name].value for name in shapes}
     tokens = shared_flags.CONTEXT_TOKENS.value or 4096
     flag_checks.at_least(
         1, context_tokens=shared_flags.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values
     )
     flag_checks.check_sizes()
     flag_checks.at_most(flag_checks.MOST_ROWS, batch=values["batch"])
-    q, kv = values["num_q_heads"], values["num_kv_heads"]
-    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+    flag_checks.check_head_counts()
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
     for chip in CHIPS.value:
         require(chip in KNOWN_CHIPS, "--chips", chip, f"must be some of {', '.join(KNOWN_CHIPS)}")
@@ -91,7 +93,7 @@ def settings_from_flags() -> Settings:
     lengths, lengths_of = (tokens,) * batch, None
     if LENGTHS_TRACE.value is not None:
         lengths, lengths_of = trace_lengths(LENGTHS_TRACE.value, batch)
-    return Settings(
+    return KernelReportSettings(
         chips=tuple(CHIPS.value),
         lengths=lengths,
         lengths_of=lengths_of,
@@ -112,7 +114,7 @@ def trace_lengths(path: str, batch: int) -> tuple[tuple[int, ...], str]:
     return tuple(r.context + r.generated // 2 for r in requests), trace.name
 
 
-def plan_of(s: Settings, target):
+def plan_of(s: KernelReportSettings, target):
     """The plan of `paged_decode_attention` for the whole batch, on a chip that is the `Target` of the op.
 
     Raises:
@@ -150,7 +152,7 @@ def plan_of(s: Settings, target):
     return plan
 
 
-def report_ours(s: Settings, mesh, plan) -> dict:
+def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
     """What the decode kernel is on the chip of `mesh`."""
     import jax
     import jax.numpy as jnp
@@ -194,34 +196,34 @@ def report_ours(s: Settings, mesh, plan) -> dict:
         "block_sizes": dataclasses.asdict(plan.sizes),
         "vmem_planned": launch.vmem_bytes,
         "smem_planned": launch.smem_bytes,
-        **_counted(traffic.page_traffic(plan, s.lengths), traffic.live_bytes(plan, s.lengths)),
-        **_compiled(timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
+        **_dma_counts(traffic.page_traffic(plan, s.lengths), traffic.live_bytes(plan, s.lengths)),
+        **_program_facts(timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
     }
 
 
-def report_jax(s: Settings, mesh, plan) -> dict:
+def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
     from paged_dist.kernels.decode import traffic
     from paged_dist.launch.planning import jax_kernel
     from paged_dist.launch.planning.absent_chips import timed_compile
 
-    pages = jax_kernel.pages_per_block(plan, s.jax_block_tokens)
-    op, arrays = jax_kernel.call(plan, pages, mesh)
+    pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
+    op, arrays = jax_kernel.jax_call(plan, pages, mesh)
     return {
         "pages_per_compute_block": pages,
         "megacore_mode": op.keywords["megacore_mode"],
         "vmem_planned": None,
-        "smem_planned": jax_kernel.smem_bytes(plan, pages),
-        **_counted(jax_kernel.copies(plan, s.lengths, pages), traffic.live_bytes(plan, s.lengths)),
-        **_compiled(timed_compile(mesh, op, *arrays), plan),
+        "smem_planned": jax_kernel.jax_smem_bytes(plan, pages),
+        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), traffic.live_bytes(plan, s.lengths)),
+        **_program_facts(timed_compile(mesh, op, *arrays), plan),
     }
 
 
-def _counted(copies, live_bytes: int) -> dict:
+def _dma_counts(copies, live_bytes: int) -> dict:
     return {"copies": copies.count, "bytes_read": copies.bytes, "live_bytes": live_bytes}
 
 
-def _compiled(compiled, plan) -> dict:
+def _program_facts(compiled, plan) -> dict:
     from paged_dist.launch.planning.hlo_text import kernel_vmem, ops_around_kernels, values_as_large_as
 
     p = plan.problem
@@ -239,13 +241,13 @@ def _compiled(compiled, plan) -> dict:
     }
 
 
-def report_chip(s: Settings, chip: str, mesh, plan) -> list[dict]:
+def report_chip(s: KernelReportSettings, chip: str, mesh, plan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
     from paged_dist.launch.planning import jax_kernel
 
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
-        if kernel == "jax" and not (s.jax and jax_kernel.takes(s.dtype)):
+        if kernel == "jax" and not (s.jax and jax_kernel.jax_takes(s.dtype)):
             continue
         try:
             found = report(s, mesh, plan)
@@ -260,10 +262,10 @@ _COLUMNS = (  # heading in two lines, width, what stands there
     ("kernel", "", 10, lambda r: r["kernel"]),
     ("lower", "s", 6, lambda r: f"{r['lower_s']:.2f}"),
     ("compile", "s", 7, lambda r: f"{r['compile_s']:.2f}"),
-    ("VMEM plan", "KiB", 9, lambda r: _kib(r["vmem_planned"])),
-    ("used", "KiB", 6, lambda r: _kib(r["vmem_used"])),
-    ("SMEM", "KiB", 5, lambda r: _kib(r["smem_planned"])),
-    ("temp", "KiB", 7, lambda r: _kib(r["temp_bytes"])),
+    ("VMEM plan", "KiB", 9, lambda r: _kib_cell(r["vmem_planned"])),
+    ("used", "KiB", 6, lambda r: _kib_cell(r["vmem_used"])),
+    ("SMEM", "KiB", 5, lambda r: _kib_cell(r["smem_planned"])),
+    ("temp", "KiB", 7, lambda r: _kib_cell(r["temp_bytes"])),
     ("DMAs", "", 8, lambda r: str(r["copies"])),
     ("read", "MB", 9, lambda r: f"{r['bytes_read'] / 1e6:.2f}"),
     ("read", "/live", 6, lambda r: f"{r['bytes_read'] / r['live_bytes']:.3f}"),
@@ -272,11 +274,11 @@ _COLUMNS = (  # heading in two lines, width, what stands there
 )
 
 
-def _kib(size: int | None) -> str:
+def _kib_cell(size: int | None) -> str:
     return "-" if size is None else f"{size / 1024:.0f}"
 
 
-def table(s: Settings, records: list[dict], versions: dict[str, str]) -> str:
+def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
     from paged_dist.launch.common.report_lines import head_dim_words
 
@@ -321,7 +323,7 @@ def main(argv) -> int:
     """Compiles what the flags describe; 0, or 1 where the decode kernel does not compile for a chip."""
     del argv
     try:
-        s = settings_from_flags()
+        s = kernel_report_settings()
         host.start_tpu_compiler()
 
         from paged_dist.kernels.target import Target
@@ -336,16 +338,18 @@ def main(argv) -> int:
 
     records = []
     for chip, mesh in meshes.items():
-        print(f"{NAME}: compiling for {chip}", file=sys.stderr, flush=True)
+        KERNEL_REPORT_PROGRAM.say(f"compiling for {chip}")
         records += report_chip(s, chip, mesh, plans[chip])
     versions = provenance.versions()
     record = json_record(s, records, versions)
-    if not record_output.deliver(NAME, table(s, records, versions), shared_flags.OUTPUT.value, record):
+    if not record_output.deliver(
+        KERNEL_REPORT_PROGRAM.name, kernel_report_table(s, records, versions), shared_flags.OUTPUT.value, record
+    ):
         return 1
     return int(any("error" in r for r in records if r["kernel"] == "paged_dist"))
 
 
-def json_record(s: Settings, records: list[dict], versions: dict[str, str]) -> dict:
+def json_record(s: KernelReportSettings, records: list[dict], versions: dict[str, str]) -> dict:
     """The run as one record: settings, and one entry of `kernels` for each chip and kernel."""
     return {
         "benchmark": "kernel_report",
@@ -357,9 +361,7 @@ def json_record(s: Settings, records: list[dict], versions: dict[str, str]) -> d
 
 def cli() -> None:
     """The console script."""
-    for name, value in _DEFAULTS.items():
-        flags.FLAGS.set_default(name, value)
-    run_program(main, NAME)
+    KERNEL_REPORT_PROGRAM.run(main)
 
 
 if __name__ == "__main__":

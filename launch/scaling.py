@@ -12,13 +12,12 @@ of the same point, work, devices, versions and commit, are not measured again.
 
 from __future__ import annotations
 
-from paged_dist.launch import decode
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import host, shared_flags
 from paged_dist.launch.common.program import Program
 from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.common.start_jax import start_jax
-from paged_dist.launch.serving import workload_flags
+from paged_dist.launch.serving import run_setup, workload_flags
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.absent_pods import plan_sweep, run_plans
 from paged_dist.launch.sweeps.local_pods import points_in_pods, run_in_pods
@@ -42,7 +41,7 @@ def main(argv) -> int:
             if shared_flags.DRY_RUN.value:
                 return print_points(list(sweep.settings))
             return run_plans(SCALING_PROGRAM, sweep)
-        model = decode.model_from_flags()
+        model = run_setup.model_from_flags()
         requests, workload = workload_flags.requests_from_flags()
         if sweep_flags.SIZES.value is None and host.is_lone_cpu_host():
             points = points_in_pods()

@@ -13,21 +13,22 @@ import math
 import os
 import time
 
-from paged_dist._errors import BadValue, bad_value, require
+from paged_dist._errors import BadValue, require
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.run_program import UsageError, run_program
+from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.serving.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
 LIVE = flags.DEFINE_list("live", ["1", "0.25"], "Shares of those tokens that are live, one measurement each.")
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls of each form, for each live share.")
 
-NAME = "paged-dist-xla-report"
-_SHARED = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "kv_dtype", "page_size", "output")
-_DEFAULTS = {"batch": 32, "num_q_heads": 32, "num_kv_heads": 8}
-for _name in _SHARED:
-    flags.declare_key_flag(_name)
+XLA_REPORT_PROGRAM = Program(
+    "paged-dist-xla-report",
+    takes=("batch", "num_q_heads", "num_kv_heads", "head_dim", "kv_dtype", "page_size", "output"),
+    defaults={"batch": 32, "num_q_heads": 32, "num_kv_heads": 8},
+)
 
 
 def sizes_from_flags() -> dict:
@@ -36,19 +37,16 @@ def sizes_from_flags() -> dict:
     Raises:
       ValueError, NotImplementedError: a flag's value that does not fit.
     """
-    values = flags.FLAGS.flag_values_dict()
-    for name in shared_flags.names():
-        if name not in _SHARED and flags.FLAGS[name].present:
-            raise bad_value(f"--{name}", values[name], "is no flag of this launcher", "see --help")
-    sizes = {name: values[name] for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")}
+    XLA_REPORT_PROGRAM.refuse_other_flags()
+    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")
+    sizes = {name: flags.FLAGS[name].value for name in shapes}
     sizes |= {"table_tokens": TABLE_TOKENS.value, "repeats": REPEATS.value}
     flag_checks.at_least(1, **sizes)
-    q, kv = sizes["num_q_heads"], sizes["num_kv_heads"]
-    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+    flag_checks.check_head_counts()
     tokens, page = sizes["table_tokens"], sizes["page_size"]
     require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
     flag_checks.check_sizes()
-    pools = 2 * 4 * sizes["batch"] * tokens * kv * sizes["head_dim"]  # drawn in f32
+    pools = 2 * 4 * sizes["batch"] * tokens * sizes["num_kv_heads"] * sizes["head_dim"]  # drawn in f32
     flag_checks.check_host_memory("--table_tokens", tokens, pools)
     sizes["dtype"] = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value)
     sizes["live"] = [_share(text) for text in LIVE.value]
@@ -154,7 +152,7 @@ def make_forms(sizes: dict) -> dict:
     return forms
 
 
-def measure(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
+def time_forms(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
     import numpy as np
 
@@ -177,7 +175,7 @@ def measure(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     return seconds, worst
 
 
-def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> dict:
+def summarise_times(live_tokens: int, seconds: dict, worst: float, bound: float) -> dict:
     """Quartiles of each form's times (ms) and of the ratio to the fastest plain form, repeat by repeat."""
     import numpy as np
 
@@ -194,7 +192,7 @@ def summarise(live_tokens: int, seconds: dict, worst: float, bound: float) -> di
     }
 
 
-def table(record: dict) -> str:
+def xla_report_table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
     from paged_dist.launch.common.report_lines import head_dim_words, report_line
 
@@ -245,7 +243,7 @@ def main(argv) -> int:
     for share in sizes["live"]:
         live_tokens = round(share * sizes["table_tokens"])
         lengths = jnp.full(sizes["batch"], live_tokens, jnp.int32)
-        results.append(summarise(live_tokens, *measure(forms, lengths, sizes["repeats"]), bound))
+        results.append(summarise_times(live_tokens, *time_forms(forms, lengths, sizes["repeats"]), bound))
     record = {
         "benchmark": "xla_report",
         "settings": sizes,
@@ -254,15 +252,13 @@ def main(argv) -> int:
         "cpus": len(os.sched_getaffinity(0)),
         "versions": versions(),
     }
-    written = deliver(NAME, table(record), shared_flags.OUTPUT.value, record)
+    written = deliver(XLA_REPORT_PROGRAM.name, xla_report_table(record), shared_flags.OUTPUT.value, record)
     return 0 if written and all(r["agrees"] for r in results) else 1
 
 
 def cli() -> None:
     """The console script."""
-    for name, value in _DEFAULTS.items():
-        flags.FLAGS.set_default(name, value)
-    run_program(main, NAME)
+    XLA_REPORT_PROGRAM.run(main)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,20 @@
-"""What the launchers know of TPUs that no device tells: published rates, the HBM that XLA gives a program, and which
-slices of a pod can be booked."""
+"""What a device does not tell of its TPU: published rates, the pod's size, and the HBM that XLA gives a program.
+
+The kernels' table (`kernels.chips`) has what a kernel is compiled by: cores, vector and scalar memory.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-import re
-from typing import NamedTuple
-
-from paged_dist._errors import bad_value, require
+import dataclasses
 
 
-class Chip(NamedTuple):
-    """One generation. Rates are Google's published figures, as peak; HBM is what libtpu's compiler lets a program have
-    on one device (it refuses more, by name of the limit), less than the chip's by what the runtime keeps."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RatedChip:
+    """A generation of TPU that a run may find itself on. The rate is Google's published figure, as peak."""
 
     name: str
     hbm_bytes_per_s: float  # of a chip
-    hbm_gib: float  # of a device
-    link_bytes_per_s: float  # of one ICI link, one way
-    pod: tuple[int, ...]  # chips along each axis of the largest pod
     devices: int = 1  # that JAX shows a chip
-
-    @property
-    def device_hbm_bytes(self) -> int:
-        """Bytes of HBM that a program may take on one device."""
-        return int(self.hbm_gib * 2**30)
 
     @property
     def device_hbm_bytes_per_s(self) -> float:
@@ -33,14 +22,37 @@ class Chip(NamedTuple):
         return self.hbm_bytes_per_s / self.devices
 
 
-V4 = Chip("v4", 1228e9, 30.75, 45e9, (16, 16, 16))
-V5E = Chip("v5e", 819e9, 15.75, 45e9, (16, 16))
-V5P = Chip("v5p", 2765e9, 95.74, 90e9, (16, 20, 28))
-V6E = Chip("v6e", 1640e9, 31.25, 90e9, (16, 16))
-V7X = Chip("v7x", 7380e9, 94.75, 100e9, (16, 24, 24), devices=2)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip(RatedChip):
+    """A generation that libtpu compiles for, so that a pod of them can be planned.
+
+    Its HBM is what libtpu's compiler lets a program have on one device (it refuses more, by name of the limit): less
+    than the chip's, by what the runtime keeps.
+    """
+
+    hbm_gib: float  # of a device
+    link_bytes_per_s: float  # of one ICI link, one way
+    pod: tuple[int, ...]  # chips along each axis of the largest pod
+
+    @property
+    def device_hbm_bytes(self) -> int:
+        """Bytes of HBM that a program may take on one device."""
+        return int(self.hbm_gib * 2**30)
+
+
+V4 = Chip(name="v4", hbm_bytes_per_s=1228e9, hbm_gib=30.75, link_bytes_per_s=45e9, pod=(16, 16, 16))
+V5E = Chip(name="v5e", hbm_bytes_per_s=819e9, hbm_gib=15.75, link_bytes_per_s=45e9, pod=(16, 16))
+V5P = Chip(name="v5p", hbm_bytes_per_s=2765e9, hbm_gib=95.74, link_bytes_per_s=90e9, pod=(16, 20, 28))
+V6E = Chip(name="v6e", hbm_bytes_per_s=1640e9, hbm_gib=31.25, link_bytes_per_s=90e9, pod=(16, 16))
+V7X = Chip(name="v7x", hbm_bytes_per_s=7380e9, hbm_gib=94.75, link_bytes_per_s=100e9, pod=(16, 24, 24), devices=2)
+
+# Of TPU 8i and 8t the HBM rate is published. A link's rate is not, nor which slices can be booked, and libtpu has no
+# compiler for them yet that would say what HBM a program gets. An 8i has two TensorCores, a device each.
+V8I = RatedChip(name="8i", hbm_bytes_per_s=8601e9, devices=2)
+V8T = RatedChip(name="8t", hbm_bytes_per_s=6528e9)
 
 # By what JAX calls a device of them, less the leading "TPU".
-_KINDS = {
+_CHIP_OF_KIND = {
     "v4": V4,
     "v5e": V5E,
     "v5 lite": V5E,
@@ -51,125 +63,12 @@ _KINDS = {
     "7x": V7X,
     "v7x": V7X,
     "v7": V7X,
+    "8i": V8I,
+    "8t": V8T,
 }
 
 
-def chip_of(device_kind: str) -> Chip | None:
+def chip_of(device_kind: str) -> RatedChip | None:
     """The chip of a JAX device kind, such as 'TPU v5 lite'; None where it is no TPU, or none that is known."""
     name = device_kind.strip()
-    return _KINDS.get(name.removeprefix("TPU").strip().lower()) if name.startswith("TPU") else None
-
-
-# By what libtpu calls a generation, before the colon of a topology; and the words of accelerator types for it.
-_TOPOLOGIES = {"v4": V4, "v5e": V5E, "v5p": V5P, "v6e": V6E, "tpu7x": V7X}
-_ALSO_CALLED = {"v5litepod": "v5e"}
-_NOT_CALLED = {"v7x": "tpu7x", "v7": "tpu7x", "ironwood": "tpu7x", "trillium": "v6e", "v6": "v6e", "v5": "v5p or v5e"}
-
-_FLAT_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_CUBE = 4  # chips along each axis of what larger slices of a 3-D torus are wired from, in any box
-
-
-class Slice(NamedTuple):
-    """A slice of a pod that can be booked."""
-
-    topology: str  # as libtpu names it, such as 'v5p:8x8x8'
-    chip: Chip
-
-
-@functools.cache
-def slices_sold(generation: str) -> tuple[tuple[int, ...], ...]:
-    """The slices of a generation that can be booked, as chips along each axis, by number of chips.
-
-    After Google's pages of each generation: v5e and v6e have eight shapes. v4, v5p and tpu7x have parts of a cube of
-    4x4x4 chips, tpu7x also a single chip, and boxes of whole cubes, as many as the pod has. Axes ascend, but for the
-    host's 2x2x1. Of as many chips, the shape nearest a cube comes first.
-    """
-    chip = _TOPOLOGIES[generation]
-    if len(chip.pod) == 2:
-        return _FLAT_SLICES
-    most = math.prod(chip.pod) // _CUBE**3
-    boxes = [
-        (_CUBE * a, _CUBE * b, _CUBE * c)
-        for a in range(1, most + 1)
-        for b in range(a, most // a + 1)
-        for c in range(b, most // (a * b) + 1)
-    ]
-    alone = [(1, 1, 1)] if chip is V7X else []
-    return tuple(sorted([*alone, *_PARTS_OF_A_CUBE, *boxes], key=lambda dims: (math.prod(dims), sum(dims))))
-
-
-def slice_of(name: str, flag: str = "--topology") -> Slice:
-    """The slice that `flag` names: by its shape, 'v5p:8x8x8', or by its accelerator type, 'v5p-1024'.
-
-    The number of an accelerator type counts the TensorCores of v4, v5p and tpu7x, two a chip, and the chips of v5e
-    (also called v5litepod) and v6e. Where it has several shapes, it is the one nearest a cube, as on Google's pages.
-    A shape's axes may come in any order that leaves hosts of 2x2x1 chips whole.
-
-    Raises:
-      ValueError: no such generation, or a slice that nobody can book, with the nearest that one can. libtpu compiles
-        for more than those, so that it is checked here.
-    """
-    match = re.fullmatch(r"(\w+)(?::|-(?=\d+x))(\d{1,6}(?:x\d{1,6})*)|(\w+)-(\d{1,9})", name, re.ASCII)
-    example = "write GENERATION:SHAPE or an accelerator type, such as v5p:8x8x8, v6e:16x16, v5p-1024 or v6e-256"
-    require(match is not None, flag, name, "is no slice's name", example)
-    word = match[1] or match[3]
-    generation = _ALSO_CALLED.get(word, word)
-    if generation not in _TOPOLOGIES:
-        known = word in _NOT_CALLED
-        works = f"{_NOT_CALLED[word]} is its name" if known else f"use one of {', '.join(_TOPOLOGIES)}"
-        raise bad_value(flag, name, f"{word} is no generation that libtpu compiles for here", works)
-    chip = _TOPOLOGIES[generation]
-    if match[4] is not None:
-        return Slice(_topology(generation, _shape_of_type(name, word, generation, int(match[4]), flag)), chip)
-    dims = tuple(int(n) for n in match[2].split("x"))
-    sold, axes = slices_sold(generation), len(chip.pod)
-    if len(dims) != axes:
-        chips = max(1, math.prod(dims))
-        nearest = min(sold, key=lambda one: abs(math.log(math.prod(one) / chips)))
-        rule = f"a {generation} slice has {axes} axes"
-        raise bad_value(flag, name, rule, f"the nearest is {_topology(generation, nearest)}")
-    whole_hosts = math.prod(dims) == 1 or dims[0] % 2 == dims[1] % 2 == 0
-    if not whole_hosts or sorted(dims) not in map(sorted, sold):
-        nearest = min(sold, key=lambda one: (_distance(one, dims), -math.prod(one)))
-        raise bad_value(flag, name, _what_is_sold(generation), f"the nearest is {_topology(generation, nearest)}")
-    return Slice(_topology(generation, dims), chip)
-
-
-def chip_of_topology(topology: str, flag: str = "--topology") -> Chip:
-    """The chip of an absent slice; `slice_of` has what names it and what is refused."""
-    return slice_of(topology, flag).chip
-
-
-def _shape_of_type(name: str, word: str, generation: str, count: int, flag: str) -> tuple[int, ...]:
-    """The shape of accelerator type `name`, which is `word`-`count`."""
-    cores = 1 if len(_TOPOLOGIES[generation].pod) == 2 else 2
-    by_count = {}
-    for dims in slices_sold(generation):
-        by_count.setdefault(cores * math.prod(dims), dims)
-    if count in by_count:
-        return by_count[count]
-    around = [*sorted(n for n in by_count if n < count)[-1:], *sorted(n for n in by_count if n > count)[:1]]
-    near = [f"{word}-{n}, {_topology(generation, by_count[n])}" for n in around]
-    what = "TensorCores, two a chip" if cores == 2 else "chips"
-    rule = f"its number counts {what}, and no {generation} slice has so many"
-    raise bad_value(flag, name, rule, f"the nearest {'are' if len(near) > 1 else 'is'} {' and '.join(near)}")
-
-
-def _topology(generation: str, dims: tuple[int, ...]) -> str:
-    return f"{generation}:{'x'.join(map(str, dims))}"
-
-
-def _what_is_sold(generation: str) -> str:
-    if len(_TOPOLOGIES[generation].pod) == 2:
-        return f"{generation} slices are {', '.join('x'.join(map(str, dims)) for dims in _FLAT_SLICES)}"
-    sold = slices_sold(generation)
-    small = ["x".join(map(str, dims)) for dims in sold if math.prod(dims) < _CUBE**3]
-    most = math.prod(sold[-1]) // _CUBE**3
-    return f"{generation} slices are {', '.join(small)}, and boxes of 1 to {most} cubes of 4x4x4 chips"
-
-
-def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How far one shape is from another, whatever the order of their axes: by what factor axes must grow or shrink."""
-    pairs = zip(sorted(one), sorted(other), strict=True)
-    return round(sum(abs(math.log(a / max(b, 1))) for a, b in pairs), 9)
+    return _CHIP_OF_KIND.get(name.removeprefix("TPU").strip().lower()) if name.startswith("TPU") else None

@@ -1,4 +1,4 @@
-"""JAX's own paged attention at the shapes of a decode plan: how it is called at its best, and what it fetches."""
+"""JAX's own paged attention at the shapes of our decode kernel's plan: its best call, and what it reads from HBM."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from paged_dist.kernels.decode.traffic import PageTraffic
 from paged_dist.kernels.seed.block_choice import choose_pages_per_compute_block
 
 
-def pages_per_block(plan: LaunchPlan, block_tokens: int | None) -> int:
-    """`pages_per_compute_block` for blocks of that many tokens, at least a page; None: some two thousand."""
+def jax_pages_per_block(plan: LaunchPlan, block_tokens: int | None) -> int:
+    """JAX's `pages_per_compute_block` for blocks of `block_tokens` tokens, at least a page; None: some 2,000 tokens."""
     if block_tokens is None:
         return choose_pages_per_compute_block(plan.problem)
     return max(1, min(plan.S, block_tokens // plan.page_size))
 
 
-def takes(cache_dtype) -> bool:
-    """Whether it has pages of this dtype: bf16, f32, and int8 with scales, not fp8."""
+def jax_takes(cache_dtype) -> bool:
+    """Whether JAX's kernel takes pages of this dtype: bf16, f32, and int8 with scales; not fp8."""
     return jnp.dtype(cache_dtype).name in ("bfloat16", "float32", "int8")
 
 
-def call(plan: LaunchPlan, pages: int, mesh: Mesh):
-    """(JAX's op in blocks of `pages`, its arguments' shapes) for the chip of `mesh`, both cores where it has two.
+def jax_call(plan: LaunchPlan, pages: int, mesh: Mesh):
+    """(JAX's op, the shapes of its arguments) for the chip of `mesh`, in blocks of `pages` pages, on both cores of two.
 
-    Its table is as wide as whole blocks are: it refuses another. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
+    Its table is padded to whole blocks: it refuses another width. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
     """
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
@@ -66,8 +66,8 @@ def _over_int8(query, keys, values, lengths, table, key_scales, value_scales, **
     return paged_attention(query, keys, values, lengths, table, **options)
 
 
-def copies(plan: LaunchPlan, lengths, pages: int) -> PageTraffic:
-    """What JAX's kernel fetches of the pools for `lengths` [B], in blocks of `pages` pages.
+def jax_page_copies(plan: LaunchPlan, lengths, pages: int) -> PageTraffic:
+    """The copies that JAX's kernel makes from the pools for `lengths` [B], in blocks of `pages` pages.
 
     Its own semantics (jax 0.10.2 to 0.12): for each sequence and each kv head it visits the blocks that begin before
     the sequence's end, and copies every page of such a block, the dead ones too, whole, K and V each by itself: one
@@ -83,7 +83,7 @@ def copies(plan: LaunchPlan, lengths, pages: int) -> PageTraffic:
     return PageTraffic(count, of_pages * plan.page_size * plan.D * element)
 
 
-def smem_bytes(plan: LaunchPlan, pages: int) -> int:
-    """Scalar memory of its launch: lengths, the flat table, a buffer's number and a flag, each padded."""
+def jax_smem_bytes(plan: LaunchPlan, pages: int) -> int:
+    """Bytes of SMEM that JAX's kernel takes: lengths, flat table, buffer number and flag, each padded."""
     table = plan.B * (-(-plan.S // pages) * pages)
     return sum(-(-4 * n // 512) * 512 for n in (plan.B, table, 1, 1))

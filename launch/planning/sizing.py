@@ -1,6 +1,6 @@
-"""What of a plan fits into a pod's HBM: the cache, the rows of a step, the weights; and what would, where they do not.
+"""Sizes that fit into a pod's HBM: the cache, the rows of a step, the weights; and what would fit, where they do not.
 
-No device and no compiler is needed: everything follows from `Settings`, the sizes of a mesh, and a `Chip`.
+No device and no compiler is needed: everything follows from `PodSettings`, the sizes of a mesh, and a `Chip`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jax.sharding import AbstractMesh, Mesh
+
+from paged_dist import CacheSpec
 from paged_dist._errors import bad_value
-from paged_dist.kernels.tiling import LANES
 from paged_dist.launch.common.chips import Chip
 from paged_dist.launch.common.number_formats import gib
+from paged_dist.launch.planning.pod_settings import PodSettings
+from paged_dist.launch.planning.step_weights import weights_bytes
 from paged_dist.launch.serving.workload import MOST_TOKENS, Request, pages_needed, whole_pool
 
 KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
@@ -23,94 +27,10 @@ _INT32 = 2**31 - 1  # the largest number of pages: their ids are int32
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to plan. B rows over the pod, Hq, Hkv, D, P; None where the pod decides."""
-
-    topology: str
-    num_slices: int
-    data: int | None
-    context: int | None
-    model: int | None
-    model_parallelism: int | None
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    soft_cap: float | None
-    sliding_window: int | None
-    width: int
-    batch: int | None
-    page_size: int
-    num_pages: int | None
-    pages_per_sequence: int | None
-    context_tokens: int | None
-    hbm_gib: float | None
-    requests: tuple[Request, ...]  # to count, and to live as long as; none: sequences of context_tokens
-    workload: str  # what to call them
-    mlp_width: int = 0
-    times: int = 1  # B is `batch` so many times: a weak point of a sweep
-    batch_step: int = 1  # `batch` is a multiple of it: what divides over every mesh of a sweep
-
-
-_SEQUENCE = ("model", "context")  # the chips that share a sequence
-
-
-class Weight(NamedTuple):
-    """One matrix of all layers: its shape, and the mesh axes over which each of its axes is split."""
-
-    shape: tuple[int, ...]
-    split: tuple[str | tuple[str, ...] | None, ...]
-
-
-def output_heads(s: Settings, mesh) -> str:
-    """How attention leaves its output, as `sharded_paged_attention` takes it: 'scattered' before a projection that is
-    split over model x context, as in README's layer, where the heads divide over both."""
-    divides = s.num_q_heads % (mesh.shape["model"] * mesh.shape["context"]) == 0
-    return "scattered" if s.width and divides else "replicated"
-
-
-def weights(s: Settings, mesh) -> dict[str, Weight]:
-    """The weights that the step has, in its order, split as in README's layer; none without width.
-
-    The projections before attention lie on every context shard, each of which needs all heads of its model shard. The
-    one behind it is split over model x context where the heads divide over both, the MLP always.
-
-    All are [layers, width, n, lanes], wo and w_down too, the hidden width in rows of 128 where each device has whole
-    ones: of [layers, n, width] in a loop over layers XLA makes a copy in other tiles, in every step, for v7x.
-    """
-    if not s.width:
-        return {}
-    layers, width, d = s.num_layers, s.width, s.head_dim
-    heads = {"wq": s.num_q_heads, "wk": s.num_kv_heads, "wv": s.num_kv_heads}
-    found = {name: Weight((layers, width, n, d), (None, None, "model", None)) for name, n in heads.items()}
-    over = _SEQUENCE if output_heads(s, mesh) == "scattered" else "model"
-    found["wo"] = Weight((layers, width, s.num_q_heads, d), (None, None, over, None))
-    if s.mlp_width:
-        parts = math.prod(mesh.shape[name] for name in _SEQUENCE)
-        rows = (s.mlp_width // LANES, LANES) if s.mlp_width % (parts * LANES) == 0 else (s.mlp_width,)
-        mlp = Weight((layers, width, *rows), (None, None, _SEQUENCE, None)[: 2 + len(rows)])
-        found |= {"w_gate": mlp, "w_up": mlp, "w_down": mlp}
-    return found
-
-
-def weights_bytes(s: Settings, mesh) -> int:
-    """Bytes of the weights on each device, in the dtype of the step's inputs."""
-    itemsize = 4 if s.dtype == "float32" else 2
-    return sum(itemsize * math.prod(shape) for shape in weight_shards(s, mesh))
-
-
-def weight_shards(s: Settings, mesh) -> list[tuple[int, ...]]:
-    """The shape of each weight on a device, in the step's order."""
-    over = lambda axes: math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
-    return [tuple(n // over(axes) for n, axes in zip(*w, strict=True)) for w in weights(s, mesh).values()]
-
-
-@dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the pod makes of the settings: the cache, the rows, and what they take of a device's HBM."""
+    """The sizes of a plan on its pod: the cache, the rows, and what they take of a device's HBM."""
 
-    spec: object
+    spec: CacheSpec
     batch: int
     pages_per_sequence: int
     context_tokens: int  # live tokens of each row
@@ -122,15 +42,15 @@ _FLAGS = {"num_layers": "layers"}  # where a setting's flag has another name
 
 
 class Way(NamedTuple):
-    """A way out of settings that do not fit: the largest multiple of `step` up to `most` of `field` that does."""
+    """A change that may make settings fit: `field` set to the largest multiple of `step`, at most `most`, that fits."""
 
-    field: str
+    field: str  # of PodSettings
     most: int
     step: int = 1
     beside: Mapping[str, int] = {}  # other settings to change with it
 
     def best(self, fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int] | None:
-        """The changes of settings, tried with `fits`, which is taken to hold for less where it does for more."""
+        """The changes, found by bisection: where `fits` holds for a value, it is taken to hold for smaller ones."""
         changed = lambda n: {**self.beside, self.field: n * self.step}
         low, high = 0, self.most // self.step  # low fits, or is 0
         if high >= 1 and fits(changed(high)):
@@ -142,7 +62,7 @@ class Way(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """Settings that do not fit: `_errors.bad_value`'s parts, and the ways out, the first that works to be advised."""
+    """Settings that do not fit: the parts of `_errors.bad_value`, and ways out; the first that works is advised."""
 
     argument: str
     value: object
@@ -151,7 +71,7 @@ class Refused(NamedTuple):
     otherwise: str | None = None  # what to say where none works
 
     def error(self, fits: Callable[[Mapping[str, int]], bool]) -> ValueError:
-        """The error to raise; what it advises was tried with `fits`."""
+        """The error to raise. It advises a change that was tried with `fits`."""
         for way in self.ways:
             if found := way.best(fits):
                 flags = " ".join(f"--{_FLAGS.get(name, name)}={value}" for name, value in found.items())
@@ -162,8 +82,8 @@ class Refused(NamedTuple):
 
 
 def sizes_of(
-    s: Settings,
-    mesh,
+    s: PodSettings,
+    mesh: Mesh | AbstractMesh,
     chip: Chip,
     kept: int | None = None,
     fits: Callable[[Mapping[str, int]], bool] = lambda changes: True,
@@ -173,7 +93,7 @@ def sizes_of(
     Args:
       mesh: only its sizes are read.
       kept: bytes of a device's HBM that cache and weights leave to the program; default 2%.
-      fits: what else must hold of settings, changed so, before they are advised.
+      fits: what else must hold of changed settings before they are advised.
 
     Raises:
       ValueError: what does not fit, by which limit, and the nearest that does.
@@ -184,22 +104,22 @@ def sizes_of(
     return found
 
 
-def fits_with(s: Settings, mesh, chip: Chip, changes: Mapping[str, int], kept: int | None = None) -> bool:
-    """Whether the settings, changed so, fit."""
+def fits_with(
+    s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, changes: Mapping[str, int], kept: int | None = None
+) -> bool:
+    """Whether the settings fit, with `changes` made to them."""
     try:
-        return isinstance(fit(dataclasses.replace(s, **changes), mesh, chip, kept), Sizes)
+        return isinstance(fit(s.changed(changes), mesh, chip, kept), Sizes)
     except ValueError:
         return False
 
 
-def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refused:
-    """The sizes, or why there are none; `sizes_of` has the arguments.
+def fit(s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, kept: int | None = None) -> Sizes | Refused:
+    """The sizes of a plan, or why there are none. Arguments: as `sizes_of` has them.
 
     Raises:
       ValueError: heads that do not divide, or what no cache may be.
     """
-    from paged_dist import CacheSpec
-
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     shards = data * context
     if s.num_q_heads % model:
@@ -263,13 +183,13 @@ def fit(s: Settings, mesh, chip: Chip, kept: int | None = None) -> Sizes | Refus
 
 @functools.lru_cache(maxsize=4)
 def _lengths(requests: tuple[Request, ...]) -> tuple[int, int]:
-    """(tokens of the longest request, the mean of all, half answered); 0 where there is none."""
+    """(tokens of the longest request, mean tokens of all when half of the answer is there); 0 without requests."""
     mean = sum(r.context + r.generated / 2 for r in requests) / max(len(requests), 1)
     return max((r.tokens for r in requests), default=0), round(mean)
 
 
-def _ways_out(s: Settings, rows: Way, tokens: int, most: int, page_step: int) -> tuple[Way, ...]:
-    """What may help where something does not fit, what changes the least first.
+def _ways_out(s: PodSettings, rows: Way, tokens: int, most: int, page_step: int) -> tuple[Way, ...]:
+    """The changes to try where something does not fit, the smallest change first.
 
     `rows`: of --batch; `most`: the pages that fit, in steps of `page_step`.
     """
@@ -292,4 +212,5 @@ def _nearest(pages: int, step: int, most: int) -> int:
 
 
 def _beside(way: Way, **changes: int) -> Way:
+    """`way`, with `changes` of other settings made too."""
     return way._replace(beside={**changes, **way.beside})

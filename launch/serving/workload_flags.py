@@ -1,8 +1,6 @@
-"""The flags that say which requests are served, shared by the launchers that serve or count them."""
+"""The flags that name the requests, shared by the programs that serve them or count how many fit."""
 
 from __future__ import annotations
-
-import math
 
 from paged_dist._errors import bad_value, require
 from paged_dist.launch.common import flag_checks, shared_flags
@@ -32,7 +30,7 @@ _DRAWN_REQUESTS = 96
 
 
 def are_given() -> bool:
-    """Whether a flag says which requests are meant."""
+    """Whether any flag that names requests is on the command line."""
     return any(f.present for f in (TRACE, NUM_REQUESTS, LENGTH_SCALE, MAX_CONTEXT, MAX_GENERATED, REPEAT_REQUESTS))
 
 
@@ -60,7 +58,7 @@ def requests_from_flags() -> tuple[list[Request], str]:
         TRACE.value is not None or TRACE_FORMAT.value is None, "--trace_format", TRACE_FORMAT.value, "needs --trace"
     )
     scale = LENGTH_SCALE.value
-    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
+    flag_checks.above_zero(length_scale=scale)
     if TRACE.value is not None:
         trace = read_trace(TRACE.value, NUM_REQUESTS.value, TRACE_FORMAT.value)
         requests, name = trace.requests, trace.name

@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from paged_dist.launch import plan
-from paged_dist.launch.common.chips import chip_of_topology, slice_of
 from paged_dist.launch.common.program import Program
-from paged_dist.launch.planning import sizing
+from paged_dist.launch.common.slices import bookable_slice, chip_of_topology
+from paged_dist.launch.planning import plan_flags, sizing
+from paged_dist.launch.planning.absent_chips import absent_pod_mesh
+from paged_dist.launch.planning.fitting import checked_sizes
+from paged_dist.launch.planning.plan_record import plan_record
+from paged_dist.launch.planning.plan_text import problems
+from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import Point, SweepSize, batch_step, points_of
 from paged_dist.launch.sweeps.sweep_rows import SweepRows
@@ -18,16 +22,16 @@ from paged_dist.launch.sweeps.sweep_rows import SweepRows
 class PlannedSweep(NamedTuple):
     """What to plan, point by point, checked."""
 
-    settings: dict[Point, sizing.Settings]
+    settings: dict[Point, PodSettings]
     fits: Callable[[Mapping[str, int]], bool]  # whether changed settings fit every slice of the sweep
 
 
-def settings_of_points(points: list[Point]) -> dict[Point, sizing.Settings]:
+def settings_of_points(points: list[Point]) -> dict[Point, PodSettings]:
     """What to plan, point by point."""
     found = {}
     for p in points:
         data, context, model = p.mesh
-        s = plan.settings_from_flags(p.topology)
+        s = plan_flags.pod_settings_from_flags(p.topology)
         found[p] = dataclasses.replace(
             s, data=data, context=context, model=model, batch=p.batch // p.times, times=p.times
         )
@@ -43,18 +47,18 @@ def plan_sweep() -> PlannedSweep:
     """
     from paged_dist.mesh.topology import topology_devices
 
-    names = dict.fromkeys(slice_of(t, "--plan").topology for t in sweep_flags.PLAN.value)
+    names = dict.fromkeys(bookable_slice(t, "--plan").topology for t in sweep_flags.PLAN.value)
     settings = settings_of_points(
-        points_of([SweepSize(len(topology_devices(t, plan.NUM_SLICES.value)), topology=t) for t in names])
+        points_of([SweepSize(len(topology_devices(t, plan_flags.NUM_SLICES.value)), topology=t) for t in names])
     )
-    meshes = {p: plan.mesh_of(s) for p, s in settings.items()}
+    meshes = {p: absent_pod_mesh(s) for p, s in settings.items()}
 
     def fits(changes: Mapping[str, int]) -> bool:
         """What is advised of one slice must hold for the others."""
         return all(sizing.fits_with(s, meshes[p], chip_of_topology(s.topology), changes) for p, s in settings.items())
 
     for p, s in settings.items():
-        plan.checked_sizes(s, meshes[p], chip_of_topology(s.topology), None, fits)
+        checked_sizes(s, meshes[p], chip_of_topology(s.topology), None, fits)
     return PlannedSweep(settings, fits)
 
 
@@ -65,11 +69,11 @@ def run_plans(program: Program, sweep: PlannedSweep) -> int:
     for point in rows.due():
         rows.say(str(point))
         try:
-            r = plan.plan(sweep.settings[point], sweep.fits)
+            r = plan_record(sweep.settings[point], sweep.fits)
         except (ValueError, NotImplementedError, RuntimeError) as e:
             rows.say(f"error: {point}: {e}")
             return 1
-        for problem in plan.problems(r):
+        for problem in problems(r):
             rows.say(f"error: {point}: {problem}")
             return 1
         floor = r["floor"]

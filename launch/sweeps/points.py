@@ -9,8 +9,9 @@ import math
 from typing import NamedTuple
 
 from paged_dist._errors import require
-from paged_dist.launch import decode, plan
 from paged_dist.launch.common import shared_flags
+from paged_dist.launch.planning import plan_flags
+from paged_dist.launch.serving import run_setup
 from paged_dist.launch.sweeps import sweep_flags
 
 
@@ -67,7 +68,7 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
     """
     sizes = sorted(sizes, key=lambda size: (size.devices, size.topology or ""))
     context, kv_heads, smallest = shared_flags.CONTEXT.value or 1, shared_flags.NUM_KV_HEADS.value, sizes[0].devices
-    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan.NUM_SLICES.value // context))
+    model = shared_flags.MODEL.value or math.gcd(kv_heads, max(1, smallest // plan_flags.NUM_SLICES.value // context))
     for size in sizes:
         require(
             size.devices % (context * model) == 0,
@@ -92,7 +93,7 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
     )
     points = []
     for mode, size, times in runs:
-        rows = decode.ROWS_A_SHARD * data_of(sizes[-1].devices if mode == "strong" else smallest)
+        rows = run_setup.ROWS_A_SHARD * data_of(sizes[-1].devices if mode == "strong" else smallest)
         rows = -(-rows // step) * step if batch is None else batch
         mesh = data_of(size.devices), context, model
         point = Point(mode, mesh, size.processes, size.topology, rows * times, times, 0)

@@ -84,22 +84,22 @@ def _means(points: dict[tuple, list[dict]]) -> tuple[Mean, ...]:
     return tuple(means)
 
 
-def table(rows: list[dict]) -> str:
+def sweep_table(rows: list[dict]) -> str:
     """The sweep as lines of at most 80 columns."""
     lines = []
     for one in series(rows):
         lines += ["", one.title, "         mesh procs  chips    tokens/s    a chip   p50 ms   p99 ms ideal runs"]
         for p in one.points:
-            p99 = "-" if p.step_ms_p99 is None else _number(p.step_ms_p99)
+            p99 = "-" if p.step_ms_p99 is None else _four_digits(p.step_ms_p99)
             lines.append(
-                f"{p.mesh:>13}{p.processes:>6}{p.chips:>7g}{_number(p.tokens_per_s):>12}"
-                f"{_number(p.tokens_per_s_per_chip):>10}{_number(p.step_ms_p50):>9}{p99:>9}{p.efficiency:>6.0%}"
+                f"{p.mesh:>13}{p.processes:>6}{p.chips:>7g}{_four_digits(p.tokens_per_s):>12}"
+                f"{_four_digits(p.tokens_per_s_per_chip):>10}{_four_digits(p.step_ms_p50):>9}{p99:>9}{p.efficiency:>6.0%}"
                 f"{p.repeats:>5}"
             )
     return "\n".join(lines[1:])
 
 
-def _number(value: float) -> str:
+def _four_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
@@ -109,7 +109,7 @@ STYLES = {  # matplotlib's: a glance must tell one from the other
 }
 
 
-def figure(rows: list[dict]):
+def sweep_figure(rows: list[dict]):
     """A matplotlib Figure: tokens/s and efficiency over chips, measured solid, projected dashed, ideal dotted grey."""
     from matplotlib.figure import Figure
 

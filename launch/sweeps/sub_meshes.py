@@ -11,6 +11,8 @@ from paged_dist.launch.common import shared_flags
 from paged_dist.launch.common.program import Program
 from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.common.start_jax import watchdog
+from paged_dist.launch.serving import run_setup
+from paged_dist.launch.serving.measure_run import measure_run
 from paged_dist.launch.serving.workload import repeated
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import SweepSize, points_of, print_points
@@ -78,7 +80,7 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
     """Measures what is due on sub-meshes of the devices of this run; the exit code. Every process calls it.
 
     Args:
-      model, requests, workload: as `decode.plan_run` takes them.
+      model, requests, workload: as `run_setup.prepare_run` takes them.
     """
     import jax
 
@@ -87,8 +89,8 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
 
     with watchdog(program.name) as watch:
         watch.watch_for_preemption()
-        say = decode.sayer(program.name, watch)
-        watch.agree(decode.given_alike(requests))
+        say = program.sayer(watch)
+        watch.agree(run_setup.flags_to_agree_on(requests))
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         try:
             sizes = sub_mesh_sizes(devices)
@@ -99,10 +101,10 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
                 data, context, kept = p.mesh
                 mesh = make_pod_mesh(data=data, context=context, model=kept, devices=parts[p.size])
                 served = repeated(requests, p.times)
-                runs[p] = decode.plan_run(model, served, workload, mesh, p.batch)
+                runs[p] = run_setup.prepare_run(model, served, workload, mesh, p.batch)
         except (ValueError, NotImplementedError) as e:
             raise UsageError(str(e)) from e
-        watch.agree(decode.made_alike(runs[points[-1]]) | {"the sweep": points})
+        watch.agree(run_setup.setup_to_agree_on(runs[points[-1]]) | {"the sweep": points})
         if shared_flags.DRY_RUN.value:
             return print_points(points) if watch.process_id == 0 else 0
         rows = SweepRows(program, points, say, requests, dict(collections.Counter(d.device_kind for d in devices)))
@@ -114,7 +116,16 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
                 return PREEMPTED
             say(str(point))
             finish = lambda record, point=point: int(not (rows.add(point, record) and record["oracle_passed"]))
-            code = decode.measure(runs[point], watch, say, finish, tag=f" of {i}", sweep=i * _STEPS_A_POINT)
+            code = measure_run(
+                program,
+                runs[point],
+                watch,
+                say,
+                finish,
+                oracle_samples=decode.ORACLE_SAMPLES.value,
+                tag=f" of {i}",
+                sweep=i * _STEPS_A_POINT,
+            )
             if code != 0:
                 return code
         return watch.decide("the table", None, lambda _: rows.conclude())

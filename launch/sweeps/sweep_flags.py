@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from paged_dist._errors import bad_value, require
-from paged_dist.launch import decode, plan
+from paged_dist.launch import decode
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import chip_of_topology
 from paged_dist.launch.common.local_processes import MOST_DEVICES
+from paged_dist.launch.common.slices import chip_of_topology
+from paged_dist.launch.planning import plan_flags
 
 SCALING = flags.DEFINE_list("scaling", ["strong", "weak"], "Which sweeps: strong, weak or both.")
 PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Local pods of so many processes each.")
@@ -73,7 +74,7 @@ def check_sweep_flags() -> None:
             raise bad_value(f"--{name}", flags.FLAGS[name].value, "is of local pods", "not with --plan or --sizes")
     if PLAN.value is not None:
         chips = [chip_of_topology(topology, "--plan") for topology in PLAN.value]
-        plan.check_hbm_gib(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
+        plan_flags.check_hbm_flag_of(min(chips, key=lambda chip: chip.hbm_gib * chip.devices))
     flag_checks.check_output(shared_flags.OUTPUT.value)
     if PLOT.value is not None:
         require(PLOT.value.endswith((".svg", ".png")), "--plot", PLOT.value, "must end in .svg or .png")

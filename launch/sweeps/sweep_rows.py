@@ -84,7 +84,7 @@ class SweepRows:
         from paged_dist.launch.sweeps import scaling_report
 
         rows = [self.done[p] for p in self.points if p in self.done]
-        printed = not rows or print_text(self._program.name, scaling_report.table(rows))
+        printed = not rows or print_text(self._program.name, scaling_report.sweep_table(rows))
         mine = {r["key"] for r in rows}
         rows += [r for r in rows_in_file(shared_flags.OUTPUT.value) if _is_whole_and_right(r) and r["key"] not in mine]
         drawn = sweep_flags.PLOT.value is None or not rows or self._draw(rows, sweep_flags.PLOT.value)
@@ -98,7 +98,7 @@ class SweepRows:
         beside = os.path.join(folder, f".{os.getpid()}-{os.path.basename(path)}")
         try:
             os.makedirs(folder, exist_ok=True)
-            scaling_report.figure(rows).savefig(beside, format=path.rsplit(".", 1)[1])
+            scaling_report.sweep_figure(rows).savefig(beside, format=path.rsplit(".", 1)[1])
             os.replace(beside, path)
         except OSError as e:
             self.say(f"error: --plot={path!r}: could not be written: {e}")

@@ -116,7 +116,7 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
     record = json.loads(out.read_text())
     ours, *theirs = record["kernels"]
     assert record["settings"]["dtype"] == {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype]
-    plan = kernel_report.plan_of(kernel_report.Settings(**record["settings"]), Target())
+    plan = kernel_report.plan_of(kernel_report.KernelReportSettings(**record["settings"]), Target())
     assert (plan.query_dtype.name, plan.cache_dtype.name) == ("bfloat16", record["settings"]["dtype"])
     assert (ours["copies"], ours["bytes_read"]) == traffic.page_traffic(plan, [100] * 3)
     assert ours["live_bytes"] == traffic.live_bytes(plan, [100] * 3)
@@ -142,7 +142,9 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
 @pytest.mark.parametrize("chip", ["v5p", "v7x", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v4", "v6e"))])
 def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, chip, sizes, window, dtype):
     head_dim = 64 if dtype == "bfloat16" else 128
-    settings = kernel_report.Settings(("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None)
+    settings = kernel_report.KernelReportSettings(
+        ("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None
+    )
     kind = {"v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}[chip]
     plan = kernel_report.plan_of(settings, Target.of(SimpleNamespace(device_kind=kind)))
     launched, kernel = [], pallas_call.decode_kernel
@@ -188,19 +190,19 @@ def settings_of(**values):
     """The flags as the console script sets them, and `values`."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
-    return flagsaver.flagsaver(**{**kernel_report._DEFAULTS, **values})
+    return flagsaver.flagsaver(**{**kernel_report.KERNEL_REPORT_PROGRAM.defaults, **values})
 
 
 @needs_libtpu
 def test_padded_heads_are_counted_as_stored_with_what_pads_the_query():
-    s = kernel_report.Settings(("v6e",), (500, 20), 8, 2, 96, 64, None, "bfloat16", None, False, None)
+    s = kernel_report.KernelReportSettings(("v6e",), (500, 20), 8, 2, 96, 64, None, "bfloat16", None, False, None)
     mesh = absent_chips.one_chip_mesh("v6e")
     plan = kernel_report.plan_of(s, Target.of(mesh.devices.flat[0]))
     (ours,) = kernel_report.report_chip(s, "v6e", mesh, plan)
     token = 2 * 2 * 128 * 2
     assert ours["live_bytes"] == 520 * token and ours["bytes_read"] == (448 + 64 + 32) * token
     assert ours["pool_copies"] == [] and any("pad" in op for op in ours["xla_ops"])
-    assert "head_dim 96 (stored as 128), bfloat16" in kernel_report.table(s, [ours], {})
+    assert "head_dim 96 (stored as 128), bfloat16" in kernel_report.kernel_report_table(s, [ours], {})
 
 
 BAD_FLAGS = {
@@ -238,7 +240,7 @@ def test_a_trace_of_too_few_requests_is_refused(tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text("ContextTokens,GeneratedTokens\n5,3\n")
     with settings_of(lengths_trace=str(path), batch=2), pytest.raises(ValueError, match="has 1 requests, --batch=2"):
-        kernel_report.settings_from_flags()
+        kernel_report.kernel_report_settings()
 
 
 @pytest.mark.parametrize(
@@ -256,12 +258,19 @@ def test_the_chips_of_the_flag_are_those_that_can_be_compiled_for():
     assert set(kernel_report.KNOWN_CHIPS) == set(absent_chips.CHIP_TOPOLOGIES)
 
 
-@pytest.mark.parametrize("launcher", [accuracy, kernel_report, xla_report])
-def test_help_says_one_default_of_each_flag(launcher):
+@pytest.mark.parametrize(
+    ("launcher", "program"),
+    [
+        (accuracy, accuracy.ACCURACY_PROGRAM),
+        (kernel_report, kernel_report.KERNEL_REPORT_PROGRAM),
+        (xla_report, xla_report.XLA_REPORT_PROGRAM),
+    ],
+)
+def test_help_says_one_default_of_each_flag(launcher, program):
     with flagsaver.flagsaver():
-        for name, value in launcher._DEFAULTS.items():  # as its `cli` does
+        for name, value in program.defaults.items():  # as `Program.run` does
             flags.FLAGS.set_default(name, value)
         words = " ".join(help_text(launcher.__name__).split())
     of_flags = re.split(r" (?=--[\[\w])", words)
     assert [of for of in of_flags if of.lower().count("default: ") > 1] == []
-    assert any(of.endswith(f"(default: {launcher._DEFAULTS['batch']})") for of in of_flags if of.startswith("--batch:"))
+    assert any(of.endswith(f"(default: {program.defaults['batch']})") for of in of_flags if of.startswith("--batch:"))

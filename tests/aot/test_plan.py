@@ -21,10 +21,21 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paged_dist import CacheSpec, OutOfPages, PageAllocator, make_pod_mesh
 from paged_dist.launch import plan
-from paged_dist.launch.common import chips
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import V5E, V5P, V6E, V7X, chip_of_topology
-from paged_dist.launch.planning import hlo_text, pod_step
+from paged_dist.launch.common import slices
+from paged_dist.launch.common.chips import V5E, V5P, V6E, V7X
+from paged_dist.launch.common.slices import chip_of_topology
+from paged_dist.launch.planning import (
+    absent_chips,
+    fitting,
+    hlo_text,
+    plan_text,
+    pod_step,
+    sizing,
+    step_facts,
+    step_floor,
+)
+from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.serving.workload import draw_requests, sequences_on_shards
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.ops.collectives import attention_collectives
@@ -135,33 +146,37 @@ TOPOLOGIES = [
 @pytest.mark.parametrize(("written", "means"), TOPOLOGIES)
 def test_a_slice_is_one_that_can_be_booked_or_refused_with_the_nearest(written, means):
     if isinstance(means, str):
-        assert chips.slice_of(written).topology == means
+        assert slices.bookable_slice(written).topology == means
         return
     with pytest.raises(ValueError, match="--topology=") as e:
-        chips.slice_of(written)
+        slices.bookable_slice(written)
     works = str(e.value).split("; ")[1]
     for name in means:
         assert name in works
     for name in re.findall(r"\S+[:-]\d[\dx]*", works):
-        chips.slice_of(name)  # what is advised can be booked
+        slices.bookable_slice(name)  # what is advised can be booked
 
 
-@given(st.sampled_from(sorted(chips._TOPOLOGIES)), st.lists(st.integers(0, 70), min_size=1, max_size=4), st.booleans())
+@given(
+    st.sampled_from(sorted(slices.CHIP_OF_GENERATION)),
+    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    st.booleans(),
+)
 @hypothesis.settings(derandomize=True, max_examples=100, deadline=None)
 def test_whatever_slice_is_asked_the_one_advised_is_taken(generation, dims, by_count):
     name = f"{generation}-{dims[0] * 37}" if by_count else f"{generation}:{'x'.join(map(str, dims))}"
     try:
-        found = chips.slice_of(name)
+        found = slices.bookable_slice(name)
     except ValueError as e:
         advised = re.findall(r"\S+[:-]\d[\dx]*", str(e).split("; ")[1])
         assert advised
         for other in advised:
-            assert tuple(map(int, chips.slice_of(other).topology.split(":")[1].split("x"))) in chips.slices_sold(
-                generation
-            )
+            assert tuple(
+                map(int, slices.bookable_slice(other).topology.split(":")[1].split("x"))
+            ) in slices.slices_sold(generation)
     else:
         dims = sorted(int(n) for n in found.topology.split(":")[1].split("x"))
-        assert dims in map(sorted, chips.slices_sold(generation))
+        assert dims in map(sorted, slices.slices_sold(generation))
 
 
 @needs_libtpu
@@ -175,11 +190,11 @@ def settings(*arguments, topology="v5p:4x4x4"):
     """The settings of a command line; the flags are as before afterwards."""
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *arguments])
-        return plan.settings_from_flags()
+        return plan.plan_settings()
 
 
 def sizes(s, shape=(4, 4, 4), chip=V5P):
-    return plan.sizes_of(s, AbstractMesh(shape, AXIS_NAMES), chip)
+    return sizing.sizes_of(s, AbstractMesh(shape, AXIS_NAMES), chip)
 
 
 def test_the_cache_fills_what_weights_and_the_program_leave():
@@ -315,7 +330,7 @@ def test_advice_of_the_whole_plan_is_taken_when_given_back(topology, arguments, 
 
     def check(*arguments):
         s = settings(*arguments, topology=topology)
-        plan.checked_sizes(s, plan.mesh_of(s), chip)
+        fitting.checked_sizes(s, absent_chips.absent_pod_mesh(s), chip)
 
     with pytest.raises(ValueError, match="--") as e:
         check(*arguments)
@@ -328,7 +343,7 @@ def test_the_floor_is_live_bytes_and_weights_over_hbm_and_what_a_ring_sends_over
     mesh = AbstractMesh((4, 2, 2), AXIS_NAMES)
     talk = [dict(bytes_sent=9e6, links="ici", torus_axes=1), dict(bytes_sent=9e9, links="dcn", torus_axes=0)]
     talk += [dict(bytes_sent=8e6, links="ici", torus_axes=2), dict(bytes_sent=9e9, links="ici", torus_axes=0)]
-    found = plan.floor_of(s, sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk, [])
+    found = step_floor.floor_of(s, sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk, [])
     live = 16 * 1024 * 4 * 2 * 3 * 128 * 2 // 4  # rows, tokens, heads, K and V, layers, channels, bytes; devices
     weights = 2 * 3 * 4096 * 128 * ((16 + 4 + 4) // 2 + 16 // 4)
     assert found["live_kv_bytes"] == live
@@ -347,16 +362,16 @@ def test_padded_heads_take_what_is_stored_of_them_and_their_projections_what_the
         assert made.spec.head_dim == head_dim
         assert made.spec.bytes_per_token == 2 * 3 * 4 * 128 * 2
         assert made.spec.bytes_per_chip(mesh) + made.weights_bytes <= 0.98 * made.hbm_bytes
-        found[head_dim] = plan.floor_of(s, made, mesh, V5P, [], [])["live_kv_bytes"]
+        found[head_dim] = step_floor.floor_of(s, made, mesh, V5P, [], [])["live_kv_bytes"]
     assert found[96] == found[128]  # padding is read
 
 
 def test_the_axes_of_a_collective_are_those_along_which_its_members_differ():
     mesh = make_pod_mesh(data=2, context=2, model=2)
-    assert pod_step.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
-    assert pod_step.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
-    assert pod_step.axes_of(mesh, ((0, 4),)) == (("data",), False)
-    assert pod_step.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
+    assert step_facts.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
+    assert step_facts.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
+    assert step_facts.axes_of(mesh, ((0, 4),)) == (("data",), False)
+    assert step_facts.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
 
 
 @pytest.mark.parametrize("context", [1, 2, 4])
@@ -397,9 +412,9 @@ def test_the_count_of_sequences_is_pages_over_mean_pages_whatever_the_number_of_
 def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_compiles():
     shape = ["--context_tokens=100", "--layers=1"]
     with pytest.raises(ValueError, match="--num_pages=258048: cache and step take more") as e:
-        plan.plan(settings("--num_pages=258048", *shape, topology="v5e:2x2"))
+        plan_record(settings("--num_pages=258048", *shape, topology="v5e:2x2"))
     most = advised(e.value)["num_pages"]
-    assert plan.plan(settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
+    assert plan_record(settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
 
 
 @needs_libtpu
@@ -417,12 +432,12 @@ def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_com
 def test_a_planned_step_is_in_place_and_communicates_what_attention_does(topology, slices, more):
     shape = ["--num_kv_heads=4", "--num_q_heads=32", "--layers=5", "--model_parallelism=8", f"--num_slices={slices}"]
     s = settings(*shape, *more, topology=topology)
-    r = plan.plan(s)
-    assert plan.problems(r) == [] and r["pool_copies"] == [] and r["sends"] == []
+    r = plan_record(s)
+    assert plan_text.problems(r) == [] and r["pool_copies"] == [] and r["sends"] == []
     assert r["aliased_bytes"] >= r["cache_bytes"] > 0.9 * r["hbm_bytes"]
-    mesh = plan.mesh_of(s)
+    mesh = absent_chips.absent_pod_mesh(s)
     assert r["mesh"] == dict(mesh.shape) and r["mesh"]["context"] == 2 and r["mesh"]["model"] == 4
-    spec = plan.sizes_of(s, mesh, chip_of_topology(topology)).spec
+    spec = sizing.sizes_of(s, mesh, chip_of_topology(topology)).spec
     due = attention_collectives(spec, mesh, r["settings"]["batch"], 32)
     assert {c["times"] for c in r["collectives"]} == {5}
     assert {tuple(c["axes"]) for c in r["collectives"]} == {("context",)}
@@ -434,8 +449,8 @@ def test_a_planned_step_is_in_place_and_communicates_what_attention_does(topolog
     words = (
         f"{r['sequences']} sequences of {'1000 tokens' if 'context_tokens' in str(more) else 'the built-in workload'}"
     )
-    assert words in " ".join(plan.table(r).split())
-    assert max(map(len, plan.table(r).splitlines())) <= 80
+    assert words in " ".join(plan_text.plan_table(r).split())
+    assert max(map(len, plan_text.plan_table(r).splitlines())) <= 80
 
 
 @needs_libtpu
@@ -451,8 +466,8 @@ def test_a_planned_step_is_in_place_and_communicates_what_attention_does(topolog
 )
 def test_weights_are_counted_and_split_as_in_readme_s_layer(shape, mlp, over):
     heads = ["--num_kv_heads=4", "--num_q_heads=8", "--layers=3", "--width=256"]
-    r = plan.plan(settings(*heads, shape, f"--mlp_width={mlp}", topology="v5e:4x4"))
-    assert plan.problems(r) == []
+    r = plan_record(settings(*heads, shape, f"--mlp_width={mlp}", topology="v5e:4x4"))
+    assert plan_text.problems(r) == []
     split = math.prod(r["mesh"][name] for name in over)
     assert r["weights_bytes"] == 2 * 3 * 256 * ((8 + 4 + 4) * 128 // 4 + 8 * 128 // split + 3 * mlp // split)
     small = 16 * (r["settings"]["pages_per_sequence"] + 1) * 4 + 16 * 256 * 2  # tables, lengths, x
@@ -461,7 +476,7 @@ def test_weights_are_counted_and_split_as_in_readme_s_layer(shape, mlp, over):
     assert [(c["kind"], c["axes"], c["times"]) for c in sums] == [("all-reduce", over, 3)] * (1 + bool(mlp))
     # XLA chooses whether it sums in bf16 or f32
     assert {c["bytes"] for c in sums} <= {3 * 16 * 256 * 2, 3 * 16 * 256 * 4}
-    said = " ".join(plan.table(r).partition("weights    ")[2].partition("fits")[0].split())
+    said = " ".join(plan_text.plan_table(r).partition("weights    ")[2].partition("fits")[0].split())
     assert "attention's projections" in said and "Not counted are norms" in said
     assert ("the MLP (--mlp_width)" in said) == (mlp == 0)
     assert ("wo over model x context" in said) == (over == ["context", "model"])
@@ -470,14 +485,14 @@ def test_weights_are_counted_and_split_as_in_readme_s_layer(shape, mlp, over):
 @needs_libtpu
 def test_a_step_that_copies_its_cache_is_reported_as_a_problem(monkeypatch):
     s = settings("--num_pages=1024", "--layers=2", "--context_tokens=50", topology="v6e:2x2")
-    mesh = plan.mesh_of(s)
-    found = plan.sizes_of(s, mesh, V6E)
+    mesh = absent_chips.absent_pod_mesh(s)
+    found = sizing.sizes_of(s, mesh, V6E)
     kept = jax.jit
     monkeypatch.setattr(jax, "jit", lambda f, donate_argnums=None: kept(f))
-    r = pod_step.read_program(s, found, mesh, pod_step.compile_step(s, found, mesh)[0])
+    r = step_facts.read_step(s, found, mesh, pod_step.compile_step(s, found, mesh).program)
     r["hbm_bytes"] = found.hbm_bytes
     assert r["pool_copies"] and r["aliased_bytes"] == 0
-    copied, not_in_place = plan.problems(r)
+    copied, not_in_place = plan_text.problems(r)
     assert "as large as a layer's pool" in copied and "written in place" in not_in_place
 
 
@@ -488,11 +503,11 @@ def test_the_hbm_of_a_chip_is_what_its_compiler_gives(topology):
     chip = chip_of_topology(topology)
     for share, fits in ((0.995, True), (1.005, False)):
         s = settings("--layers=1", "--num_kv_heads=4", "--model=4", topology=topology)
-        mesh = plan.mesh_of(s)
+        mesh = absent_chips.absent_pod_mesh(s)
         pages = int(chip.device_hbm_bytes * share) // (2 * 128 * 128 * 2) * mesh.shape["data"]
         # More than the flag takes: what the chip is said to have is what is tried here.
         s = dataclasses.replace(s, num_pages=pages, hbm_gib=chip.hbm_gib * chip.devices * 1.1)
-        found = plan.sizes_of(s, mesh, chip)
+        found = sizing.sizes_of(s, mesh, chip)
         if fits:
             pod_step.compile_step(s, found, mesh)
         else:
@@ -584,11 +599,11 @@ def test_whatever_mesh_is_asked_the_one_advised_is_taken(sizes, topology, slices
     more = dict(topology=topology, num_slices=slices, num_kv_heads=kv_heads)
     s = dataclasses.replace(as_by_default(), **sizes, **more)
     try:
-        plan.mesh_of(s)
+        absent_chips.absent_pod_mesh(s)
     except ValueError as e:
         for change in each_advised(e):
             assert change, e
-            plan.mesh_of(dataclasses.replace(s, **change))
+            absent_chips.absent_pod_mesh(dataclasses.replace(s, **change))
 
 
 @needs_libtpu
@@ -596,8 +611,8 @@ def test_whatever_mesh_is_asked_the_one_advised_is_taken(sizes, topology, slices
     "topology", ["v6e:1x1", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:1x1", "tpu7x:1x1x1"))]
 )
 def test_a_single_chip_is_planned(topology):
-    r = plan.plan(settings("--layers=40", "--kv_dtype=int8", topology=topology))
-    assert plan.problems(r) == [] and r["chips"] == 1 and r["sequences"] > 0
+    r = plan_record(settings("--layers=40", "--kv_dtype=int8", topology=topology))
+    assert plan_text.problems(r) == [] and r["chips"] == 1 and r["sequences"] > 0
     assert r["used_bytes"] > 0.95 * r["hbm_bytes"]
 
 

@@ -6,7 +6,8 @@ from aot import needs_libtpu
 
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.planning import hlo_text
+from paged_dist.launch.planning import hlo_text, plan_text
+from paged_dist.launch.planning.plan_record import plan_record
 
 HLO = """
 %fused (p.1: bf16[4,64,256]) -> bf16[4,64,256] {
@@ -54,14 +55,14 @@ def planned(mlp_width, topology="tpu7x:2x2x1"):
     shape = ["--num_kv_heads=8", "--num_q_heads=16", "--layers=4", "--width=1024", "--num_pages=2048"]
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *shape, f"--mlp_width={mlp_width}"])
-        return plan.plan(plan.settings_from_flags())
+        return plan_record(plan.plan_settings())
 
 
 @needs_libtpu
 def test_stacked_weights_are_not_copied_on_v7x():
     """As [layers, n, width] XLA stored them anew, in other tiles, in each step."""
     r = planned(8 * 256)
-    assert r["other_copies"] == [] and r["floor"]["copied_bytes"] == 0 and "copies  " not in plan.table(r)
+    assert r["other_copies"] == [] and r["floor"]["copied_bytes"] == 0 and "copies  " not in plan_text.plan_table(r)
     assert r["temp_bytes"] < r["cache_bytes"] // (2 * 4)  # a layer's pool
 
 
@@ -75,4 +76,4 @@ def test_weights_that_are_copied_are_reported_and_counted():
     assert r["floor"]["copied_bytes"] == total
     read = r["floor"]["live_kv_bytes"] + r["weights_bytes"] + total
     assert r["floor"]["hbm_s"] == pytest.approx(read / 3690e9)
-    assert "copies     1 x bf16[4,1024,192], 1.57 MB, in each step" in plan.table(r)
+    assert "copies     1 x bf16[4,1024,192], 1.57 MB, in each step" in plan_text.plan_table(r)

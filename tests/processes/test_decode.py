@@ -337,6 +337,8 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
         ("TPU v5p", 2765e9, 1),
         ("TPU v6 lite", 1640e9, 1),
         ("TPU7x", 7380e9, 2),
+        ("TPU8i", 8601e9, 2),
+        ("TPU8t", 6528e9, 1),
         ("TPU v9 mega", None, 1),
         ("cpu", None, 1),
         ("NVIDIA H200", None, 1),

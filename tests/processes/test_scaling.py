@@ -127,7 +127,7 @@ def test_other_work_is_another_series_with_a_name_of_its_own():
 
 
 def test_the_table_says_what_is_projected_in_80_columns():
-    text = scaling_report.table([*ROWS, row("weak", 8192, 3.2e8), row("weak", 8192, 3.2e8, projected=True)])
+    text = scaling_report.sweep_table([*ROWS, row("weak", 8192, 3.2e8), row("weak", 8192, 3.2e8, projected=True)])
     assert max(map(len, text.splitlines())) <= 80
     heads = [line for line in text.splitlines() if "scaling" in line]
     assert [("measured" in h, "projected" in h) for h in heads] == [(True, False), (False, True)] * 2
@@ -146,7 +146,7 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
             if fails == "plot":
                 raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scaling_report, "figure", lambda rows: Figure())
+    monkeypatch.setattr(scaling_report, "sweep_figure", lambda rows: Figure())
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", f"--output={rows}", f"--plot={tmp_path}/rows.svg"])
         sweep = SweepRows(SCALING_PROGRAM, [], said.append, [])
@@ -161,7 +161,7 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
 
 def test_measured_and_projected_are_never_in_one_line_style():
     pytest.importorskip("matplotlib")
-    speed, share = scaling_report.figure(ROWS).axes
+    speed, share = scaling_report.sweep_figure(ROWS).axes
     for axes in (speed, share):
         lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
         assert len(lines) == 3

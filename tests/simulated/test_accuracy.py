@@ -15,12 +15,12 @@ from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import host
 from paged_dist.launch.common.run_program import UsageError
 
-SETTINGS = accuracy.Settings(2, 8, 2, 128, 64, 1, (128, 1024))
+SETTINGS = accuracy.AccuracySettings(2, 8, 2, 128, 64, 1, (128, 1024))
 
 
 @pytest.fixture(scope="module")
 def results():
-    return accuracy.measure(SETTINGS)
+    return accuracy.measure_errors(SETTINGS)
 
 
 def of(results, dtype, case):
@@ -43,10 +43,10 @@ def test_errors_are_within_their_bounds_and_do_not_grow_with_length(results):
 @pytest.mark.filterwarnings("ignore:.*page_size=")
 def test_heads_that_are_stored_padded_are_as_exact():
     s = SETTINGS._replace(head_dim=96, lengths=(128,))
-    results = accuracy.measure(s)
+    results = accuracy.measure_errors(s)
     assert accuracy.failures(results) == []
     record = {"settings": s._asdict(), "results": results, "failures": [], "versions": {}}
-    assert "head_dim 96 (stored as 128), " in accuracy.table(record).replace("\n           ", " ")
+    assert "head_dim 96 (stored as 128), " in accuracy.accuracy_table(record).replace("\n           ", " ")
 
 
 def test_outlier_channels_cost_int8_its_accuracy_and_smoothing_gives_it_back(results):
@@ -65,7 +65,7 @@ def settings_of(**values):
     """The flags as the console script sets them, and `values`."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
-    return flagsaver.flagsaver(**{**accuracy._DEFAULTS, **values})
+    return flagsaver.flagsaver(**{**accuracy.ACCURACY_PROGRAM.defaults, **values})
 
 
 def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, tmp_path):
@@ -104,7 +104,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
 )
 def test_bad_flags_are_refused_before_anything_runs(monkeypatch, change, says):
     monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
-    monkeypatch.setattr(accuracy, "measure", lambda s: pytest.fail("went on to measure"))
+    monkeypatch.setattr(accuracy, "measure_errors", lambda s: pytest.fail("went on to measure"))
     with settings_of(**change), pytest.raises(UsageError) as refusal:
         accuracy.main(())
     assert says in str(refusal.value)

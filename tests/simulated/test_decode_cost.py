@@ -135,7 +135,7 @@ def test_jax_s_own_count_is_what_its_simulated_kernel_copies(dtype, pages, dmas)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="zero")):
         jax.block_until_ready(op(query, k, v, lengths, tables, *scales, pages_per_compute_block=pages))
     plan = plan_of(dataclasses.replace(case, dtype=dtype))
-    assert (len(dmas), sum(dmas)) == jax_kernel.copies(plan, lengths, pages)
+    assert (len(dmas), sum(dmas)) == jax_kernel.jax_page_copies(plan, lengths, pages)
     blocks = sum(math.ceil(n / (8 * pages)) for n in case.lengths)
     sizes = [8 * 128 * 4] if dtype == "float32" else [8 * 128, 8 * 128 * 4]  # scales: as wide as the pages
     assert sorted(dmas) == sorted(2 * 2 * blocks * pages * sizes)

@@ -115,6 +115,6 @@ def test_the_limits_of_a_table_are_those_of_positions_and_of_the_mesh():
     ):
         with flagsaver.flagsaver(), pytest.raises(ValueError, match=f"{flag}: must be at most {most}: "):
             FLAGS([*arguments, flag])
-            plan.settings_from_flags()
+            plan.plan_settings()
     with pytest.raises(ValueError, match=r"--batch=100000000: must be at most 65536"):
         planned("--batch=100000000")

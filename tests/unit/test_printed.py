@@ -12,6 +12,8 @@ from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
 from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
+from paged_dist.launch.planning.plan_record import plan_record
+from paged_dist.launch.planning.plan_text import plan_table
 from paged_dist.launch.serving import report, results, run_setup, workload_flags
 from paged_dist.launch.sweeps import scaling_report
 
@@ -92,7 +94,7 @@ def test_the_printed_implementation_is_that_of_the_platform():
 
 
 def test_every_setting_of_kernel_report_is_printed():
-    s = kernel_report.Settings(("v5e",), (500, 20), 8, 2, 128, 128, None, "bfloat16", None, True, None)
+    s = kernel_report.KernelReportSettings(("v5e",), (500, 20), 8, 2, 128, 128, None, "bfloat16", None, True, None)
     others = dict(
         lengths=(500, 30),
         num_q_heads=16,
@@ -108,8 +110,8 @@ def test_every_setting_of_kernel_report_is_printed():
     rows = {"chips", "jax"}  # a row of the table each
     assert others.keys() | rows == {field.name for field in dataclasses.fields(s)}
     for name, value in others.items():
-        changed = kernel_report.table(dataclasses.replace(s, **{name: value}), [], {})
-        assert changed != kernel_report.table(s, [], {}), name
+        changed = kernel_report.kernel_report_table(dataclasses.replace(s, **{name: value}), [], {})
+        assert changed != kernel_report.kernel_report_table(s, [], {}), name
 
 
 def test_every_setting_of_xla_report_and_accuracy_is_printed():
@@ -118,18 +120,20 @@ def test_every_setting_of_xla_report_and_accuracy_is_printed():
     record = dict(settings=settings, results=[], cpus=2, versions={}, bound=1)
     for name, value in settings.items():
         other = record | dict(settings=settings | {name: "int8" if name == "dtype" else 2 * value})
-        assert xla_report.table(other) != xla_report.table(record), name
+        assert xla_report.xla_report_table(other) != xla_report.xla_report_table(record), name
     with flagsaver.flagsaver():
         FLAGS(["xla_report", "--batch=2", "--num_q_heads=8", "--num_kv_heads=2"])
         assert settings.keys() | {"live"} == xla_report.sizes_from_flags().keys()  # a block of the table each
 
-    s = accuracy.Settings(2, 8, 2, 128, 64, 1, (128,))
+    s = accuracy.AccuracySettings(2, 8, 2, 128, 64, 1, (128,))
     of = lambda n: [
         dict(length=n, dtype=dtype, case=case, error=0, own_error=0)
         for dtype in accuracy.DTYPES
         for case in accuracy.CASES
     ]
-    table = lambda s: accuracy.table(dict(settings=s._asdict(), results=of(s.lengths[0]), versions={}, failures=[]))
+    table = lambda s: accuracy.accuracy_table(
+        dict(settings=s._asdict(), results=of(s.lengths[0]), versions={}, failures=[])
+    )
     for name in s._fields:
         other = s._replace(**{name: (256,) if name == "lengths" else 3 * getattr(s, name)})
         assert table(other) != table(s), name
@@ -140,7 +144,7 @@ def test_a_plan_prints_what_its_attention_does():
     arguments = ["--topology=v5e:2x2", "--layers=1", "--soft_cap=30", "--sliding_window=512", "--hbm_gib=1"]
     with flagsaver.flagsaver():
         FLAGS(["plan", *arguments])
-        text = plan.table(plan.plan(plan.settings_from_flags()))
+        text = plan_table(plan_record(plan.plan_settings()))
     assert "cache bfloat16, soft cap 30, window 512" in " ".join(text.split())
 
 

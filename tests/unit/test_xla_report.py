@@ -95,21 +95,21 @@ def test_the_plain_form_is_right(pages_first, dtype):
 
 def test_heads_that_are_stored_padded_agree_with_the_plain_forms():
     shape = dict(batch=3, num_q_heads=4, num_kv_heads=2, head_dim=96, page_size=64, table_tokens=128, dtype="float32")
-    seconds, worst = xla_report.measure(xla_report.make_forms(shape), jnp.array([128, 5, 70], jnp.int32), 1)
+    seconds, worst = xla_report.time_forms(xla_report.make_forms(shape), jnp.array([128, 5, 70], jnp.int32), 1)
     assert len(seconds) == 3 and worst < 1e-5
 
 
 def test_a_form_that_disagrees_is_told():
     lengths = jnp.array([4, 0], jnp.int32)
     right, wrong = jnp.array([[1.0], [0.0]]), jnp.array([[1.5], [9.0]])  # the idle row is not compared
-    seconds, worst = xla_report.measure({"ours": lambda _: right, "plain": lambda _: wrong}, lengths, 2)
+    seconds, worst = xla_report.time_forms({"ours": lambda _: right, "plain": lambda _: wrong}, lengths, 2)
     assert worst == pytest.approx(0.5) and [len(s) for s in seconds.values()] == [2, 2]
-    assert not xla_report.summarise(4, seconds, worst, bound=0.1)["agrees"]
-    assert xla_report.measure({"ours": lambda _: right, "plain": lambda _: right}, lengths * 0, 1)[1] == 0
+    assert not xla_report.summarise_times(4, seconds, worst, bound=0.1)["agrees"]
+    assert xla_report.time_forms({"ours": lambda _: right, "plain": lambda _: right}, lengths * 0, 1)[1] == 0
 
 
 def test_the_ratio_is_of_the_same_repeats_and_to_the_fastest():
     seconds = {"ours": [1.0, 2.0, 1.0], "slow": [9.0, 9.0, 9.0], "fast": [4.0, 4.0, 2.0]}
-    result = xla_report.summarise(4, seconds, 0.0, bound=0.1)
+    result = xla_report.summarise_times(4, seconds, 0.0, bound=0.1)
     assert result["fastest_plain"] == "fast" and result["ratio"] == [2.0, 2.0, 3.0]
     assert result["ms"]["slow"] == [9000.0] * 3

@@ -47,7 +47,7 @@ DECODE_PROGRAM = Program("paged-dist-decode", takes=[name for name in shared_fla
 
 @contextlib.contextmanager
 def _as_usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplementedError)):
-    """Bad values of this block end the run with one line: nothing is compiled or written in it."""
+    """An error of these kinds, in a block that compiles and writes nothing, is one of usage: one line, exit code 2."""
     try:
         yield
     except kinds as e:
@@ -55,8 +55,12 @@ def _as_usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplem
 
 
 def main(argv) -> int:
-    """Runs the benchmark that the flags describe; 0, 1 where an output was wrong or something was not written, 75 where
-    it was asked to stop (SIGTERM) and the record is a partial one, 130 where that was Ctrl-C."""
+    """Runs the benchmark that the flags describe.
+
+    Returns:
+      The exit code: 0; 1 where an output was wrong or a file could not be written; 75 where the run was asked to stop
+      (SIGTERM), its record being a partial one; 130 where that was Ctrl-C.
+    """
     del argv
     with _as_usage_errors():
         model = model_from_flags()
@@ -110,6 +114,23 @@ def sayer(name: str, watch: Watchdog) -> Callable[[str], None]:
     return say
 
 
+def _compile_part(run: DecodeRun, watch: Watchdog, say: Callable[[str], None]) -> tuple[Engine, RowSchedule]:
+    """This process's part of the run: the programs, compiled and warmed up, and the schedule that feeds them."""
+    m, requests = run.model, run.requests
+    batch, columns = run.pool.batch, run.pages_per_sequence
+    watch.phase("compile")
+    with _as_usage_errors((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
+        engine = Engine(m, run.spec, run.mesh, batch, columns, shared_flags.IMPLEMENTATION.value)
+        allocator = PageAllocator(run.spec, run.mesh, batch, columns)
+        checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared_flags.SEED.value)
+        schedule = RowSchedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
+    say(describe_mesh(run.mesh).partition("\n")[0])
+    say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
+    engine.compile()
+    engine.warm_up()
+    return engine, schedule
+
+
 def measure_run(
     run: DecodeRun,
     watch: Watchdog,
@@ -132,22 +153,10 @@ def measure_run(
     measured = results = None
     ctrl_c = CtrlC(DECODE_PROGRAM.name)
     takes_part = any(d.process_index == jax.process_index() for d in run.mesh.devices.flat)
-    if takes_part:
-        m, requests = run.model, run.requests
-        watch.phase("compile")
-        with _as_usage_errors((BadValue, NotImplementedError)):  # it traces the step: JAX's own errors are no flag's
-            engine = Engine(
-                m, run.spec, run.mesh, run.pool.batch, run.pages_per_sequence, shared_flags.IMPLEMENTATION.value
-            )
-            allocator = PageAllocator(run.spec, run.mesh, run.pool.batch, run.pages_per_sequence)
-            checks = choose_checks(requests, ORACLE_SAMPLES.value, m.num_layers, shared_flags.SEED.value)
-            schedule = RowSchedule(requests, allocator, run.pool, engine.chunk_tokens, checks)
-        say(describe_mesh(run.mesh).partition("\n")[0])
-        say(f"compiling for {len(requests)} requests, {sum(r.generated for r in requests)} tokens to generate")
-        engine.compile()
-        engine.warm_up()
+    part = _compile_part(run, watch, say) if takes_part else None
     watch.meet(f"compiled{tag}")
-    if takes_part:
+    if part is not None:
+        engine, schedule = part
         with contextlib.nullcontext() if sweep is not None else ctrl_c:
             measured = engine.run(schedule, say, profile_dir, watch, first_step=sweep or 0, stops=sweep is None)
         if measured.profile_error:

@@ -15,7 +15,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from paged_dist.cluster import LOST, PREEMPTED
 from paged_dist.launch.common.local_processes import (
@@ -85,10 +87,10 @@ def run_pod(
 
 
 class _Terminated(Exception):
-    pass
+    """SIGTERM came."""
 
 
-def _on_terminate(number, frame):
+def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     raise _Terminated
 
@@ -117,6 +119,7 @@ def _first_failure(children: list[ChildProcess], first: ChildProcess, selector: 
     if first.code == LOST:
         guilty = next((child for child in children if child.code not in (None, 0, LOST)), first)
     _print_line(f"process {guilty.index} ended with exit code {guilty.code}")
+    assert guilty.code is not None
     return guilty.code
 
 
@@ -130,11 +133,12 @@ def _preempt_children(children: list[ChildProcess], selector: selectors.BaseSele
         if time.monotonic() > until:
             return 128 + signal.SIGTERM
         _pass_on(selector, 0.05)
-    codes = {child.code for child in children} - {0}
+    codes = {child.code for child in children if child.code}
     return max(codes - {PREEMPTED, LOST}, default=max(codes, default=0))
 
 
 def _pass_on(selector: selectors.BaseSelector, seconds: float) -> None:
+    """Passes on the output that comes within `seconds`, or the first of it."""
     if not selector.get_map():
         time.sleep(seconds)
     for key, _ in selector.select(timeout=seconds):
@@ -143,7 +147,7 @@ def _pass_on(selector: selectors.BaseSelector, seconds: float) -> None:
 
 
 def _drain(selector: selectors.BaseSelector) -> None:
-    """What ended processes still had in their pipes."""
+    """Passes on what processes that have ended left in their pipes."""
     while selector.get_map() and (ready := selector.select(timeout=0)):
         for key, _ in ready:
             if not key.data.read(key.fileobj):
@@ -151,7 +155,7 @@ def _drain(selector: selectors.BaseSelector) -> None:
 
 
 def _end_children(children: list[ChildProcess]) -> None:
-    """Ends what still runs: asks, waits a little, kills. Also what a child has left in its process group."""
+    """Ends the children that still run: asks, waits a little, kills. Kills also what they left in their groups."""
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
         if child.poll() is None:
@@ -159,18 +163,23 @@ def _end_children(children: list[ChildProcess]) -> None:
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     for child in children:
-        if child.process.returncode is None:
-            child.signal_group(signal.SIGKILL)
-            child.process.wait()
+        child.kill()
 
 
 def _print_line(line: str) -> None:
     print(f"{NAME}: {line}", file=sys.stderr, flush=True)
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line; argparse's own prints the usage first."""
+        _print_line(f"error: {message}")
+        sys.exit(2)
+
+
 def main(argv: Sequence[str]) -> int:
     """Parses `argv` (without the program's name) and runs the pod."""
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         NAME,
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
@@ -191,7 +200,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the command and what each process is told")
     parser.add_argument("launcher", help="a launcher of this package (decode), a module, or a script ending in .py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
-    parser.error = lambda message: (_print_line(f"error: {message}"), sys.exit(2))
     args = parser.parse_args(argv)
     command = launcher_command(args.launcher, args.arguments)
     if not _exists(args.launcher, command):
@@ -223,7 +231,7 @@ def _exists(launcher: str, command: Sequence[str]) -> bool:
         return False
 
 
-def _count(most: int):
+def _count(most: int) -> Callable[[str], int]:
     """The type of an argument that is a number from 1 to `most`."""
 
     def count(text: str) -> int:

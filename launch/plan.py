@@ -28,7 +28,7 @@ from paged_dist.launch.planning.fitting import compile_what_fits
 from paged_dist.launch.planning.plan_text import plan_dry_text, plan_table, problems
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.pod_step import attention_launch
-from paged_dist.launch.planning.step_facts import step_facts
+from paged_dist.launch.planning.step_facts import read_step
 from paged_dist.launch.planning.step_floor import floor_of
 from paged_dist.launch.planning.step_weights import output_heads
 from paged_dist.launch.serving import workload_flags
@@ -74,7 +74,10 @@ def plan_settings() -> PodSettings:
 
 
 def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None = None) -> dict:
-    """The plan as one flat record; a pod's program is compiled on the way. `fits`: as in `sizing.sizes_of`.
+    """Sizes and compiles the step for the pod, and returns the plan as one flat record.
+
+    Args:
+      fits: as in `sizing.sizes_of`.
 
     Raises:
       ValueError, NotImplementedError: settings that do not fit the pod, each with what does.
@@ -86,7 +89,7 @@ def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None
     mesh_s = time.perf_counter() - start
     sizes, step = compile_what_fits(s, mesh, chip, fits)
     launch = attention_launch(s, sizes, mesh)
-    found = step_facts(s, sizes, mesh, step.program)
+    found = read_step(s, sizes, mesh, step.program)
     spec, devices = sizes.spec, mesh.devices.size
     counted, workload = s.requests, s.workload
     if not counted:
@@ -130,7 +133,7 @@ def plan_record(s: PodSettings, fits: Callable[[Mapping[str, int]], bool] | None
 
 
 def main(argv) -> int:
-    """Plans what the flags describe; 0, or 1 where the step would not run as it should or the file not be written."""
+    """Plans what the flags describe; returns 0, or 1 where the step has problems or the record cannot be written."""
     del argv
     try:
         s = plan_settings()

@@ -67,6 +67,7 @@ def simulate_devices(count: int | None, many_processes: bool) -> None:
         os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # it would win
     import jax
 
+    # pyrefly: ignore[missing-attribute]  # jax gives its options to `config` as attributes when it is imported
     if count is not None and jax.config.jax_num_cpu_devices != -1:
         jax.config.update("jax_num_cpu_devices", -1)  # `import jax` has read the environment's before
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -20,7 +23,8 @@ class CtrlC:
     """
 
     def __init__(self, name: str):
-        self.came, self._name, self._before = False, name, None
+        self.came, self._name = False, name
+        self._before: Callable[[int, FrameType | None], Any] | int | signal.Handlers | None = None
 
     def __enter__(self) -> CtrlC:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell starts what runs in the background
@@ -31,7 +35,7 @@ class CtrlC:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _asked(self, number, frame) -> None:
+    def _asked(self, number: int, frame: FrameType | None) -> None:
         self.came = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(OSError):  # not print(): the main thread may be in one

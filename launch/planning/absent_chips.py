@@ -9,16 +9,21 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from paged_dist import make_pod_mesh
 from paged_dist._compat import lowering_for
+from paged_dist.launch.planning.hlo_text import program_text
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.mesh.topology import topology_devices
+
+if TYPE_CHECKING:
+    from jaxlib._jax import CompiledMemoryStats
 
 # The smallest topology of each generation that libtpu compiles for, of whose devices one is taken.
 CHIP_TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
@@ -39,7 +44,7 @@ def one_chip_mesh(chip: str) -> Mesh:
 
 
 def absent_pod_mesh(s: PodSettings) -> Mesh:
-    """The mesh over the absent pod; model takes what divides the kv heads where nothing says how many."""
+    """The mesh over the absent pod. Model, where not given, is the largest size that divides kv heads and slice."""
     model = s.model
     if model is None and s.model_parallelism is None:
         devices, context = len(topology_devices(s.topology, s.num_slices)), s.context or 1
@@ -59,12 +64,19 @@ def absent_pod_mesh(s: PodSettings) -> Mesh:
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
     """In this block no program is taken from JAX's compilation cache on disk, so that a compile takes its own time."""
-    on_disk = jax.config.jax_enable_compilation_cache
+    on_disk = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute] made when jax is imported
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", on_disk)
+
+
+def program_memory(program: Compiled) -> CompiledMemoryStats:
+    """The bytes of a compiled program on one device: arguments, results, temporaries, code."""
+    memory = program.memory_analysis()
+    assert memory is not None, "JAX's compilers for TPU and CPU count them"
+    return memory
 
 
 def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> CompiledForChip:
@@ -80,5 +92,5 @@ def timed_compile(mesh: Mesh, fn, *arrays: jax.ShapeDtypeStruct) -> CompiledForC
         between = time.perf_counter()
         compiled = lowered.compile()
         end = time.perf_counter()
-    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
-    return CompiledForChip(between - start, end - between, compiled.as_text(), temp_bytes)
+    temp_bytes = program_memory(compiled).temp_size_in_bytes
+    return CompiledForChip(between - start, end - between, program_text(compiled), temp_bytes)

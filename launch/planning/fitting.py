@@ -30,7 +30,7 @@ def checked_sizes(
     """
 
     def holds(changes: Mapping[str, int]) -> bool:
-        changed = dataclasses.replace(s, **changes)
+        changed = s.changed(changes)
         try:
             attention_launch(changed, sizes_of(changed, mesh, chip, kept), mesh)
         except ValueError:
@@ -52,7 +52,7 @@ def checked_sizes(
 def compile_what_fits(
     s: PodSettings, mesh: Mesh, chip: Chip, fits: Callable[[Mapping[str, int]], bool] | None = None
 ) -> tuple[Sizes, CompiledStep]:
-    """The sizes and `compile_step` of them; the cache is made smaller where the program needs its room.
+    """Compiles the step; where the program needs more room than `sizing` left it, with a smaller cache.
 
     `fits`: as in `sizing.sizes_of`.
 

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from jax.stages import Compiled
 
 # A tuple's type has parentheses inside: those of its arrays' tiles.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -34,6 +35,13 @@ _ARRAY = re.compile(rf"\b({'|'.join(_BYTES_OF_DTYPE)})\[([\d,]*)\]")
 _LAID_OUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
 
 
+def program_text(program: Compiled) -> str:
+    """The text of a compiled program."""
+    text = program.as_text()
+    assert text is not None, "JAX's compilers for TPU and CPU have one"
+    return text
+
+
 def _array_bytes(types: str) -> list[int]:
     """Bytes of each array in an HLO type, a tuple's elements one by one."""
     found = _ARRAY.findall(types)
@@ -44,8 +52,11 @@ def _array_bytes(types: str) -> list[int]:
 
 
 def values_as_large_as(hlo: str, size: int) -> list[str]:
-    """Instructions of a compiled program that make a value of `size` bytes or more, apart from those that only
-    pass one on (parameters, tuples, bitcasts, loops) and kernels whose large results alias their operands."""
+    """The instructions, as 'operation name type', that make a value of `size` bytes or more.
+
+    Left out are instructions that only pass a value on (parameters, tuples, bitcasts, loops) and kernels whose large
+    results alias their operands.
+    """
     made = []
     for line in hlo.splitlines():
         match = _INSTRUCTION.match(line)
@@ -73,9 +84,10 @@ class WrittenValue(NamedTuple):
 
 
 def values_written_to_hbm(hlo: str, size: int) -> list[WrittenValue]:
-    """The values of `size` bytes or more that a compiled program writes to HBM, kernels' in-place results apart.
+    """The values of `size` bytes or more that a compiled program writes to HBM, except kernels' in-place results.
 
-    What a fusion has inside is not written, nor what another computation hands on; an asynchronous pair is one.
+    Values inside a fusion are not written, nor are those that a called computation returns. An asynchronous pair
+    (copy-start, copy-done) counts as one.
     """
     loops, large = loop_depths(hlo), {x.split()[1] for x in values_as_large_as(hlo, size)}
     inner = {
@@ -110,7 +122,7 @@ _COLLECTIVES = (
 
 
 def collectives(hlo: str) -> list[HloCollective]:
-    """The collective operations of a compiled program, one for each instruction; an asynchronous pair is one.
+    """The collective operations of a compiled program. An asynchronous pair (start, done) is one.
 
     Raises ValueError for groups in a form that is not known here.
     """
@@ -143,7 +155,7 @@ def _instructions(hlo: str):
 
 
 def loop_depths(hlo: str) -> dict[str, int]:
-    """How many loops each computation of a compiled program stands in, those of its callers counted."""
+    """Computation -> the number of loops that it runs in, its callers' loops among them."""
     callers: dict[str, list[tuple[str, int]]] = {}
     for inside, _, _, op, rest in _instructions(hlo):
         for role, names in _CALLED.findall(rest):
@@ -159,7 +171,7 @@ def loop_depths(hlo: str) -> dict[str, int]:
 
 
 class Send(NamedTuple):
-    """One send of a program for several slices: what leaves a device for another slice, over DCN, or for the host."""
+    """One send: data that leaves a device for another slice, over DCN, or for the host."""
 
     arrays: tuple[str, ...]
     bytes: int
@@ -200,9 +212,9 @@ def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
         within = math.prod(size for _, size in parts.values())
         return _as_groups(np.moveaxis(ids, where, range(-len(where), 0)).reshape(-1, within))
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, order = ([int(n) for n in x.split(",")] if x else None for x in match.groups())
-        ids = np.arange(np.prod(dims)).reshape(dims)
-        return _as_groups((ids if order is None else ids.transpose(order)).reshape(shape))
+        shape, dims, order = ([int(n) for n in (x or "").split(",") if n] for x in match.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return _as_groups((ids.transpose(order) if order else ids).reshape(shape))
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
     raise ValueError(f"the groups of {name} are in a form that is not known: {text[:200]}")
@@ -213,7 +225,7 @@ def _as_groups(ids: np.ndarray) -> tuple[tuple[int, ...], ...]:
 
 
 def ops_around_kernels(hlo: str) -> list[str]:
-    """The entry computation's instructions that do work beside its kernels; an asynchronous pair is one."""
+    """The instructions of the entry computation that do work and are no kernel. An asynchronous pair is one."""
     found = [m.groups() for m in map(_INSTRUCTION.match, hlo[hlo.index("\nENTRY ") :].splitlines()) if m]
     return [
         f"{op} {name}"
@@ -223,12 +235,12 @@ def ops_around_kernels(hlo: str) -> list[str]:
 
 
 def kernel_vmem(hlo: str) -> list[int]:
-    """Bytes of vector memory that each kernel of a compiled program was given by the compiler."""
+    """Bytes of VMEM that the compiler gave each kernel of a compiled program."""
     return [size for _, size in kernels_and_vmem(hlo)]
 
 
 def kernels_and_vmem(hlo: str) -> list[tuple[str, int]]:
-    """(name, bytes of vector memory that the compiler gave it) of each kernel of a compiled program."""
+    """(name, bytes of VMEM that the compiler gave it) of each kernel of a compiled program."""
     used = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
     named = re.compile(r'op_name="[^"]*?([^"/]+)/pallas_call"')
     lines = [line for line in hlo.splitlines() if _KERNEL in line]

@@ -1,4 +1,4 @@
-"""JAX's own paged attention at the shapes of a decode plan: how it is called at its best, and what it fetches."""
+"""JAX's own paged attention at the shapes of our decode kernel's plan: its best call, and what it reads from HBM."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from paged_dist.kernels.target import has_megacore
 
 
 def jax_pages_per_block(plan: Plan, block_tokens: int | None) -> int:
-    """`pages_per_compute_block` for blocks of that many tokens, at least a page; None: some two thousand."""
+    """JAX's `pages_per_compute_block` for blocks of `block_tokens` tokens, at least a page; None: some 2,000 tokens."""
     if block_tokens is None:
         return choose_pages_per_compute_block(plan.problem)
     return max(1, min(plan.S, block_tokens // plan.page_size))
 
 
 def jax_takes(cache_dtype) -> bool:
-    """Whether it has pages of this dtype: bf16, f32, and int8 with scales, not fp8."""
+    """Whether JAX's kernel takes pages of this dtype: bf16, f32, and int8 with scales; not fp8."""
     return jnp.dtype(cache_dtype).name in ("bfloat16", "float32", "int8")
 
 
 def jax_call(plan: Plan, pages: int, mesh: Mesh):
-    """(JAX's op in blocks of `pages`, its arguments' shapes) for the chip of `mesh`, both cores where it has two.
+    """(JAX's op, the shapes of its arguments) for the chip of `mesh`, in blocks of `pages` pages, on both cores of two.
 
-    Its table is as wide as whole blocks are: it refuses another. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
+    Its table is padded to whole blocks: it refuses another width. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
     """
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
@@ -67,7 +67,7 @@ def _over_int8(query, keys, values, lengths, table, key_scales, value_scales, **
 
 
 def jax_page_copies(plan: Plan, lengths, pages: int) -> Copies:
-    """What JAX's kernel fetches of the pools for `lengths` [B], in blocks of `pages` pages.
+    """The copies that JAX's kernel makes from the pools for `lengths` [B], in blocks of `pages` pages.
 
     Its own semantics (jax 0.10.2 to 0.12): for each sequence and each kv head it visits the blocks that begin before
     the sequence's end, and copies every page of such a block, the dead ones too, whole, K and V each by itself: one
@@ -84,6 +84,6 @@ def jax_page_copies(plan: Plan, lengths, pages: int) -> Copies:
 
 
 def jax_smem_bytes(plan: Plan, pages: int) -> int:
-    """Scalar memory of its launch: lengths, the flat table, a buffer's number and a flag, each padded."""
+    """Bytes of SMEM that JAX's kernel takes: lengths, flat table, buffer number and flag, each padded."""
     table = plan.B * (-(-plan.S // pages) * pages)
     return sum(-(-4 * n // 512) * 512 for n in (plan.B, table, 1, 1))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from paged_dist._errors import require
+from paged_dist._errors import bad_value, require
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import Chip
@@ -42,7 +43,8 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
     Raises:
       ValueError: a value outside its rule.
     """
-    require(topology is not None, "--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
+    if topology is None:
+        raise bad_value("--topology", None, "is missing", "name a slice, such as --topology=v5p:8x8x8")
     topology, chip = bookable_slice(topology)
     given = flags.FLAGS
     sizes = ("data", "context", "model", "layers", "num_q_heads", "num_kv_heads", "head_dim", "batch", "page_size")
@@ -64,8 +66,9 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
     same = ("data", "context", "model", "num_q_heads", "num_kv_heads", "head_dim", "soft_cap", "sliding_window")
     same += ("batch", "page_size", "num_pages", "pages_per_sequence")
     same += ("num_slices", "model_parallelism", "width", "mlp_width", "context_tokens", "hbm_gib")
+    values: dict[str, Any] = {name: given[name].value for name in same}
     return PodSettings(
-        **{name: given[name].value for name in same},
+        **values,
         topology=topology,
         num_layers=shared_flags.NUM_LAYERS.value,
         dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
@@ -75,7 +78,7 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
 
 
 def check_hbm_flag_of(chip: Chip) -> None:
-    """Raises ValueError where --hbm_gib is none of such a chip, or more than it gives a program."""
+    """Raises ValueError where --hbm_gib is no size of HBM, or more than a chip of this kind gives a program."""
     flag_checks.check_hbm_flag()
     value, most = shared_flags.HBM_GIB.value, chip.hbm_gib * chip.devices
     require(

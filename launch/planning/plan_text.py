@@ -11,7 +11,7 @@ from paged_dist.launch.planning.pod_settings import PodSettings
 
 
 def plan_dry_text(s: PodSettings) -> str:
-    """What would be compiled, as lines of at most 80 columns."""
+    """What a dry run prints: the step that would be compiled, at most 80 columns wide."""
     mesh = absent_pod_mesh(s)
     sizes = checked_sizes(s, mesh, chip_of_topology(s.topology))
     spec = sizes.spec
@@ -26,7 +26,7 @@ def plan_dry_text(s: PodSettings) -> str:
 
 
 def problems(r: dict) -> list[str]:
-    """What a plan's numbers say against it: nothing where the step would run as it should."""
+    """What is wrong with the planned step, from a plan's record: pools copied, or too much memory. Empty: nothing."""
     found = []
     if r["pool_copies"]:
         found.append(f"{len(r['pool_copies'])} values as large as a layer's pool: {'; '.join(r['pool_copies'])[:200]}")
@@ -38,7 +38,7 @@ def problems(r: dict) -> list[str]:
 
 
 def plan_table(r: dict) -> str:
-    """The plan as lines of at most 80 columns."""
+    """The table of a plan's record, at most 80 columns wide."""
     size = lambda count: quantity(count, "B")
     s, floor, launch = r["settings"], r["floor"], r["launch"]
     unit = "device" if r["chip"] == "v7x" else "chip"
@@ -102,7 +102,7 @@ def plan_table(r: dict) -> str:
 
 
 def _weights_text(r: dict) -> str:
-    """Which weights are counted, and which are not."""
+    """Which weights the plan counts, how they are split, and which weights it does not count."""
     s = r["settings"]
     others = ["norms", "embeddings", *([] if s["mlp_width"] else ["the MLP (--mlp_width)"])]
     if not s["width"]:
@@ -120,6 +120,7 @@ def _weights_text(r: dict) -> str:
 
 
 def _traffic_lines(r: dict) -> list[tuple[str, str]]:
+    """What a step sends over ICI and DCN, a line for each collective."""
     size = lambda count: quantity(count, "B")
     lines = []
     for c in r["collectives"]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from paged_dist.launch.serving.workload import Request
 
 
 @dataclasses.dataclass(frozen=True)
 class PodSettings:
-    """What to plan. B rows over the pod, Hq, Hkv, D, P; None where the pod decides."""
+    """What to plan. None: follows from the pod and the other settings."""
 
     topology: str
     num_slices: int
@@ -36,3 +38,7 @@ class PodSettings:
     mlp_width: int = 0
     times: int = 1  # B is `batch` so many times: a weak point of a sweep
     batch_step: int = 1  # `batch` is a multiple of it: what divides over every mesh of a sweep
+
+    def changed(self, changes: Mapping[str, Any]) -> PodSettings:
+        """These settings with `changes`, by field."""
+        return dataclasses.replace(self, **changes)

@@ -30,7 +30,7 @@ from paged_dist.launch.serving.workload import pages_needed
 
 
 def planned_step(s: PodSettings, mesh: Mesh):
-    """`step(cache, lengths, block_tables, *inputs) -> (cache, outputs)`: appends a token and attends, layer by layer.
+    """The step to plan: `step(cache, lengths, block_tables, *inputs) -> (cache, outputs)` appends and attends by layer.
 
     Without width, inputs are query [B, Hq, D], key and value [B, Hkv, D], and each layer's output is the next one's
     query; with it x [B, width] and the projections, with an MLP of hidden width F its three matrices too, as
@@ -67,8 +67,8 @@ def planned_step(s: PodSettings, mesh: Mesh):
         def one(carry, layer_and_weights):
             cache, x = carry
             layer, to_query, to_key, to_value, back, *mlp = layer_and_weights
-            new = (into(x, w) for w in (to_query, to_key, to_value))
-            cache, output = attend(cache, *new, lengths, tables, layer)
+            query, key, value = into(x, to_query), into(x, to_key), into(x, to_value)
+            cache, output = attend(cache, query, key, value, lengths, tables, layer)
             x = x + out_of(output, back)
             if mlp:
                 gate, up, down = mlp
@@ -116,7 +116,7 @@ def compile_step(s: PodSettings, sizes: Sizes, mesh: Mesh) -> CompiledStep:
 
 
 def attention_launch(s: PodSettings, sizes: Sizes, mesh: Mesh) -> dict:
-    """Scalar and vector memory that the attention kernel plans, a launch's, and how many launches a layer takes."""
+    """The attention kernel's launches: how many a layer takes, each one's rows, and the SMEM and VMEM that it plans."""
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     spec, rows = sizes.spec, sizes.batch // data
     local = dataclasses.replace(

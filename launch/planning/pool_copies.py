@@ -1,4 +1,7 @@
-"""Copies in a compiled step: values as large as a layer's pool, which should not be there, and other large values."""
+"""Copies of page pools in a compiled program: values shaped like a layer's pool, which must not be there.
+
+Also the other large values that a step writes to HBM, such as weights stored anew.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from paged_dist.launch.serving.synthetic import input_dtype
 
 
 def pool_copies(spec: CacheSpec, mesh: Mesh, text: str) -> list[str]:
-    """Instructions of a compiled program that make a value like a layer's pool of a device, or like its scales."""
+    """The instructions of a program that make a value shaped like a layer's pool on a device, or like its scales."""
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     heads, pages = spec.num_kv_heads // model, spec.num_pages // (data * context)
     rows, lanes = spec.stored_page_shape
@@ -34,7 +37,7 @@ def pool_copies(spec: CacheSpec, mesh: Mesh, text: str) -> list[str]:
 
 
 def other_copies(s: PodSettings, sizes: Sizes, mesh: Mesh, text: str, of_pools: list[str]) -> list[dict]:
-    """What a step makes in HBM that is as large as a layer's pool or the smallest stack of weights, pools apart.
+    """The other values that a step writes to HBM, as large as a layer's pool or as the smallest stack of weights.
 
     XLA may store weights anew in other tiles, say: that is read and written in each step, beside the weights' own read.
     """

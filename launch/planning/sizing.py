@@ -28,7 +28,7 @@ _INT32 = 2**31 - 1  # the largest number of pages: their ids are int32
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the pod makes of the settings: the cache, the rows, and what they take of a device's HBM."""
+    """The sizes of a plan on its pod: the cache, the rows, and what they take of a device's HBM."""
 
     spec: CacheSpec
     batch: int
@@ -42,15 +42,15 @@ _FLAGS = {"num_layers": "layers"}  # where a setting's flag has another name
 
 
 class Way(NamedTuple):
-    """A way out of settings that do not fit: the largest multiple of `step` up to `most` of `field` that does."""
+    """A change that may make settings fit: `field` set to the largest multiple of `step`, at most `most`, that fits."""
 
-    field: str
+    field: str  # of PodSettings
     most: int
     step: int = 1
     beside: Mapping[str, int] = {}  # other settings to change with it
 
     def best(self, fits: Callable[[Mapping[str, int]], bool]) -> dict[str, int] | None:
-        """The changes of settings, tried with `fits`, which is taken to hold for less where it does for more."""
+        """The changes, found by bisection: where `fits` holds for a value, it is taken to hold for smaller ones."""
         changed = lambda n: {**self.beside, self.field: n * self.step}
         low, high = 0, self.most // self.step  # low fits, or is 0
         if high >= 1 and fits(changed(high)):
@@ -71,7 +71,7 @@ class Refused(NamedTuple):
     otherwise: str | None = None  # what to say where none works
 
     def error(self, fits: Callable[[Mapping[str, int]], bool]) -> ValueError:
-        """The error to raise; what it advises was tried with `fits`."""
+        """The error to raise. It advises a change that was tried with `fits`."""
         for way in self.ways:
             if found := way.best(fits):
                 flags = " ".join(f"--{_FLAGS.get(name, name)}={value}" for name, value in found.items())
@@ -93,7 +93,7 @@ def sizes_of(
     Args:
       mesh: only its sizes are read.
       kept: bytes of a device's HBM that cache and weights leave to the program; default 2%.
-      fits: what else must hold of settings, changed so, before they are advised.
+      fits: what else must hold of changed settings before they are advised.
 
     Raises:
       ValueError: what does not fit, by which limit, and the nearest that does.
@@ -107,15 +107,15 @@ def sizes_of(
 def fits_with(
     s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, changes: Mapping[str, int], kept: int | None = None
 ) -> bool:
-    """Whether the settings, changed so, fit."""
+    """Whether the settings fit, with `changes` made to them."""
     try:
-        return isinstance(fit(dataclasses.replace(s, **changes), mesh, chip, kept), Sizes)
+        return isinstance(fit(s.changed(changes), mesh, chip, kept), Sizes)
     except ValueError:
         return False
 
 
 def fit(s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, kept: int | None = None) -> Sizes | Refused:
-    """The sizes, or why there are none; `sizes_of` has the arguments.
+    """The sizes of a plan, or why there are none. Arguments: as `sizes_of` has them.
 
     Raises:
       ValueError: heads that do not divide, or what no cache may be.
@@ -183,13 +183,13 @@ def fit(s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, kept: int | None 
 
 @functools.lru_cache(maxsize=4)
 def _lengths(requests: tuple[Request, ...]) -> tuple[int, int]:
-    """(tokens of the longest request, the mean of all, half answered); 0 where there is none."""
+    """(tokens of the longest request, mean tokens of all when half of the answer is there); 0 without requests."""
     mean = sum(r.context + r.generated / 2 for r in requests) / max(len(requests), 1)
     return max((r.tokens for r in requests), default=0), round(mean)
 
 
 def _ways_out(s: PodSettings, rows: Way, tokens: int, most: int, page_step: int) -> tuple[Way, ...]:
-    """What may help where something does not fit, what changes the least first.
+    """The changes to try where something does not fit, the smallest change first.
 
     `rows`: of --batch; `most`: the pages that fit, in steps of `page_step`.
     """
@@ -212,4 +212,5 @@ def _nearest(pages: int, step: int, most: int) -> int:
 
 
 def _beside(way: Way, **changes: int) -> Way:
+    """`way`, with `changes` of other settings made too."""
     return way._replace(beside={**changes, **way.beside})

@@ -11,6 +11,7 @@ from jax.stages import Compiled
 from paged_dist._errors import require
 from paged_dist.describe import mesh_facts
 from paged_dist.launch.planning import hlo_text
+from paged_dist.launch.planning.absent_chips import program_memory
 from paged_dist.launch.planning.hlo_text import HloCollective
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.pool_copies import other_copies, pool_copies
@@ -20,9 +21,9 @@ from paged_dist.mesh.devices import slice_of
 _TORUS = {"x", "y", "z"}
 
 
-def step_facts(s: PodSettings, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> dict:
-    """What a compiled step says of itself: memory, pool copies, collectives, sends, kernels. Bytes are a device's."""
-    text, memory, spec = compiled.as_text(), compiled.memory_analysis(), sizes.spec
+def read_step(s: PodSettings, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> dict:
+    """The part of a plan's record that is read from the compiled step. Bytes are those on one device."""
+    text, memory, spec = hlo_text.program_text(compiled), program_memory(compiled), sizes.spec
     alone = memory.output_size_in_bytes - memory.alias_size_in_bytes  # results that are in no argument's place
     cache_bytes = spec.bytes_per_chip(mesh)
     copies = pool_copies(spec, mesh, text)
@@ -47,9 +48,13 @@ def step_facts(s: PodSettings, sizes: Sizes, mesh: Mesh, compiled: Compiled) -> 
 
 
 def _collective_facts(c: HloCollective, s: PodSettings, mesh: Mesh, torus: dict[str, set[str]]) -> dict:
-    """One collective of the step: over which mesh axes, how often (the step's one loop is that over layers), and how
-    many bytes each device puts in and sends in a ring over the step, over ICI or DCN. `torus`: mesh axis -> the torus's
-    axes that it runs over."""
+    """One collective of the step: its mesh axes, how often it runs, and the bytes that a device puts in and sends.
+
+    A step has one loop, that over layers. The bytes sent are those of a ring, over ICI or DCN.
+
+    Args:
+      torus: mesh axis -> the axes of the torus that it runs over.
+    """
     axes, over_slices = axes_of(mesh, c.groups, s.num_slices)
     times = s.num_layers**c.loops
     group = max(map(len, c.groups))

@@ -10,12 +10,11 @@ from paged_dist.launch.planning.sizing import Sizes
 
 
 def floor_of(s: PodSettings, sizes: Sizes, mesh: Mesh, chip: Chip, collectives: list[dict], copies: list[dict]) -> dict:
-    """The least seconds of a step: HBM and ICI apart, one after the other, for a layer's merge waits for its attention.
+    """The least time of a step: HBM and ICI one after the other, since a layer's merge waits for its attention.
 
-    HBM: live K and V (those inside the window) and weights, each read once, and what the program copies besides, read
-    and written, over the peak bandwidth. ICI: what a ring
-    sends, over both directions of each physical axis that the mesh axis runs over, all at once; what stays between the
-    cores of a chip costs nothing. Latency is not in it, nor is anything sent over DCN.
+    HBM, at peak bandwidth: live K and V (inside the window) and weights are read once; what the program copies besides
+    is read and written. ICI: a ring sends over both directions of all the physical axes that the mesh axis runs over,
+    at once; what stays between the cores of a chip costs nothing. Latency and DCN are not in it.
     """
     data, context, model = (mesh.shape[name] for name in ("data", "context", "model"))
     live = min(sizes.context_tokens, s.sliding_window or sizes.context_tokens)

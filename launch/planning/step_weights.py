@@ -21,14 +21,16 @@ class Weight(NamedTuple):
 
 
 def output_heads(s: PodSettings, mesh: Mesh | AbstractMesh) -> str:
-    """How attention leaves its output, as `sharded_paged_attention` takes it: 'scattered' before a projection that is
-    split over model x context, as in README's layer, where the heads divide over both."""
+    """`output_heads` of the step's `sharded_paged_attention`: how it leaves the heads of its output.
+
+    'scattered' before a projection that is split over model x context, where the heads divide over both.
+    """
     divides = s.num_q_heads % (mesh.shape["model"] * mesh.shape["context"]) == 0
     return "scattered" if s.width and divides else "replicated"
 
 
 def weights_of_step(s: PodSettings, mesh: Mesh | AbstractMesh) -> dict[str, Weight]:
-    """The weights that the step has, in its order, split as in README's layer; none without width.
+    """The weights that the step takes, in the order of its arguments; none without width. Split as in README's layer.
 
     The projections before attention lie on every context shard, each of which needs all heads of its model shard. The
     one behind it is split over model x context where the heads divide over both, the MLP always.

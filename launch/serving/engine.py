@@ -1,4 +1,4 @@
-"""Runs a schedule on the devices, times it, and checks a sample of what comes out."""
+"""The loop of the decode benchmark: runs the scheduled steps on the devices, times them, checks a sample of outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from paged_dist.launch.serving.output_checks import ERROR_BOUNDS, oracle_output,
 from paged_dist.launch.serving.programs import Model, benchmark_step, prefill_chunks, shardings
 from paged_dist.launch.serving.row_schedule import RowSchedule, ScheduledStep
 
-CHUNKS = 8  # chunks a prefill call: a fixed shape, short calls are padded with rows of -1
-DIGEST_STEPS = 64  # after so many steps the processes' allocators are compared
-_CHUNK_TOKENS = 256  # prompt tokens that one chunk writes, about
+CHUNKS = 8  # chunks of prompts in one call, a fixed shape: shorter calls are padded with row -1
+DIGEST_STEPS = 64  # steps between two comparisons of the processes' allocators
+_PROMPT_CHUNK_TOKENS = 256  # about how many tokens of a prompt one chunk writes
 
 
 @dataclasses.dataclass
 class Measured:
-    """What one process saw. Seconds; one entry a step where a list."""
+    """What one process measured. Times are in seconds; a list has one entry a step."""
 
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     live_tokens: list[int] = dataclasses.field(default_factory=list)  # read by attention, each layer, all rows
@@ -46,21 +46,22 @@ class Measured:
 
     @property
     def host_seconds(self) -> float:
-        """The loop's time but for steps, prompts, oracle checks and profile: the host's bookkeeping between them."""
+        """Time that the host took between steps: the loop's, less steps, prompts, oracle checks and profile."""
         others = self.prefill_seconds + self.check_seconds + self.profile_seconds
         return self.loop_seconds - sum(self.step_seconds) - others
 
 
 class StepProfile:
-    """A JAX profile of steps 1 to 10, counted from 0, whose own time is kept out of the loop's.
+    """A JAX profile of steps 1 to 10, counted from 0. The time that it takes itself goes to `profile_seconds`.
 
-    Where it fails, as on a full disk, `measured.profile_error` says why, and the run goes on without it.
+    Where the profiler fails, as on a full disk, `measured.profile_error` says why, and the run goes on without it.
     """
 
     def __init__(self, folder: str | None, measured: Measured):
         self._folder, self._measured, self._running = folder, measured, False
 
     def before_step(self, step: int) -> None:
+        """Starts the profile before step 1 and ends it before step 11."""
         start = time.perf_counter()
         if self._folder and step == 1:
             self._try(jax.profiler.start_trace, self._folder)
@@ -70,6 +71,7 @@ class StepProfile:
         self._measured.profile_seconds += time.perf_counter() - start
 
     def stop(self) -> None:
+        """Ends the profile, where one runs, and writes it."""
         if self._running:
             self._running = False
             self._try(jax.profiler.stop_trace)
@@ -82,14 +84,15 @@ class StepProfile:
 
 
 class Engine:
-    """The compiled programs, the cache and what is measured, of one run on one process.
+    """One process's part of a run: its compiled programs, its cache, and what it measures.
 
-    Building it lowers both programs, which is where the ops refuse what they do not serve, and compiles nothing;
-    `compile()` compiles and allocates; `run()` decodes.
+    `Engine(...)` lowers both programs, and the ops refuse here what they do not serve; `compile()` compiles them and
+    allocates the cache; `run()` decodes.
 
     Args:
-      spec: the cache, num_layers set to model.num_layers.
-      batch: B rows. pages_per_sequence: S.
+      spec: the cache, with num_layers=model.num_layers.
+      batch: B rows.
+      pages_per_sequence: S, the columns of the block tables.
       implementation: as `sharded_paged_attention` takes it.
     """
 
@@ -106,18 +109,19 @@ class Engine:
         self._batch, self._columns = batch, pages_per_sequence
         self._at = shardings(mesh)
         # Whole pages: two chunks of one prompt may come in one call, and must not write one page.
-        self.chunk_tokens = max(1, _CHUNK_TOKENS // spec.page_size) * spec.page_size
+        self.chunk_tokens = max(1, _PROMPT_CHUNK_TOKENS // spec.page_size) * spec.page_size
         self.measured = Measured()
         data, shards = mesh.shape["data"], mesh.shape["model"]
         int32 = lambda name, *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._at[name])
-        self._tally = jax.ShapeDtypeStruct((data, shards, 2), jnp.uint32, sharding=self._at["tally"])
+        self._tally_shape = data, shards
+        tally = jax.ShapeDtypeStruct((data, shards, 2), jnp.uint32, sharding=self._at["tally"])
         tables = int32("rows", batch, pages_per_sequence)
         cache = PagedKVCache.abstract(spec, mesh)
         start = time.perf_counter()
         with lowering_for(mesh):
             self.lowered = (
                 jax.jit(benchmark_step(model, mesh, implementation), donate_argnums=(0, 1)).lower(
-                    cache, self._tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
+                    cache, tally, int32("rows", batch, 3), tables, int32("rows", data, 2)
                 ),
                 jax.jit(prefill_chunks(model, mesh, self.chunk_tokens, implementation), donate_argnums=0).lower(
                     cache, int32("chunks", CHUNKS, 4), tables
@@ -130,12 +134,12 @@ class Engine:
         start = time.perf_counter()
         self._step, self._fill = (lowered.compile() for lowered in self.lowered)
         self._cache = PagedKVCache.create(self.spec, self.mesh)
-        self._tally = self._put("tally", np.zeros(self._tally.shape, np.uint32))
+        self._tally = self._put("tally", np.zeros((*self._tally_shape, 2), np.uint32))
         jax.block_until_ready((self._cache, self._tally))
         self.measured.compile_seconds += time.perf_counter() - start
 
     def warm_up(self) -> None:
-        """Runs each program once with idle rows, which write and count nothing: the first step is then like others."""
+        """Runs each program once, with idle rows, which write and count nothing: no later call is a first one."""
         start = time.perf_counter()
         data = self.mesh.shape["data"]
         rows = np.tile(np.array([0, -1, 0], np.int32), (self._batch, 1))
@@ -153,7 +157,7 @@ class Engine:
         self.measured.warmup_seconds = time.perf_counter() - start
 
     def _put(self, name: str, array: np.ndarray) -> jax.Array:
-        """A global array from each process's own copy: no process sends another anything."""
+        """A global array, sharded as `shardings` says for `name`. Each process takes its shards from its own copy."""
         return jax.make_array_from_callback(array.shape, self._at[name], lambda index: array[index])
 
     def run(
@@ -169,17 +173,18 @@ class Engine:
         """Decodes until the schedule is done, or a process was asked to stop.
 
         Args:
-          watch: hears of each step, and every DIGEST_STEPS of them of the pages that were given out.
-          first_step: what the watch hears of as the first step's number.
-          stops: whether SIGTERM ends the run.
           progress: called with a line of text about every 10 seconds.
-          profile_dir: where to write a profile of steps 1 to 10, counted from 0 (of a shorter run: of what there is).
+          profile_dir: folder for a profile of steps 1 to 10, counted from 0, or of those of them that a short run has.
+          watch: is told of each step, and every DIGEST_STEPS steps the hash of the pages that were given out.
+          first_step: the number of the first step, as the watch is told it.
+          stops: whether SIGTERM ends the run.
         """
         m = self.measured
         begin = said = time.perf_counter()
         done = tokens = 0
         scheduled = next(schedule, None)
-        tables, profile = None, StepProfile(profile_dir, m)
+        profile = StepProfile(profile_dir, m)
+        tables: jax.Array | None = None
         while scheduled is not None:
             number = len(m.step_seconds)
             if watch is not None:
@@ -193,6 +198,7 @@ class Engine:
                 watch.step(first_step + number, None if number % DIGEST_STEPS else schedule.fingerprint)
             if scheduled.block_tables is not None:
                 tables = self._put("rows", scheduled.block_tables)
+            assert tables is not None  # a schedule's first step has them
             self._prefill(scheduled, tables)
             start = time.perf_counter()
             sample = self.dispatch(scheduled, tables)
@@ -222,12 +228,14 @@ class Engine:
         return m
 
     def dispatch(self, scheduled: ScheduledStep, tables: jax.Array) -> jax.Array:
+        """Starts a step on the devices; returns the outputs that it shows, [data, Hq, D], which are not ready yet."""
         self._cache, self._tally, sample = self._step(
             self._cache, self._tally, self._put("rows", scheduled.rows), tables, self._put("rows", scheduled.pick)
         )
         return sample
 
     def _prefill(self, scheduled: ScheduledStep, tables: jax.Array) -> None:
+        """Writes the prompts of the requests that enter before this step, CHUNKS chunks a call."""
         if not len(scheduled.chunks):
             return
         start = time.perf_counter()
@@ -242,13 +250,14 @@ class Engine:
         self.measured.prefill_tokens += int((scheduled.chunks[:, 3] - scheduled.chunks[:, 2]).sum())
 
     def _count(self, scheduled: ScheduledStep) -> None:
+        """Counts the tokens that attention read in this step, the rows that decoded and the pages in use."""
         m, lengths, window = self.measured, scheduled.rows[:, 2], self.model.sliding_window
         m.live_tokens.append(int((lengths if window is None else np.minimum(lengths, window)).sum(dtype=np.int64)))
         m.live_rows.append(scheduled.live_rows)
         m.pages.append(scheduled.pages)
 
     def _check(self, scheduled: ScheduledStep, sample: jax.Array) -> None:
-        """Each process checks the heads and rows that it holds; a check is counted by the holder of head 0."""
+        """Checks the shown outputs on this process's rows and heads. The process with head 0 counts the check."""
         start = time.perf_counter()
         for shard in sample.addressable_shards:
             if shard.replica_id != 0:

@@ -1,28 +1,34 @@
-"""Whether a run's cache and page tables fit into the memory they go to, and which flags would make them fit."""
+"""Memory of a decode run: whether cache and page tables fit into it, and with which flags they would."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+from jax.sharding import Mesh
+
+from paged_dist import CacheSpec
 from paged_dist._errors import bad_value
 from paged_dist.launch.common import host
 from paged_dist.launch.common.number_formats import gigabytes
+from paged_dist.launch.serving.row_schedule import Pool
 from paged_dist.launch.serving.workload import Request, whole_pool
 from paged_dist.mesh.devices import memory_limit
 
 _ADVISED = 0.75  # share of the memory that advised sizes take: programs and the host's own need some too
 
 
-def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *, num_pages_given: bool) -> None:
+def check_memory(
+    spec: CacheSpec, mesh: Mesh, pool: Pool, requests: Sequence[Request], columns: int, *, num_pages_given: bool
+) -> None:
     """Raises ValueError where this process's part of the cache and of the tables is over the memory of its devices.
 
     Args:
-      spec: the cache. pool: the `Pool` of its pages and rows.
+      spec: the cache.
+      pool: its rows and pages.
       columns: of the block table, [B, columns] int32, of which each device holds its data shard's rows.
-      num_pages_given: whether --num_pages says spec.num_pages; else it is what the requests take.
+      num_pages_given: whether --num_pages says spec.num_pages; without it, it is what the requests take.
     """
-    import jax
-
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     if not here:
         return
@@ -44,8 +50,8 @@ def check_memory(spec, mesh, pool, requests: Sequence[Request], columns: int, *,
     )
 
 
-def _what_fits(spec, mesh, pool, requests: Sequence[Request], room: float) -> str:
-    """Flags with which the run takes `room` bytes of a device at most: fewer pages, then shorter prompts too."""
+def _what_fits(spec: CacheSpec, mesh: Mesh, pool: Pool, requests: Sequence[Request], room: float) -> str:
+    """Flags with which the cache takes at most `room` bytes of a device: fewer pages, shorter prompts if need be."""
     shards = pool.data * pool.context
     unit = whole_pool(1, spec.page_size, spec.dtype)
     page_bytes = spec.bytes_per_chip(mesh) * shards / spec.num_pages

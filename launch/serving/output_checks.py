@@ -10,16 +10,19 @@ from paged_dist.launch.serving.programs import Model
 from paged_dist.launch.serving.row_schedule import Check
 from paged_dist.launch.serving.synthetic import Kind, as_held, keys_or_values, values
 
-# By the cache's dtype, relative to the largest output of the row. The oracle is exact, of an 8-bit cache too, for it
-# takes what such a cache holds: what is allowed is the output's own rounding and that of the weights.
+# The largest error allowed, relative to the row's largest output, by the cache's dtype. The oracle computes with what
+# the cache holds, 8-bit caches too, so that a bound covers the rounding of output and softmax weights alone.
 ERROR_BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 
 
 def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> np.ndarray:
-    """float64 [heads, D]: what the checked row's query heads `heads` should give, from indices alone."""
+    """The output that attention should give for a check, float64 [heads, D], recomputed from indices.
+
+    `heads`: those of the Hq query heads to compute.
+    """
     group = model.num_q_heads // model.num_kv_heads
-    heads = range(model.num_q_heads)[heads]
-    kv_heads = np.arange(heads.start // group, (heads.stop - 1) // group + 1)
+    chosen = range(model.num_q_heads)[heads]
+    kv_heads = np.arange(chosen.start // group, (chosen.stop - 1) // group + 1)
     channels, tokens = np.arange(model.head_dim), np.arange(check.length)
 
     def make(kind, position, which):
@@ -33,22 +36,23 @@ def oracle_output(model: Model, check: Check, heads: slice, page_size: int) -> n
     query = make(Kind.QUERY, check.length - 1, q_heads)  # [1, Hq', D]
     pages = -(-check.length // page_size)
     padding = ((0, pages * page_size - check.length), (0, 0), (0, 0))
-    pools = [
+    keys, values_ = (
         np.pad(make(kind, tokens, kv_heads), padding)
         .swapaxes(0, 1)
         .reshape(len(kv_heads), pages, page_size, model.head_dim)
         for kind in (Kind.KEY, Kind.VALUE)
-    ]
+    )
     output, _ = attention_oracle(
         query,
-        *pools,
+        keys,
+        values_,
         np.array([check.length]),
         np.arange(pages)[None],
         sm_scale=model.sm_scale,
         soft_cap=model.soft_cap,
         sliding_window=model.sliding_window,
     )
-    return output[0, heads.start - q_heads[0] : heads.stop - q_heads[0]]
+    return output[0, chosen.start - q_heads[0] : chosen.stop - q_heads[0]]
 
 
 def relative_error(output: np.ndarray, want: np.ndarray) -> float:

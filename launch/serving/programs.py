@@ -1,9 +1,10 @@
-"""The two programs of the decode benchmark: fill a chunk of prompts, and one decode step of every live row."""
+"""The two programs of the decode benchmark that are jitted: one decode step of all rows, and the writing of prompts."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,7 +18,7 @@ from paged_dist.launch.serving.synthetic import Kind, checksum_terms, input_dtyp
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The attention part of a model, as the benchmark runs it. Logits are q·k / sqrt(head_dim)."""
+    """The model that the benchmark runs: attention alone, with logits q·k / sqrt(head_dim)."""
 
     num_layers: int
     num_q_heads: int
@@ -30,7 +31,7 @@ class Model:
 
     @property
     def input_dtype(self) -> str:
-        """Of query, new keys and values, and output."""
+        """The dtype of query, new keys and values, and output."""
         return input_dtype(self.dtype)
 
     @property
@@ -40,7 +41,7 @@ class Model:
 
 
 def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where the programs' small arrays live, by name."""
+    """The shardings of the programs' small arrays, by name."""
     specs = {
         "rows": P("data", None),  # [B, 3], [B, S], [data, 2]: split like the sequences
         "chunks": P(),  # [R, 4]: every shard sees every chunk, and writes those of its rows
@@ -51,15 +52,15 @@ def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def benchmark_step(model: Model, mesh: Mesh, implementation: str | None = None):
-    """The decode step as a function to jit with arguments 0 and 1 donated; its only collectives merge context shards.
+    """The benchmark's decode step, to jit with arguments 0 and 1 donated. Its only collectives merge context shards.
 
     `step(cache, tally, rows, block_tables, pick) -> (cache, tally, sample)` with
       cache: `PagedKVCache` of model.num_layers layers.
-      tally: uint32 [data, model, 2], the checksum so far, one partial sum for each shard of heads and rows.
+      tally: uint32 [data, model, 2], the checksum so far: a partial sum for each shard of rows and heads.
       rows: int32 [B, 3]: request id, position of the token to append (idle rows: -1), live tokens after that (0).
       block_tables: int32 [B, S].
-      pick: int32 [data, 2]: of each data shard the local row and the layer whose output to show.
-      sample: [data, Hq, D], those outputs.
+      pick: int32 [data, 2]: for each data shard, the local row and the layer whose output is shown.
+      sample: [data, Hq, D], the shown outputs.
     """
     at = shardings(mesh)
     pin = lax.with_sharding_constraint
@@ -97,6 +98,7 @@ def benchmark_step(model: Model, mesh: Mesh, implementation: str | None = None):
                 mesh=mesh,
                 implementation=implementation,
             )
+            assert isinstance(output, jax.Array)  # not a pair, without return_lse
             tally += _partial_sums(model, output, request, position, layer, q_heads, channels, data, shards)
             by_shard = output.reshape(data, batch // data, model.num_q_heads, model.head_dim)
             chosen = jnp.arange(batch // data)[None, :] == pick[:, :1]  # [data, B / data]
@@ -123,10 +125,10 @@ def _partial_sums(model, output, request, position, layer, heads, channels, data
 
 
 def prefill_chunks(model: Model, mesh: Mesh, chunk_tokens: int, implementation: str | None = None):
-    """The prompt writer as a function to jit with argument 0 donated.
+    """The writing of prompts: a function to jit, argument 0 donated.
 
-    `fill(cache, chunks, block_tables) -> cache`, with chunks int32 [R, 4]: request id, row (negative: nothing),
-    first and one past the last token position to write, at most `chunk_tokens` apart. All layers are written.
+    `fill(cache, chunks, block_tables) -> cache`, with chunks int32 [R, 4]: request id, row (negative: writes
+    nothing), first token position and one past the last, at most `chunk_tokens` apart. It writes all layers.
     """
     heads_split = NamedSharding(mesh, P(None, None, "model", None))
     kv_heads, channels = np.arange(model.num_kv_heads), np.arange(model.head_dim)

@@ -10,7 +10,7 @@ from paged_dist.launch.serving.run_setup import DecodeRun
 
 
 def work_lines(r: dict) -> list[tuple[str, str]]:
-    """What is run on what, of a record or of a run that was only planned: all that flags may change of the work."""
+    """(name, text) of what is run on what: all of the work that a flag may change. `r`: as `work_record` gives it."""
     s, processes = r["settings"], f"{r['processes']} process{'es' * (r['processes'] > 1)}"
     implementation = s["implementation"] or ("pallas" if r["platform"] == "tpu" else "xla")
     return [
@@ -36,7 +36,7 @@ def work_lines(r: dict) -> list[tuple[str, str]]:
 
 
 def decode_table(r: dict) -> str:
-    """The report as lines of at most 80 columns. `r`: a summary with what was run and the versions added."""
+    """The table of a run's results, at most 80 columns wide. `r`: as `run_record` gives it."""
     share = "" if r["peak_share"] is None else f", {r['peak_share']:.1%} of the chip's peak"
     lines = [
         *work_lines(r),
@@ -74,6 +74,7 @@ def decode_table(r: dict) -> str:
 
 
 def _capacity_lines(found: dict) -> list[tuple[str, str]]:
+    """How many sequences fit, by dtype of the cache. `found`: as `capacity` gives it."""
     first = f"{found['hbm_gib']:g} GiB of HBM x {found['chips']:g} chips hold so many sequences like these:"
     base, lines = found["bfloat16"]["sequences"], [("capacity", first)]
     for dtype in CAPACITY_DTYPES:
@@ -86,7 +87,7 @@ def _capacity_lines(found: dict) -> list[tuple[str, str]]:
 
 
 def decode_dry_text(run: DecodeRun) -> str:
-    """What would run, as lines of at most 80 columns."""
+    """What a dry run prints: the work that would be run, at most 80 columns wide."""
     head, *axes = describe_mesh(run.mesh).splitlines()
     more = {
         "mesh": [line.strip() for line in axes],

@@ -23,12 +23,12 @@ _HBM_GIB_ELSEWHERE = 16.0  # where no device tells its memory
 
 
 def slowest(per_process: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
-    """[steps] seconds of each step on its slowest process, from [processes, steps]."""
+    """Each step's time on the process that was slowest in it: [processes, steps] seconds to [steps]."""
     return np.asarray(per_process, np.float64).max(axis=0)
 
 
 def process_results(measured: Measured, digest: int) -> dict:
-    """What a process tells the others of its run at its end, as JSON holds it."""
+    """What a process sends to process 0 at the end of a run, as JSON can hold it."""
     m = measured
     return {
         "step_seconds": m.step_seconds,
@@ -57,7 +57,7 @@ def summarise_run(
     devices: dict[str, int],
     dtype: str,
 ) -> dict:
-    """The numbers of a run.
+    """The numbers of a run, as a flat record.
 
     Args:
       gathered: as `gather_results` returns it. Times are those of the slowest process, step by step: decode_s, from
@@ -72,9 +72,10 @@ def summarise_run(
     steps = slowest(gathered["step_seconds"])
     compile_s, prefill_s, host_s, check_s, warmup_s = map(float, gathered["seconds"].max(axis=0))
     decode_s = float(steps.sum()) + host_s
-    known = [chip_of(kind) for kind in devices]
-    chips = sum(n / (chip.devices if chip else 1) for n, chip in zip(devices.values(), known, strict=True))
-    peak = None if None in known else min(chip.hbm_bytes_per_s for chip in known)
+    kinds = [chip_of(kind) for kind in devices]
+    chips = sum(n / (chip.devices if chip else 1) for n, chip in zip(devices.values(), kinds, strict=True))
+    known = [chip.hbm_bytes_per_s for chip in kinds if chip is not None]
+    peak = min(known) if len(known) == len(kinds) else None
     tokens, live = sum(measured.live_rows), sum(measured.live_tokens)
     bandwidth = live * bytes_per_token / steps.sum()
     low, high = (int(x) for x in gathered["tally"].astype(np.uint64).sum(axis=0) % 2**32)
@@ -118,11 +119,11 @@ CAPACITY_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 
 
 def capacity(spec: CacheSpec, requests: list[Request], hbm_gib: float, chips: float) -> dict:
-    """How many of the workload's sequences fit at once, were all of the chips' HBM one cache like `spec`.
+    """How many of the workload's sequences would fit at once if all HBM of the chips were one cache like `spec`.
 
     Args:
-      spec: whose heads, layers and page size count; of any dtype and number of pages.
-      requests: over and over again in their order, see `sequences_that_fit`.
+      spec: its heads, layers and page size count, its dtype and number of pages do not.
+      requests: taken in order, and from the first again where they end, see `sequences_that_fit`.
       hbm_gib: HBM of one chip in GiB, all of it for pages (and their scales).
 
     Returns:
@@ -143,7 +144,7 @@ def capacity(spec: CacheSpec, requests: list[Request], hbm_gib: float, chips: fl
 
 
 def chip_hbm_gib(mesh: Mesh) -> float:
-    """HBM of one chip of `mesh` in GiB: what the flag says, else what the chip has, else what a device here tells."""
+    """HBM of one chip in GiB: that of --hbm_gib, else of the chip's kind, else what a device of this process tells."""
     if shared_flags.HBM_GIB.value is not None:
         return shared_flags.HBM_GIB.value
     chip = chip_of(mesh.devices.flat[0].device_kind)
@@ -155,7 +156,7 @@ def chip_hbm_gib(mesh: Mesh) -> float:
 
 
 def work_record(run: DecodeRun) -> dict:
-    """What is run on what, as `report.work_lines` prints it and a record has it."""
+    """What is run on what: the part of a record that is known before the run."""
     m = run.model
     settings = {
         "layers": m.num_layers,
@@ -187,7 +188,10 @@ def work_record(run: DecodeRun) -> dict:
 
 
 def run_record(run: DecodeRun, measured: Measured, everyone: Sequence[dict | None]) -> dict:
-    """The run's results as one flat record, from `process_results` of every process (None: it had no part)."""
+    """The run's results as one flat record.
+
+    `everyone`: `process_results` of each process; None of one that has no device of the mesh.
+    """
     gathered = gather_results([one for one in everyone if one is not None])
     if len(set(gathered["digest"].tolist())) > 1:
         raise RuntimeError("processes gave out different pages: their allocators were called differently")

@@ -1,7 +1,7 @@
-"""Continuous decoding on the host: which request sits in which row, step by step.
+"""Continuous batching on the host: which request is in which row, step by step.
 
-Every process runs this same loop on the same requests, so nothing is broadcast. It needs no device and no result
-of one, so the plan of a step is made while the step before it runs.
+Every process runs this loop on the same requests and gets the same steps, so that nothing is broadcast. It needs no
+device and no result of one, so that a step is scheduled while the step before it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paged_dist.launch.serving.workload import Request, pages_needed, whole_pool
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One output to hold against the oracle: that of `length` tokens of a request in one layer."""
+    """One output to compare with the oracle's: in one layer, of a request that has `length` tokens by then."""
 
     request: int
     length: int
@@ -28,14 +28,14 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledStep:
-    """What one decode step takes, and what is counted about it. Arrays are never written again.
+    """One decode step: what its programs take, and what is counted about it. Its arrays are never changed afterwards.
 
     Attributes:
       chunks: int32 [n, 4] prompt chunks to write before the step: request id, row, first and last + 1 position.
       rows: int32 [B, 3]: request id, position to append (-1 idle), live tokens after that (0 idle).
-      block_tables: int32 [B, S] where it changed since the last plan, else None.
-      pick: int32 [data, 2] local row and layer shown by each data shard.
-      checks: the shown outputs to be checked.
+      block_tables: int32 [B, S] where it changed since the last step, else None.
+      pick: int32 [data, 2], for each data shard, the local row and the layer whose output is shown.
+      checks: the shown outputs that are to be checked.
       pages: pages in use.
       admitted, finished: requests that entered before the step and those done after it.
     """
@@ -57,8 +57,10 @@ class ScheduledStep:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Rows and pages to schedule over: B rows in `data` shards, each with `pages_per_shard` pages on each of
-    `context` chips."""
+    """The rows and pages to schedule requests over.
+
+    B rows, split over `data` shards; each data shard has `context` context shards of `pages_per_shard` pages.
+    """
 
     batch: int
     data: int
@@ -71,7 +73,7 @@ class Pool:
         return pages_needed(pages_needed(tokens, self.page_size), self.context)
 
     def check_fits(self, requests: list[Request], dtype="bfloat16") -> None:
-        """Raises ValueError where a request would not fit even alone; `dtype`: the cache's, of what is advised."""
+        """Raises ValueError where a request does not fit even alone, with the pages that a cache of `dtype` needs."""
         largest = max(requests, key=lambda r: r.tokens)
         need = self.pages_on_each_chip(largest.tokens)
         if need > self.pages_per_shard:
@@ -85,13 +87,13 @@ class Pool:
             )
 
     def pages_that_never_wait(self, requests: list[Request]) -> int:
-        """Pages over all shards that hold the largest requests in every row at once."""
+        """The number of pages, over all shards, with which no request waits: every row may have a largest one."""
         needs = sorted((self.pages_on_each_chip(r.tokens) for r in requests), reverse=True)
         return sum(needs[: self.batch // self.data]) * self.data * self.context
 
 
 def choose_checks(requests: list[Request], count: int, num_layers: int, seed: int) -> dict[int, tuple[int, int]]:
-    """request id -> (live tokens, layer) of the outputs to check: up to `count` requests, the longest among them."""
+    """Draws outputs to check: request id -> (live tokens, layer), of up to `count` requests, the longest among them."""
     rng = np.random.default_rng([seed, 2])
     count = min(count, len(requests))
     if count == 0:
@@ -109,11 +111,11 @@ _NO_CHUNKS = np.zeros((0, 4), np.int32)
 
 
 class RowSchedule:
-    """Iterates over `ScheduledStep`s until every request is done.
+    """Schedules the requests over the rows: an iterator of `ScheduledStep`s, until every request is done.
 
     Requests enter in arrival order as rows free up; when the next one finds no row, or not the pages that it will
-    need by its end, it waits, and so does everyone behind it. Pages are promised at entry and taken as the
-    sequence grows, so no request is ever evicted.
+    need by its end, it waits, and all behind it wait too. A request is promised its pages when it enters and takes
+    them as it grows, so that none is ever evicted.
 
     Args:
       requests: ids must be 0, 1, ... in arrival order.
@@ -171,13 +173,14 @@ class RowSchedule:
         return -(-self._backed // self._pool.page_size) * self._pool.page_size
 
     def _grow(self, rows: np.ndarray) -> None:
-        """A page for each row whose next token begins one: the allocator is asked once a page, not once a token."""
+        """Takes a page for each of these rows, whose next token begins one. Once a page, not once a token."""
         for row in map(int, rows):
             self._allocator.grow(row, int(self._length[row] + 1 - self._backed[row]))
             self._backed[row] = self._length[row] + 1
             self._table_changed = True
 
     def _admit(self) -> tuple[int, np.ndarray]:
+        """Lets waiting requests in; returns how many, and their prompts' chunks, int32 [n, 4]."""
         admitted, chunks = 0, []
         if not self._waiting or self._length.all():  # most steps
             return 0, _NO_CHUNKS
@@ -207,7 +210,7 @@ class RowSchedule:
         return admitted, np.array(chunks, np.int32).reshape(-1, 4)
 
     def _show(self) -> tuple[np.ndarray, tuple[Check, ...]]:
-        """One check a data shard and step; a second one that falls due waits for the next step."""
+        """The outputs to show in this step. A data shard shows one, so that a second check that is due waits a step."""
         pick, checks = np.zeros((self._pool.data, 2), np.int32), {}
         per_shard = self._pool.batch // self._pool.data
         due = np.flatnonzero((self._check_at > 0) & (self._length >= self._check_at))
@@ -221,6 +224,7 @@ class RowSchedule:
         return pick, tuple(checks.values())
 
     def _free(self, row: int) -> None:
+        """Gives a done row's pages back."""
         self._allocator.free(row)
         self._unpromised[row // (self._pool.batch // self._pool.data)] += self._promised[row]
         self._length[row] = self._promised[row] = self._check_at[row] = 0

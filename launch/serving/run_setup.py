@@ -26,7 +26,7 @@ ROWS_A_SHARD = 16  # of a data shard, where --batch is not given
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRun:
-    """Everything a run is made of, checked.
+    """A run of the benchmark, checked: it can be compiled.
 
     Attributes:
       workload: what a report calls the requests.
@@ -43,7 +43,11 @@ class DecodeRun:
 
 
 def model_from_flags() -> Model:
-    """The model to run, checked as far as it can be without devices."""
+    """The model that the flags describe, checked as far as that needs no devices.
+
+    Raises:
+      ValueError: a flag outside its rule.
+    """
     dtype = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value)
     flag_checks.at_least(
         1,
@@ -84,7 +88,7 @@ def model_from_flags() -> Model:
 
 
 def mesh_from_flags(num_kv_heads: int) -> Mesh:
-    """The mesh over all devices of the run; sizes that no flag gives are chosen."""
+    """The mesh over all devices of the run. Where no flag gives it, model divides the kv heads; data takes the rest."""
     data, context, model = shared_flags.DATA.value, shared_flags.CONTEXT.value or 1, shared_flags.MODEL.value
     if model is None:
         model = math.gcd(num_kv_heads, jax.device_count() // ((data or 1) * context)) or 1
@@ -102,12 +106,13 @@ def mesh_from_flags(num_kv_heads: int) -> Mesh:
 def prepare_run(
     model: Model, requests: list[Request], workload: str, mesh: Mesh | None = None, batch: int | None = None
 ) -> DecodeRun:
-    """Sizes the pool over the mesh and checks that everything divides and every request fits.
+    """Sizes cache and block tables over the mesh, and checks that everything divides and every request fits.
 
-    `mesh` and `batch` stand in place of those that the flags say.
+    Args:
+      mesh, batch: None takes what the flags say.
 
     Raises:
-      ValueError, NotImplementedError: what does not.
+      ValueError, NotImplementedError: something does not divide, does not fit, or is not served.
     """
     page_size = shared_flags.PAGE_SIZE.value
     mesh = mesh_from_flags(model.num_kv_heads) if mesh is None else mesh
@@ -139,7 +144,7 @@ def prepare_run(
 
 
 def flags_to_agree_on(requests: list[Request]) -> dict[str, object]:
-    """What every process must have been started with: its flags, its requests and its versions, by name."""
+    """What all processes must have been started with: flags, requests and versions, by name."""
     return {
         **shared_flags.given_flags(whole_run=True),
         "the requests' digest": f"{zlib.crc32(repr(requests).encode()):08x}",
@@ -148,7 +153,7 @@ def flags_to_agree_on(requests: list[Request]) -> dict[str, object]:
 
 
 def setup_to_agree_on(run: DecodeRun) -> dict[str, object]:
-    """What every process must have made of its flags, by name: processes that differ would hang on each other."""
+    """What all processes must have made of their flags, by name. Where one differed, all would hang in a collective."""
     return {
         "the model": run.model,
         "the mesh": dict(run.mesh.shape),

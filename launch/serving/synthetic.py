@@ -1,6 +1,6 @@
-"""Queries, keys and values that anyone can recompute: a counter-based hash of their indices.
+"""Queries, keys and values that anyone can recompute: each element is a hash of its indices.
 
-The same function runs in JAX on the devices and in NumPy on a host, so the float64 oracle needs nothing from the
+The same function runs in JAX on the devices and in NumPy on a host. So the float64 oracle needs nothing from the
 devices, and an error anywhere on the path (page, table, write, shard) shows. The mixer is the 32-bit finaliser of
 C. Wellons' `hash-prospector` search (two multiplications, three xor-shifts); counter-based generation as in
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -16,7 +16,7 @@ _GOLDEN = 0x9E3779B9  # odd, so index -> index * _GOLDEN is one to one
 
 
 class Kind(enum.IntEnum):
-    """What an element belongs to: separate streams of one seed."""
+    """What an element is part of. Each kind has its own stream of numbers from one seed."""
 
     QUERY = 0
     KEY = 1
@@ -27,13 +27,15 @@ class Kind(enum.IntEnum):
     VALUE_SIZE = 6
 
 
-_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what the largest channel of a token becomes in an 8-bit cache
+# What a token's largest channel becomes in an 8-bit cache. It is stated here again, not taken from
+# `kernels.quantization`: the oracle must not follow a mistake there.
+_LARGEST_STORED = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 def input_dtype(cache_dtype) -> str:
-    """The dtype of query, new keys and values, and output beside a cache of `cache_dtype`: bfloat16 to an 8-bit one."""
+    """The dtype of query, new keys and values, and output: that of the cache, bfloat16 for an 8-bit cache."""
     name = np.dtype(cache_dtype).name
-    return "bfloat16" if name in _LARGEST else name
+    return "bfloat16" if name in _LARGEST_STORED else name
 
 
 def _mix(xp, x):
@@ -79,14 +81,14 @@ def values(xp, dtype, *indices):
 
 
 def keys_or_values(xp, cache_dtype, seed, kind: Kind, request, position, layer, heads, channels):
-    """`values` of a token, as they are written into a cache of `cache_dtype`: its `input_dtype`, [..., H, D].
+    """Keys or values to write into a cache of `cache_dtype`: `values` in its `input_dtype`, [..., H, D].
 
-    For an 8-bit cache each token's head is made smaller by one of 1, 2, 4 and 8, which leaves the values exact: all
-    scales would be alike within a few percent otherwise, and one in another's place would hardly show.
+    For an 8-bit cache each token and head is divided by one of 1, 2, 4 and 8, which leaves the values exact. All scales
+    would be alike within a few percent otherwise, and a scale in another's place would hardly show.
     """
     dtype = np.dtype(input_dtype(cache_dtype))
     made = values(xp, dtype, seed, kind, request, position, layer, heads, channels)
-    if np.dtype(cache_dtype).name not in _LARGEST:
+    if np.dtype(cache_dtype).name not in _LARGEST_STORED:
         return made
     size = Kind.KEY_SIZE if kind == Kind.KEY else Kind.VALUE_SIZE
     halvings = hash_indices(xp, seed, size, request, position, layer, heads, np.zeros(1, np.int32)) >> xp.uint32(30)
@@ -94,24 +96,24 @@ def keys_or_values(xp, cache_dtype, seed, kind: Kind, request, position, layer, 
 
 
 def as_held(x: np.ndarray, cache_dtype) -> np.ndarray:
-    """What a cache of `cache_dtype` holds of keys or values x [..., D]: float64, from the rule alone, in NumPy.
+    """What a cache of `cache_dtype` holds of keys or values x [..., D], as float64. NumPy, from the rule alone.
 
-    8 bits: x over its largest channel's share of 127 (int8, rounded to nearest even) or 448 (e4m3), and back.
+    8 bits: scale = max_d |x| / 127 (int8) or / 448 (e4m3); x / scale is rounded to nearest even, times scale again.
     """
     dtype, x = np.dtype(cache_dtype), x.astype(np.float64)
-    if dtype.name not in _LARGEST:
+    if dtype.name not in _LARGEST_STORED:
         return x
-    scale = np.abs(x).max(axis=-1, keepdims=True) / _LARGEST[dtype.name]
+    scale = np.abs(x).max(axis=-1, keepdims=True) / _LARGEST_STORED[dtype.name]
     scaled = x / np.where(scale > 0, scale, 1.0)
     held = np.rint(scaled) if dtype.name == "int8" else scaled.astype(np.float32).astype(dtype)
     return held.astype(np.float64) * scale
 
 
 def checksum_terms(xp, output, *indices):
-    """uint32 [..., H, D]: the bit patterns of `output` times an odd hash of where each element belongs.
+    """The terms of an output's checksum, uint32 [..., H, D]: its bits times an odd hash of each element's indices.
 
-    Summed mod 2**32 in any order they give one number: associative, so no reduction order and no layout of
-    processes changes it, while an element in another's place does.
+    Their sum mod 2**32 is the same in any order, so that no layout of processes changes it; an element in another's
+    place does.
     """
     bits = output.view(xp.uint16 if np.dtype(output.dtype).itemsize == 2 else xp.uint32).astype(xp.uint32)
     # An output of +0.0 or -0.0 would not count: the odd constant makes that element's presence count too.

@@ -1,7 +1,7 @@
-"""Request traces: the files that name each request's prompt and answer length, in the formats that are published.
+"""Request traces: files that hold each request's prompt and answer length, in the formats that are published.
 
-A file is CSV, JSON lines or a JSON list, plain or gzipped. Its container and its format are found out from what is in
-it, not from its name; `--trace_format` names the format.
+A file is CSV, JSON lines or a JSON list, plain or gzipped. Container and format are found out from its content, not
+from its name; `--trace_format` names the format.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from paged_dist._errors import bad_value, require
 from paged_dist.launch.serving.workload import MOST_TOKENS, Request
 
 
-class Format(NamedTuple):
-    """The names of the two lengths in a CSV's header or a JSON object; None where there is the text alone."""
+class TraceFormat(NamedTuple):
+    """A published format of traces.
 
-    context: str | None
-    generated: str | None
+    Attributes:
+      columns: the names of prompt and answer length in a CSV's header or a JSON object; None where there is only text.
+      what: whose it is, and in what container.
+    """
+
+    columns: tuple[str, str] | None
     what: str
 
 
 FORMATS = {
-    "azure": Format("ContextTokens", "GeneratedTokens", "Azure's LLM inference traces of 2023 and 2024, CSV"),
-    "burstgpt": Format("Request tokens", "Response tokens", "BurstGPT, CSV"),
-    "mooncake": Format("input_length", "output_length", "Mooncake, JSON lines"),
-    "sharegpt": Format(None, None, "ShareGPT, JSON list of conversations"),
+    "azure": TraceFormat(("ContextTokens", "GeneratedTokens"), "Azure's LLM inference traces of 2023 and 2024, CSV"),
+    "burstgpt": TraceFormat(("Request tokens", "Response tokens"), "BurstGPT, CSV"),
+    "mooncake": TraceFormat(("input_length", "output_length"), "Mooncake, JSON lines"),
+    "sharegpt": TraceFormat(None, "ShareGPT, JSON list of conversations"),
 }
 BYTES_A_TOKEN = 4  # of UTF-8: about what byte-pair encodings make of English text
 
@@ -61,7 +65,7 @@ class Trace(NamedTuple):
     def name(self) -> str:
         """What a report calls it: its file, and what a reader of the numbers must know of the counts."""
         estimated = f", token counts estimated, {BYTES_A_TOKEN} bytes of text each"
-        said = f"{self.file} ({self.format}{'' if FORMATS[self.format].context else estimated})"
+        said = f"{self.file} ({self.format}{'' if FORMATS[self.format].columns else estimated})"
         if self.skipped:
             said += f", {self.skipped} without prompt or answer left out"
         return said
@@ -125,12 +129,13 @@ def read_trace(path: str | Path, limit: int | None = None, format: str | None = 
 
 
 def _known() -> str:
-    columns = lambda one: f" ({one.context}, {one.generated})" if one.context else ""
+    """The formats that can be read, for errors."""
+    columns = lambda one: f" ({', '.join(one.columns)})" if one.columns else ""
     return "a trace is one of " + "; ".join(f"{name}: {one.what}{columns(one)}" for name, one in FORMATS.items())
 
 
 def _rows(text: io.TextIOBase, path: str, format: str | None, flag: str) -> tuple[str, Iterator[tuple[int, int]]]:
-    """The format, and prompt and generated tokens row by row."""
+    """The format, and an iterator of (prompt tokens, generated tokens), row by row."""
     comments = []
     for first in text:
         if first.strip() and not first.startswith("#"):
@@ -158,7 +163,7 @@ def _rows(text: io.TextIOBase, path: str, format: str | None, flag: str) -> tupl
 
 def _format_of(names: list[str], where: _Where) -> str:
     """The format whose two columns are among `names`."""
-    found = [name for name, one in FORMATS.items() if one.context in names and one.generated in names]
+    found = [name for name, one in FORMATS.items() if one.columns and set(one.columns) <= set(names)]
     if len(found) == 1:
         return found[0]
     shown = ", ".join(names)[:80]
@@ -166,7 +171,7 @@ def _format_of(names: list[str], where: _Where) -> str:
         raise where.error(
             f"has the columns of {' and '.join(found)}: {shown!r}", f"give --trace_format={found[0]}, say"
         )
-    half = [(a, b) for one in FORMATS.values() for a, b in (one[:2], one[1::-1]) if a in names]
+    half = [(a, b) for one in FORMATS.values() for a, b in itertools.permutations(one.columns or (), 2) if a in names]
     missing = f"no column {half[0][1]}, only {half[0][0]}" if half else "no columns of a known trace"
     raise where.error(f"has {missing}: {shown!r}", _known())
 
@@ -175,11 +180,11 @@ def _format_of(names: list[str], where: _Where) -> str:
 
 
 def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
-    """As `_rows`, of a CSV whose header is the first of `lines`, after `before` others."""
+    """As `_rows`, of a CSV: its header is the first of `lines`, `before` which the file has that many other lines."""
     reader = csv.reader(lines, strict=True)
     here = lambda: _Where(flag, path, f"line {before + max(reader.line_num, 1)}")
     require(
-        format is None or FORMATS[format].context is not None,
+        format is None or FORMATS[format].columns is not None,
         "--trace_format",
         format,
         f"{path} is no JSON list: it starts with neither [ nor {{",
@@ -194,7 +199,8 @@ def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
 
     header = [name.strip() for name in next_row() or ()]
     format = format or _format_of(header, here())
-    names = FORMATS[format][:2]
+    names = FORMATS[format].columns
+    assert names is not None  # refused above, and `_format_of` finds formats with columns
     for name in names:
         if header.count(name) != 1:
             how = f"names column {name} twice" if name in header else f"has no column {name}"
@@ -203,13 +209,13 @@ def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
             )
 
     def rows():
-        places = [(header.index(name), name) for name in names]
+        context, generated = map(header.index, names)
         while (row := next_row()) is not None:
             if not row:
                 continue  # a blank line
             if len(row) != len(header):
                 raise here().error(f"has {len(row)} fields, the header {len(header)}: {','.join(row)[:80]!r}")
-            yield tuple(_tokens(row[i], name, here) for i, name in places)
+            yield _tokens(row[context], names[0], here), _tokens(row[generated], names[1], here)
 
     return format, rows()
 
@@ -221,17 +227,17 @@ def _objects_of_lines(lines, path: str, flag: str, before: int) -> Iterator[tupl
     for number, line in enumerate(lines, before + 1):
         where = _Where(flag, path, f"line {number}")
         if line.strip():
-            yield where, _checked(_parsed(line.rstrip(), where), where)
+            yield where, _as_object(_parsed(line.rstrip(), where), where)
 
 
 def _objects_of_a_list(lines, path: str, flag: str, before: int) -> Iterator[tuple[_Where, dict]]:
     for i, one in enumerate(_parsed("".join(lines), _Where(flag, path, "an item"), before)):
         where = _Where(flag, path, f"item {i}")
-        yield where, _checked(one, where)
+        yield where, _as_object(one, where)
 
 
 def _parsed(text: str, where: _Where, before: int | None = None):
-    """What JSON `text` is; `before`: lines before it, where it is a whole file and not the line that `where` names."""
+    """The JSON value of `text`, a line of the file; or of a whole file, after `before` other lines."""
 
     def unique(pairs):
         made = dict(pairs)
@@ -249,26 +255,27 @@ def _parsed(text: str, where: _Where, before: int | None = None):
         raise where.error("is nested too deep", _known()) from e
 
 
-def _checked(one, where: _Where) -> dict:
+def _as_object(one, where: _Where) -> dict:
     if not isinstance(one, dict):
         raise where.error(f"is no JSON object: {json.dumps(one)[:80]}", _known())
     return one
 
 
 def _object_rows(objects: Iterator[tuple[_Where, dict]], format: str) -> Iterator[tuple[int, int]]:
-    names = FORMATS[format][:2]
+    names = FORMATS[format].columns
     for where, one in objects:
-        if names[0] is None:
+        if names is None:
             yield _conversation(one, where)
             continue
         for name in names:
             if name not in one:
                 raise where.error(f"has no column {name}: {', '.join(one)[:80]!r}")
-        yield tuple(_tokens(one[name], name, lambda where=where: where) for name in names)
+        here = lambda where=where: where
+        yield _tokens(one[names[0]], names[0], here), _tokens(one[names[1]], names[1], here)
 
 
 def _conversation(one: dict, where: _Where) -> tuple[int, int]:
-    """Estimated tokens of a conversation's first answer, and of what stands before it; 0 where there is none."""
+    """Estimated tokens of all text before a conversation's first answer, and of that answer (0: there is none)."""
     turns = one.get("conversations")
     if not isinstance(turns, list):
         raise where.error(f"has no list of conversations: {', '.join(one)[:80]!r}", _known())
@@ -288,7 +295,7 @@ def _conversation(one: dict, where: _Where) -> tuple[int, int]:
 
 
 def _tokens(value, column: str, where: Callable[[], _Where]) -> int:
-    """A whole number of tokens from a CSV's field or from JSON."""
+    """The whole number of tokens in a CSV's field or a JSON value."""
     if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal():
         return int(value)  # nearly all there are
     tokens = None

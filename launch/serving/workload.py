@@ -1,4 +1,4 @@
-"""What the decode benchmark serves: requests, of a trace or with lengths that are drawn like one's."""
+"""Requests: their lengths, as drawn from a production service's distribution; how many fit into a number of pages."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def shorten(
 
 
 def repeated(requests: list[Request], times: int) -> list[Request]:
-    """The requests `times` times over, with ids that go on."""
+    """The requests, `times` times over, with new ids for each time."""
     return [r._replace(id=r.id + i * len(requests)) for i in range(times) for r in requests]
 
 
-def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) -> int:
-    """How many of the sequences fit together into a pool of `num_pages` pages of `page_size` tokens.
+def sequences_that_fit(requests: Sequence[Request], num_pages: int, page_size: int) -> int:
+    """How many sequences fit at once into a pool of `num_pages` pages of `page_size` tokens.
 
     In the requests' order, and from the first one again where they end, each with the whole pages of its prompt and
     all of its answer, up to the first that no longer fits.
@@ -86,7 +86,7 @@ def sequences_that_fit(requests: list[Request], num_pages: int, page_size: int) 
 
 
 def sequences_on_shards(requests: Sequence[Request], num_pages: int, page_size: int, shards: int) -> int:
-    """How many of the sequences an allocator places into a pool of `num_pages` pages over `shards` data shards.
+    """How many sequences an allocator places into a pool of `num_pages` pages over `shards` data shards.
 
     In the requests' order, and from the first one again where they end, each with all of its pages on the data shard
     that has the most free, up to the first that finds no shard with room: what `PageAllocator.place` does. (On context
@@ -108,7 +108,7 @@ def sequences_on_shards(requests: Sequence[Request], num_pages: int, page_size: 
 
 
 def whole_pool(pages: int, page_size: int, dtype, shards: int = 1) -> int:
-    """The smallest number of pages, `pages` at least, that a cache of `dtype` splits into `shards`.
+    """The smallest number of pages, at least `pages`, that a cache of `dtype` can split over `shards`.
 
     8-bit pages come with rows of 128 scales, and a shard's rows fill whole tiles of 8.
     """

@@ -1,4 +1,4 @@
-"""The flags that say which requests are served, shared by the launchers that serve or count them."""
+"""The flags that name the requests, shared by the programs that serve them or count how many fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DRAWN_REQUESTS = 96
 
 
 def are_given() -> bool:
-    """Whether a flag says which requests are meant."""
+    """Whether any flag that names requests is on the command line."""
     return any(f.present for f in (TRACE, NUM_REQUESTS, LENGTH_SCALE, MAX_CONTEXT, MAX_GENERATED, REPEAT_REQUESTS))
 
 

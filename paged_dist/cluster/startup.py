@@ -8,9 +8,7 @@ there does JAX's start-up begin, on the same address.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import ipaddress
 import math
 import numbers
 import os
@@ -23,29 +21,16 @@ from absl import logging
 
 from paged_dist._compat import backends_are_initialized, detect_cluster
 from paged_dist._errors import bad_value, require
-from paged_dist.cluster.meeting import await_others, join, split_address
+from paged_dist.cluster.addresses import is_loopback, split_address
+from paged_dist.cluster.distributed_info import DistributedInfo, coordinator_of
+from paged_dist.cluster.meeting import await_others, join
+from paged_dist.cluster.wire import wait_for_end
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributedInfo:
-    """What `initialize_distributed` set up.
+class _StartRequest:
+    """The arguments of `initialize_distributed` that a second call must repeat."""
 
-    Attributes:
-      process_id: this process, 0 to num_processes - 1.
-      num_processes: how many there are.
-      coordinator_address: host:port of process 0's coordinator; None where there is one process without one.
-      how: 'explicit' (arguments), 'detected:NAME' (a cluster that JAX knows, by its name for it: 'gcetpu', 'gketpu',
-        'slurm', 'ompi', 'k8s'), or 'single' (nothing set and nothing found).
-    """
-
-    process_id: int
-    num_processes: int
-    coordinator_address: str | None
-    how: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
@@ -53,7 +38,7 @@ class _Request:
     bind_address: str | None
 
 
-_done: tuple[_Request, DistributedInfo] | None = None
+_done: tuple[_StartRequest, DistributedInfo] | None = None
 _peers: dict[int, socket.socket] = {}  # the meeting's connections: process 0's to all others, or one to process 0
 
 
@@ -93,7 +78,7 @@ def initialize_distributed(
         not all come within `timeout_seconds`, or disagree about who they are.
     """
     global _done, _peers
-    request = _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+    request = _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
     check_seconds("timeout_seconds", timeout_seconds)
     silence = timeout_seconds if silence_timeout_seconds is None else silence_timeout_seconds
     check_seconds("silence_timeout_seconds", silence)
@@ -106,9 +91,9 @@ def initialize_distributed(
         )
     if jax.distributed.is_initialized():
         raise RuntimeError("jax.distributed is initialised already, not by initialize_distributed: call one of the two")
-    info = _find_out(request, timeout_seconds)
+    info = _find_this_process(request, timeout_seconds)
     if info.how == "explicit" or info.num_processes > 1:
-        _peers = _start(info, request, timeout_seconds, silence)
+        _peers = _start_distributed(info, request, timeout_seconds, silence)
     logging.info(
         "distributed: process %d of %d, coordinator %s, %s",
         info.process_id,
@@ -121,32 +106,34 @@ def initialize_distributed(
 
 
 def peers() -> tuple[int, int, dict[int, socket.socket]]:
-    """(process id, processes, connections) as `initialize_distributed` left them: process 0 is connected to all others,
-    each of these to process 0. One process and no connection before it was called."""
+    """(process id, number of processes, connections by process id) as `initialize_distributed` left them.
+
+    Process 0 is connected to all others, each of these to process 0. Before it was called: one process, no connection.
+    """
     if _done is None:
         return 0, 1, {}
     return _done[1].process_id, _done[1].num_processes, _peers
 
 
 def wait_for_others_to_end(seconds: float) -> None:
-    """On process 0: waits until all other processes have ended, `seconds` at most; JAX's coordinator ends with it."""
+    """On process 0: waits until all other processes have ended, `seconds` at most; nothing on the others.
+
+    JAX's coordinator ends with process 0, and aborts those that are still there.
+    """
     until = time.monotonic() + seconds
     if _done is not None and _done[1].process_id == 0:
         for peer in _peers.values():
             wait_for_end(peer, until)
 
 
-def wait_for_end(peer: socket.socket, until: float) -> None:
-    """Reads from a connection until it ends, `until` that time at most."""
-    with contextlib.suppress(OSError):
-        while (left := until - time.monotonic()) > 0:
-            peer.settimeout(left)
-            if not peer.recv(1 << 16):
-                return
-
-
-def _checked(coordinator_address, num_processes, process_id, local_device_ids, bind_address) -> _Request:
-    """The arguments as one value, in range."""
+def _checked_request(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    local_device_ids: int | Sequence[int] | None,
+    bind_address: str | None,
+) -> _StartRequest:
+    """The arguments of `initialize_distributed` as one value; raises ValueError where one is out of range."""
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
@@ -159,7 +146,7 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
     for name in ("num_processes", "process_id"):
         whole = isinstance(given[name], numbers.Integral) and not isinstance(given[name], bool)
         require(given[name] is None or whole, name, given[name], "must be an integer")
-    if not missing:
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
         split_address("coordinator_address", coordinator_address)
         require(num_processes >= 1, "num_processes", num_processes, "must be at least 1")
         require(
@@ -171,17 +158,14 @@ def _checked(coordinator_address, num_processes, process_id, local_device_ids, b
         num_processes, process_id = int(num_processes), int(process_id)
     if bind_address is not None:
         split_address("bind_address", bind_address)
-    if isinstance(local_device_ids, numbers.Integral):
-        local_device_ids = (int(local_device_ids),)
+    devices = None
+    if isinstance(local_device_ids, (int, numbers.Integral)):
+        devices = (int(local_device_ids),)
     elif local_device_ids is not None:
-        local_device_ids = tuple(map(int, local_device_ids))
-        require(
-            min(local_device_ids, default=-1) >= 0,
-            "local_device_ids",
-            local_device_ids,
-            "must be one or more device numbers from 0",
-        )
-    return _Request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)
+        devices = tuple(map(int, local_device_ids))
+        rule = "must be one or more device numbers from 0"
+        require(min(devices, default=-1) >= 0, "local_device_ids", devices, rule)
+    return _StartRequest(coordinator_address, num_processes, process_id, devices, bind_address)
 
 
 def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
@@ -191,18 +175,9 @@ def check_seconds(argument: str, seconds: float, endless: bool = False) -> None:
     require(timely, argument, seconds, f"must be a positive number of seconds{', or math.inf' if endless else ''}")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
-    """Who this process is: from the request, or from the cluster it finds itself in."""
-    if request.num_processes is not None:
+def _find_this_process(request: _StartRequest, timeout_seconds: float) -> DistributedInfo:
+    """Which process this is: from the request, or from the cluster that JAX detects."""
+    if request.num_processes is not None and request.process_id is not None:
         return DistributedInfo(request.process_id, request.num_processes, request.coordinator_address, "explicit")
     try:
         found = detect_cluster(timeout_seconds)
@@ -222,28 +197,34 @@ def _find_out(request: _Request, timeout_seconds: float) -> DistributedInfo:
     return DistributedInfo(process_id, num_processes, address if num_processes > 1 else None, f"detected:{name}")
 
 
-def _start(
-    info: DistributedInfo, request: _Request, timeout_seconds: float, silence: float
+def _start_distributed(
+    info: DistributedInfo, request: _StartRequest, timeout_seconds: float, silence: float
 ) -> dict[int, socket.socket]:
-    """Waits until all processes are there, then starts JAX's distributed runtime; the connections, which stay open."""
+    """Waits until all processes are there, then starts JAX's distributed runtime.
+
+    Returns:
+      The connections of the meeting by process id, which stay open: process 0's to all others, or one to process 0.
+    """
     if backends_are_initialized():
         raise RuntimeError(
             "initialize_distributed() must be called before any JAX computation: a back end is running "
             "already (jax.devices(), jnp.zeros() and device_put start it too)"
         )
+    # pyrefly: ignore[missing-attribute]  # jax gives its options to `config` as attributes when it is imported
     if jax.config.jax_cpu_collectives_implementation is None:
         # Without one, CPU back ends refuse a program over several processes. gloo is JAX's default, not a must.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    host, port = split_address("coordinator_address", info.coordinator_address)
+    coordinator = coordinator_of(info)
+    host, port = split_address("coordinator_address", coordinator)
     bind = request.bind_address or os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
     if bind is None:
-        bind = info.coordinator_address if _is_loopback(host) else f"[::]:{port}"
+        bind = coordinator if is_loopback(host) else f"[::]:{port}"
     deadline = time.monotonic() + timeout_seconds
     is_first = info.process_id == 0
     connections = await_others(bind, info, deadline) if is_first else {0: join(host, port, info, deadline)}
     # Where the arguments are explicit, JAX's detection would still look for local_device_ids, over the network on a
     # cloud VM. Where a cluster was detected it is left on: under Slurm and Open MPI it gives each process its GPU.
-    detection = {"cluster_detection_method": "deactivate"} if info.how == "explicit" else {}
+    detection = "deactivate" if info.how == "explicit" else None
     local = None if request.local_device_ids is None else list(request.local_device_ids)
     try:
         jax.distributed.initialize(
@@ -255,7 +236,7 @@ def _start(
             shutdown_timeout_seconds=max(1, math.ceil(silence)),
             heartbeat_timeout_seconds=max(100, math.ceil(silence) + 60),  # the watchdog comes first
             coordinator_bind_address=bind,
-            **detection,
+            cluster_detection_method=detection,
         )
     except Exception as e:
         raise RuntimeError(

@@ -1,60 +1,31 @@
-"""What process 0 knows of a run's processes, and when that ends the run: no sockets and no clock of its own."""
+"""When a run ends, from what process 0 has heard of each process: a loss, a failure, a silence, a step that hangs.
+
+Rules only: no sockets, no thread, no clock.
+"""
 
 from __future__ import annotations
 
 import collections
-import math
 from typing import NamedTuple
 
 from paged_dist.cluster.exit_codes import DISAGREE, LOST
+from paged_dist.cluster.progress import IDLE, START, Progress
 
 PATIENCE = 2.0  # seconds that a failure waits for the reason behind it: a peer's death breaks a collective here first
 
 SILENT = "it has been silent for {:.0f} s"
 NOT_HERE = "it has been silent for {:.0f} s, it has not come into the block of this Watchdog"
 
-_PHASES = 1 << 20  # between two steps are more places than a run names phases there
-
-
-class Place(NamedTuple):
-    """How far a process is: in a phase, or at a step.
-
-    Attributes:
-      phase: its name; of a step 'step', and 'devices' from when it only waits for them.
-      step: the step's number, None in a phase.
-      order: of two processes, the one with the smaller is behind.
-      limit: seconds that a phase may take.
-    """
-
-    phase: str
-    step: int | None = None
-    order: int = -(1 << 60)
-    limit: float = math.inf
-
-    def next_phase(self, name: str, limit: float = math.inf) -> Place:
-        """The phase `name` behind this place."""
-        return Place(name, None, self.order + 2, limit)  # behind the same step's wait for the devices, too
-
-    @classmethod
-    def of_step(cls, number: int, *, waits: bool = False) -> Place:
-        """Step `number`, from when it `waits` for the devices."""
-        return cls("devices" if waits else "step", number, number * _PHASES + waits)
-
-    @property
-    def is_phase(self) -> bool:
-        """Whether the run named a phase, with a time of its own."""
-        return self.step is None and self not in (START, IDLE)
-
-    def __str__(self) -> str:
-        return f"at step {self.step}" if self.step is not None else f"at no step ({self.phase})"
-
-
-START = Place("start")
-IDLE = Place("idle", None, 1 << 90)
-
 
 class Verdict(NamedTuple):
-    """Why a run ends: the exit code, the reason, the process that failed by itself, or that is lost, if that is it."""
+    """Why a run ends.
+
+    Attributes:
+      code: the exit code of all processes.
+      text: the reason, the last line that each prints.
+      culprit: the process that failed by itself, if that is the reason.
+      lost: the process that is gone or silent, if that is the reason.
+    """
 
     code: int
     text: str
@@ -62,12 +33,24 @@ class Verdict(NamedTuple):
     lost: int | None = None
 
 
+class _Where(NamedTuple):
+    """How far a process is, and since when."""
+
+    progress: Progress
+    since: float
+
+
 class Judge:
-    """The state of `num_processes` processes. Times are seconds on any one clock.
+    """Collects what process 0 hears of each process, and says from that whether the run ends.
+
+    `verdict` has the rules. The other methods say that something was heard of a process. Times are seconds on any one
+    clock, given by the caller.
 
     Args:
+      num_processes: how many there are.
       limit: seconds of silence, or of one step, after which the run ends.
       beat: seconds between a process's signs of life.
+      now: the time.
       start_limit: seconds until a process is there at all; None: `limit`.
     """
 
@@ -76,7 +59,7 @@ class Judge:
         self._start_limit = limit if start_limit is None else start_limit
         self.names = {i: f"process {i}" for i in range(num_processes)}
         self._heard = dict.fromkeys(self.names, now)
-        self._places = dict.fromkeys(self.names, (START, now))
+        self._where = dict.fromkeys(self.names, _Where(START, now))
         self._here: set[int] = set()
         self._meetings: dict[int, str] = {}  # of the processes that wait in one
         self._freed = now  # until then a phase held up those at a step
@@ -95,10 +78,10 @@ class Judge:
         self._heard[i] = now
         self._here.add(i)
 
-    def at(self, i: int, place: Place, now: float) -> None:
-        """Process i is at `place`."""
-        if self._places[i][0] != place:
-            self._places[i] = place, now
+    def at(self, i: int, progress: Progress, now: float) -> None:
+        """Process i has come to `progress`."""
+        if self._where[i].progress != progress:
+            self._where[i] = _Where(progress, now)
 
     def gone(self, i: int) -> None:
         """The connection of process i has ended; that is a loss unless it left before."""
@@ -128,7 +111,7 @@ class Judge:
         self._digests[step][i] = digest
 
     def verdict(self, now: float) -> Verdict | None:
-        """Why the run ends now, if it does."""
+        """Why the run ends now; None where it goes on."""
         return self._disagreement() or self._loss(now) or self._failure(now) or self._silence(now) or self._stuck(now)
 
     def _disagreement(self) -> Verdict | None:
@@ -153,11 +136,11 @@ class Judge:
         # One that raised says so, and its connection ends soon after.
         for _, who, text in self._failed:
             if who == i:
-                return Verdict(LOST, self._failure_of(who, text), who)
+                return Verdict(LOST, self._text_of_failure(who, text), who)
         return self._lost(i, f"its connection ended, the process is gone{more}")
 
-    def _failure_of(self, i: int, text: str) -> str:
-        return f"{self.names[i]} failed {self._places[i][0]}: {text}"
+    def _text_of_failure(self, i: int, text: str) -> str:
+        return f"{self.names[i]} failed {self._where[i].progress}: {text}"
 
     def _failure(self, now: float) -> Verdict | None:
         """A failure in itself, or one that another process's silence has brought about."""
@@ -169,7 +152,7 @@ class Judge:
         quiet = max(self.present, key=lambda p: now - self._heard[p])
         if quiet != i and now - self._heard[quiet] > max(PATIENCE, 4 * self._beat):
             return self._lost(quiet, f"it is silent, and {self.names[i]} then failed: {text}")
-        return Verdict(LOST, self._failure_of(i, text), i)
+        return Verdict(LOST, self._text_of_failure(i, text), i)
 
     def _silence(self, now: float) -> Verdict | None:
         for i in self.present:
@@ -186,44 +169,48 @@ class Judge:
         Those that wait in a meeting are behind nobody. A process that is in a phase takes what time it has for that,
         and so do the steps of those that wait for it.
         """
-        everyone = {i: self._places[i] for i in self.present if self._places[i][0] != IDLE}
-        places = {i: at for i, at in everyone.items() if i not in self._meetings} or everyone
-        if not places:
+        everyone = {i: self._where[i] for i in self.present if self._where[i].progress != IDLE}
+        at_work = {i: where for i, where in everyone.items() if i not in self._meetings} or everyone
+        if not at_work:
             return None
-        least = min(place.order for place, _ in places.values())
-        behind = [i for i, (place, _) in places.items() if place.order == least]
-        moved = max(places[i][1] for i in behind)
-        phases = [i for i in behind if places[i][0].is_phase]
+        least = min(where.progress.order for where in at_work.values())
+        behind = [i for i, where in at_work.items() if where.progress.order == least]
+        moved = max(at_work[i].since for i in behind)
+        phases = [i for i in behind if at_work[i].progress.is_phase]
         if phases:
             self._freed = now
-            if any(now - moved <= places[i][0].limit for i in phases):
+            if any(now - moved <= at_work[i].progress.limit for i in phases):
                 return None
-            return Verdict(LOST, self._endless(phases, len(places), now - moved))
-        last = max(since for _, since in places.values())  # who waits in a meeting is content while any other moves
-        since = {i: at[1] if i in places else max(at[1], last) for i, at in everyone.items()}
-        still = lambda i, limit: now - max(since[i], self._freed) > limit
-        at_step = [i for i, (place, _) in everyone.items() if place.step is not None and still(i, self._limit)]
-        if not at_step and not any(now - max(since[i], moved) > at[0].limit for i, at in everyone.items()):
+            return Verdict(LOST, self._endless(phases, len(at_work), now - moved))
+        last = max(where.since for where in at_work.values())
+        # Who waits in a meeting is content while any other moves.
+        since = {i: where.since if i in at_work else max(where.since, last) for i, where in everyone.items()}
+
+        def is_still(i: int, limit: float) -> bool:
+            return now - max(since[i], self._freed) > limit
+
+        stuck = [i for i, where in everyone.items() if where.progress.step is not None and is_still(i, self._limit)]
+        if not stuck and not any(now - max(since[i], moved) > at.progress.limit for i, at in everyone.items()):
             return None
         if len(behind) == len(everyone):
             return Verdict(
                 LOST,
-                f"step {places[behind[0]][0].step} has not ended for {self._limit:.0f} s on any process and none is "
-                "behind: a device or a collective hangs, or a step takes longer than the time-out allows",
+                f"step {at_work[behind[0]].progress.step} has not ended for {self._limit:.0f} s on any process and "
+                "none is behind: a device or a collective hangs, or a step takes longer than the time-out allows",
             )
         # One that is slow and moves is not stuck: those are that do not move.
-        blamed = [i for i in behind if still(i, self._limit / 2)] or [i for i in at_step if i in places] or behind
-        if len(behind) == len(places):
-            meeting = next(self._meetings[i] for i in everyone if i not in places)
+        blamed = [i for i in behind if is_still(i, self._limit / 2)] or [i for i in stuck if i in at_work] or behind
+        if len(behind) == len(at_work):
+            meeting = next(self._meetings[i] for i in everyone if i not in at_work)
             there = f"waiting for it in a meeting ({meeting.strip()})"
         else:
-            most = max((place for place, _ in places.values()), key=lambda place: place.order)
+            most = max((where.progress for where in at_work.values()), key=lambda progress: progress.order)
             there = f"{most}, waiting for devices" if most.phase == "devices" else f"{most}"
         return Verdict(LOST, f"{self._all_of(blamed)}, is stuck, while others are {there}")
 
     def _endless(self, phases: list[int], count: int, seconds: float) -> str:
         """What ends a run in which these processes, of `count` that are at work, are in a phase that does not end."""
-        name = self._places[phases[0]][0].phase
+        name = self._where[phases[0]].progress.phase
         if len(phases) == count == len(self.present):
             return (
                 f"phase {name!r} has not ended for {seconds:.0f} s on any process: a compile, a device or a transfer "
@@ -232,10 +219,11 @@ class Judge:
         return f"{self._all_of(phases)}, has been in phase {name!r} for {seconds:.0f} s, and others wait"
 
     def _lost(self, i: int, how: str) -> Verdict:
-        here = f"; process 0 is {self._places[0][0]}" if i and self._places[0][0] != self._places[i][0] else ""
-        return Verdict(LOST, f"lost {self.names[i]}, last heard of {self._places[i][0]}: {how}{here}", lost=i)
+        first, its = self._where[0].progress, self._where[i].progress
+        here = f"; process 0 is {first}" if i and first != its else ""
+        return Verdict(LOST, f"lost {self.names[i]}, last heard of {its}: {how}{here}", lost=i)
 
     def _all_of(self, some: list[int]) -> str:
         """The first of some processes and where it is, and how many more they are."""
         more = f", and so {len(some) - 1} more" if len(some) > 1 else ""
-        return f"{self.names[some[0]]}, {self._places[some[0]][0]}{more}"
+        return f"{self.names[some[0]]}, {self._where[some[0]].progress}{more}"

@@ -1,44 +1,41 @@
-"""A watch over the processes of a run: where one is lost, stuck or different, all of them end, with a reason.
+"""The watch over the processes of a run: where one is lost, stuck or different, all of them end, with a reason.
 
 A process that dies or hangs leaves the others in a collective for ever. So each process has a thread that tells
-process 0 every second or so that it lives and how far it is, over the connection on which the processes met at
-start-up (`distributed`). Process 0's thread judges: a connection that ended, a silence, a step that does not end, two
-values that differ. It tells all, each prints the verdict as its last line and ends at once, whatever its main thread
-waits for. None of this is a JAX collective, and nothing is unpickled: lines of JSON, a few bytes a second.
+process 0 every second or so that it lives and how far it is (`spoke`), over the connection on which the processes met
+at start-up (`wire`). Process 0's thread (`hub`) judges (`verdicts`): a connection that ended, a silence, a step that
+does not end, two digests that differ. It tells all; each prints the verdict as its last line and ends at once, whatever
+its main thread waits for. None of this is a JAX collective, and nothing is unpickled: a few bytes of JSON a second.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import os
-import signal
 import socket
 import threading
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any
 
 import jax
 
 from paged_dist._errors import whole_number
-from paged_dist.cluster import startup as distributed
-from paged_dist.cluster.exit_codes import DISAGREE, LOST
-from paged_dist.cluster.signals import SlowAbort, action_of, set_action
-from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Place
-from paged_dist.cluster.watchers import END, MARGIN, STOP, Hub, Spoke
-from paged_dist.cluster.wire import as_json, encoded, peer_of
+from paged_dist.cluster import startup
+from paged_dist.cluster.agreement import Disagreement, first_difference
+from paged_dist.cluster.exit_codes import LOST
+from paged_dist.cluster.hub import Hub
+from paged_dist.cluster.preemption import SigtermWatch
+from paged_dist.cluster.progress import IDLE, START, Progress
+from paged_dist.cluster.signals import SlowAbort
+from paged_dist.cluster.spoke import Spoke
+from paged_dist.cluster.verdicts import PATIENCE
+from paged_dist.cluster.watch_state import END_MEETING, WatchSettings, WatchState
+from paged_dist.cluster.wire import as_json, peer_of
 
 _MANY = 256  # processes, of which process 0 hears each less often
 _LAST_WORDS = 10.0  # seconds in which a process that failed ends; see SlowAbort
 
-
-class Disagreement(RuntimeError):
-    """Two processes of a run hold different values; the text names them, the key, and both values."""
-
-    exit_code = DISAGREE
+_owners: dict[socket.socket, Watchdog] = {}  # connection -> the Watchdog that uses it, or used it last
 
 
 class Watchdog:
@@ -82,63 +79,65 @@ class Watchdog:
         phase_timeout_seconds: float = 3600,
     ):
         start = timeout_seconds if start_timeout_seconds is None else start_timeout_seconds
-        distributed.check_seconds("timeout_seconds", timeout_seconds)
-        distributed.check_seconds("start_timeout_seconds", start)
-        distributed.check_seconds("phase_timeout_seconds", phase_timeout_seconds, endless=True)
-        self.process_id, self.num_processes, self._peers = distributed.peers()
-        self._name = name
-        self._beat = min(0.2 if self.num_processes <= _MANY else 1.0, timeout_seconds / 10)
-        self._last_words = min(PATIENCE, timeout_seconds / 8)  # from a verdict to the end
-        before = 2 * self._beat + self._last_words  # a beat to be heard, one to be judged
-        self._limit = timeout_seconds - before
-        self._start_limit = max(start - before, start / 2)
+        startup.check_seconds("timeout_seconds", timeout_seconds)
+        startup.check_seconds("start_timeout_seconds", start)
+        startup.check_seconds("phase_timeout_seconds", phase_timeout_seconds, endless=True)
+        self.process_id, self.num_processes, self._connections = startup.peers()
+        beat = min(0.2 if self.num_processes <= _MANY else 1.0, timeout_seconds / 10)
+        last_words = min(PATIENCE, timeout_seconds / 8)
+        before = 2 * beat + last_words  # a beat to be heard, one to be judged
+        self._settings = WatchSettings(
+            self.process_id,
+            self.num_processes,
+            name,
+            f"{socket.gethostname()}, pid {os.getpid()}",
+            beat,
+            limit=timeout_seconds - before,
+            start_limit=max(start - before, start / 2),
+            last_words=last_words,
+        )
+        self._state = WatchState(self._settings)
         self._phase_limit = float(phase_timeout_seconds)
-        self._here = f"{socket.gethostname()}, pid {os.getpid()}"
-        self._place = self._last_place = START  # the last: before it was idle
-        self._changed = threading.Condition()  # guards what follows
-        self._values: dict[str, dict[int, Any]] = collections.defaultdict(dict)  # name -> process -> value
-        self._decided: dict[str, Any] = {}
-        self._outbox: list[bytes] = []  # what the main thread has to say
-        self._error: BaseException | None = None  # what the main thread has failed with
-        self._mine = False  # which was no other process's fault
-        self._over = False  # nothing is a loss any more
-        self._stopping, self._voted_at, self._stop_at = False, None, None
-        self._next_step = 0
-        self._agreements, self._asked_at, self._sigterm_before = 0, None, None
-        self._thread = self._wake = self._slow_abort = None
+        self._last_progress = START  # before it was idle
+        self._agreements = 0
+        self._sigterm = SigtermWatch(self._state.ask_to_stop)
+        self._thread: threading.Thread | None = None
+        self._slow_abort: SlowAbort | None = None
         self._entered = self._inside = False
-        self._quits = False  # another Watchdog takes over the connections
 
     def __enter__(self) -> Watchdog:
         if self._entered:
             raise RuntimeError("this Watchdog was entered before: make another for another block")
         if self.num_processes > 1:
             self._take_over()
-            self._wake, wake = socket.socketpair()
-            for end in (self._wake, wake):
-                end.setblocking(False)
-            work = Hub(self, wake) if self.process_id == 0 else Spoke(self, wake)
-            if self.process_id != 0 and jax.distributed.is_initialized():
+            wake = self._state.open_wake()
+            peers = {i: peer_of(connection) for i, connection in self._connections.items()}
+            is_first = self.process_id == 0
+            work = Hub(self._state, peers, wake) if is_first else Spoke(self._state, peers[0], wake)
+            if not is_first and jax.distributed.is_initialized():
                 self._slow_abort = SlowAbort()
-            self._thread = threading.Thread(target=self._guarded, args=(work.run, wake), name="watchdog", daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(work.run, wake), name="watchdog", daemon=True)
             self._thread.start()
         self._entered = self._inside = True
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        state = self._state
         if self._thread is not None:
             if error is None:
-                self.meet(END)
+                self.meet(END_MEETING)
             elif not isinstance(error, Disagreement):  # of that all know
-                self._error = error
-                self._say({"failed": f"{kind.__name__}: {' '.join(str(error).split())[:300]}"})
-                with self._changed:  # another process may be the reason: that ends this one here
-                    self._changed.wait_for(lambda: self._mine, 2 * PATIENCE + 2 * self._beat)
-            self._over = True
-            self._say({"end": True})
+                state.error = error
+                state.say({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+                # Another process may be the reason: that ends this one here.
+                state.wait_until_error_is_known(2 * PATIENCE + 2 * self._settings.beat)
+            state.is_over = True
+            state.say({"end": True})
             self._thread.join(PATIENCE)
             if not self._thread.is_alive():
-                self._wake.close()
+                state.close_wake()
         self._inside = False
         if self._slow_abort is not None:
             if error is None:
@@ -147,23 +146,37 @@ class Watchdog:
                 restored = threading.Timer(_LAST_WORDS, self._slow_abort.release)
                 restored.daemon = True
                 restored.start()
-        self._give_back_sigterm()
+        self._sigterm.restore(was_asked=state.is_asked_to_stop)
+
+    def _watch(self, run: Callable[[], None], wake: socket.socket) -> None:
+        """The watching thread."""
+        try:
+            with wake:
+                run()
+        except Exception as e:  # a watch that has gone blind must not look like one that sees nothing
+            if not self._state.is_over:
+                self._state.end_process(LOST, f"the watch over the processes failed: {e!r}")
 
     def _take_over(self) -> None:
         """Takes the connections from the Watchdog before, whose thread may still wait for others to leave it."""
-        peers = [peer_of(connection) for connection in self._peers.values()]
-        before = {peer.owner for peer in peers} - {None}
+        before = {_owners[connection] for connection in self._connections.values() if connection in _owners}
         if any(watch._inside for watch in before):
             raise RuntimeError("another Watchdog of this process is in its block: one watches at a time")
         for watch in before:
-            watch._quits = True
-            watch._stir()
-            watch._thread.join()
-            watch._wake.close()
-            if watch._slow_abort is not None:
-                watch._slow_abort.release()
-        for peer in peers:
-            peer.begin(self, self._here)
+            watch._hand_over()
+        for connection in self._connections.values():
+            _owners[connection] = self
+            peer_of(connection).begin(self._settings.this_process)
+
+    def _hand_over(self) -> None:
+        """Ends this Watchdog's thread: another takes the connections."""
+        self._state.is_handed_over = True
+        self._state.wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._state.close_wake()
+        if self._slow_abort is not None:
+            self._slow_abort.release()
 
     # What the run says
 
@@ -177,13 +190,13 @@ class Watchdog:
             phase_timeout_seconds, an hour if nothing is said.
         """
         if timeout_seconds is not None:
-            distributed.check_seconds("timeout_seconds", timeout_seconds, endless=True)
+            startup.check_seconds("timeout_seconds", timeout_seconds, endless=True)
         limit = self._phase_limit if timeout_seconds is None else float(timeout_seconds)
-        self._place = self._last_place = self._last_place.next_phase(str(name), limit)
+        self._state.progress = self._last_progress = self._last_progress.next_phase(str(name), limit)
 
     def idle(self) -> None:
         """Says that this process has nothing to do for now, and is behind nobody."""
-        self._place = IDLE
+        self._state.progress = IDLE
 
     def step(self, number: int, digest: str | int | None = None) -> None:
         """Says that step `number` begins, which has to end in time.
@@ -196,15 +209,15 @@ class Watchdog:
         number = whole_number("number", number)
         if digest is not None and not isinstance(digest, str):
             digest = f"{whole_number('digest', digest):x}"
-        self._place = self._last_place = Place.of_step(number)
-        self._next_step = number + 1
+        self._state.progress = self._last_progress = Progress.of_step(number)
+        self._state.next_step = number + 1
         if digest is not None and self._inside and self._thread is not None:
-            self._say({"digest": [number, digest]})
+            self._state.say({"digest": [number, digest]})
 
     def dispatched(self) -> None:
         """Says that the rest of the step is the devices' work: a process that hangs before is told from its victims."""
-        if self._place.step is not None:
-            self._place = self._last_place = Place.of_step(self._place.step, waits=True)
+        if (step := self._state.progress.step) is not None:
+            self._state.progress = self._last_progress = Progress.of_step(step, waits=True)
 
     # What the processes do together
 
@@ -222,17 +235,11 @@ class Watchdog:
             return as_json(decide([as_json(value)]))
         if not self._inside:
             raise RuntimeError("a Watchdog of several processes is used as a context: with Watchdog() as watch")
-        self._say({"value": [name, value]})
-        with self._changed:
-            if self.process_id == 0:
-                self._changed.wait_for(lambda: len(self._values[name]) == self.num_processes)
-                values = self._values.pop(name)
-                everyone = [values[i] for i in range(self.num_processes)]
-            else:
-                self._changed.wait_for(lambda: name in self._decided)
-                return self._decided.pop(name)
-        result = as_json(decide(everyone))
-        self._say({"decided": [name, result]})
+        self._state.say({"value": [name, value]})
+        if self.process_id != 0:
+            return self._state.wait_for_decision(name)
+        result = as_json(decide(self._state.wait_for_values(name)))
+        self._state.say({"decided": [name, result]})
         return result
 
     def meet(self, name: str) -> None:
@@ -247,7 +254,7 @@ class Watchdog:
         """
         mine = {key: str(value) for key, value in values.items()}
         self._agreements += 1
-        text = self.decide(f"agreement {self._agreements}", [self._here, mine], _difference)
+        text = self.decide(f"agreement {self._agreements}", [self._settings.this_process, mine], first_difference)
         if text is not None:
             raise Disagreement(text)
 
@@ -268,39 +275,12 @@ class Watchdog:
                 stacklevel=2,
             )
             return
-        if self._sigterm_before is not None:
-            return
-
-        def asked(number, frame):
-            now = time.monotonic()
-            if self._asked_at is not None and now - self._asked_at > 5:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.raise_signal(signal.SIGTERM)
-            self._asked_at = self._asked_at or now
-            self._stopping = True  # no lock: this may have interrupted the thread that holds it
-            self._stir()
-
-        action = action_of(signal.SIGTERM)  # JAX's runtime has set one from C
-        self._sigterm_before = signal.signal(signal.SIGTERM, asked), action
-
-    def _give_back_sigterm(self) -> None:
-        """Makes SIGTERM what it was before `watch_for_preemption`; after one came, ignored."""
-        if self._sigterm_before is None:
-            return
-        handler, action = self._sigterm_before
-        if self._stopping:
-            # A process that was asked to stop is about to; others of its cluster may be asked, and it again, later.
-            handler, action = signal.SIG_IGN, None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
-        if action is not None:
-            set_action(signal.SIGTERM, action)
-        self._sigterm_before = None
+        self._sigterm.install()
 
     @property
     def is_asked_to_stop(self) -> bool:
         """Whether a process was asked to stop, as far as this one has heard."""
-        return self._stopping
+        return self._state.is_asked_to_stop
 
     def stops(self, step: int) -> bool:
         """Whether the run ends before step `step`, because a process was asked to; call it before each step.
@@ -309,77 +289,6 @@ class Watchdog:
         which step comes next; from there it does at most two more until it knows of all others, and all end two after
         the furthest of them. So none waits inside a collective for one that has stopped already.
         """
-        if not self._stopping or self.num_processes == 1:
-            return self._stopping
-        with self._changed:
-            if self._voted_at is not None and step >= self._voted_at + MARGIN:
-                self._changed.wait_for(lambda: self._stop_at is not None)
-            return self._stop_at is not None and step >= self._stop_at
-
-    def _vote(self) -> dict:
-        """What this process says of where it could stop."""
-        with self._changed:
-            self._voted_at = self._next_step
-            return {"value": [STOP, self._voted_at]}
-
-    # Between the main thread and the other
-
-    def _say(self, message: dict) -> None:
-        line = encoded(message)  # here: what is no JSON is the caller's error
-        with self._changed:
-            self._outbox.append(line)
-        self._stir()
-
-    def _stir(self) -> None:
-        if self._wake is not None:
-            with contextlib.suppress(OSError):
-                self._wake.send(b".")
-
-    def _take_outbox(self) -> list[bytes]:
-        with self._changed:
-            messages, self._outbox = self._outbox, []
-        return messages
-
-    def _set(self, **fields) -> None:
-        with self._changed:
-            for name, value in fields.items():
-                setattr(self, name, value)
-            self._changed.notify_all()
-
-    def _guarded(self, run: Callable[[], None], wake: socket.socket) -> None:
-        try:
-            with wake:
-                run()
-        except Exception as e:  # a watch that has gone blind must not look like one that sees nothing
-            if not self._over:
-                self._end(LOST, f"the watch over the processes failed: {e!r}")
-
-    def _end(self, code: int, text: str) -> NoReturn:
-        """Ends this process. Not by an exception: the main thread may wait in a collective for ever, and hold locks."""
-        threading.Timer(1, os._exit, (code,)).start()  # stderr may be a pipe that nobody reads
-        try:
-            own = [] if self._error is None else traceback.format_exception(self._error)
-            os.write(2, ("".join(own) + f"{self._name}: error: {text}\n").encode())
-        finally:
-            os._exit(code)
-
-
-def _difference(everyone: list) -> str | None:
-    """The first key on which one of the processes' [host, values] differs from process 0's, in words."""
-    (host, first), *_ = everyone
-    for key in dict.fromkeys(key for _, values in everyone for key in values):
-        odd = [i for i, (_, values) in enumerate(everyone) if values.get(key) != first.get(key)]
-        if odd:
-            other, values = everyone[odd[0]]
-            more = f"; {len(odd) - 1} more differ from process 0" if len(odd) > 1 else ""
-            return (
-                f"the processes disagree on {key}: {_clip(first.get(key))} on process 0 ({host}), "
-                f"{_clip(values.get(key))} on process {odd[0]} ({other}){more}"
-            )
-    return None
-
-
-def _clip(text: str | None) -> str:
-    if text is None:
-        return "nothing"
-    return text if len(text) <= 200 else f"{text[:197]}..."
+        if not self.is_asked_to_stop or self.num_processes == 1:
+            return self.is_asked_to_stop
+        return self._state.stops_before(step)

@@ -490,7 +490,7 @@ def test_a_step_that_copies_its_cache_is_reported_as_a_problem(monkeypatch):
     found = sizing.sizes_of(s, mesh, V6E)
     kept = jax.jit
     monkeypatch.setattr(jax, "jit", lambda f, donate_argnums=None: kept(f))
-    r = step_facts.step_facts(s, found, mesh, pod_step.compile_step(s, found, mesh).program)
+    r = step_facts.read_step(s, found, mesh, pod_step.compile_step(s, found, mesh).program)
     r["hbm_bytes"] = found.hbm_bytes
     assert r["pool_copies"] and r["aliased_bytes"] == 0
     copied, not_in_place = plan_text.problems(r)

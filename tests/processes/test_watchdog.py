@@ -27,9 +27,11 @@ from processes import free_port, run_processes, start
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, make_pod_mesh
 from paged_dist.cluster import DISAGREE, LOST
 from paged_dist.cluster import startup as distributed
+from paged_dist.cluster.progress import IDLE, START, Progress
 from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_action
-from paged_dist.cluster.verdicts import IDLE, PATIENCE, START, Judge, Place
-from paged_dist.cluster.watchers import Spoke
+from paged_dist.cluster.spoke import Spoke
+from paged_dist.cluster.verdicts import PATIENCE, Judge
+from paged_dist.cluster.watch_state import WatchState
 from paged_dist.cluster.wire import Peer, encoded
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import record_output, shared_flags
@@ -47,7 +49,7 @@ def judge(count=3, limit=10.0, beat=1.0):
 def at_step(j, now, *steps, waits=()):
     for i, step in enumerate(steps):
         j.heard(i, now)
-        j.at(i, Place.of_step(step, waits=i in waits), now)
+        j.at(i, Progress.of_step(step, waits=i in waits), now)
 
 
 def test_processes_that_live_and_move_are_left_alone():
@@ -81,10 +83,10 @@ def alive(j, now):
 def test_a_phase_of_one_takes_its_time_and_stops_the_clock_of_the_steps_that_wait_for_it():
     j = judge()
     at_step(j, 0, 6, 6, 6)
-    j.at(0, Place.of_step(5, waits=True).next_phase("checkpoint", 100), 0)
+    j.at(0, Progress.of_step(5, waits=True).next_phase("checkpoint", 100), 0)
     for now in range(13):
         assert alive(j, now) is None
-    j.at(0, Place.of_step(6), 12.5)
+    j.at(0, Progress.of_step(6), 12.5)
     for now in range(13, 23):
         assert alive(j, now) is None
     assert "step 6 has not ended for 10 s on any process" in alive(j, 23).text
@@ -94,12 +96,12 @@ def test_a_phase_of_one_takes_its_time_and_stops_the_clock_of_the_steps_that_wai
 def test_a_phase_after_another_is_still_behind_the_next_step(phases):
     j = judge()
     at_step(j, 0, 6, 6, 6)
-    place = Place.of_step(5)
+    progress = Progress.of_step(5)
     for _ in range(phases):
-        place = place.next_phase("checkpoint", 100)
-    j.at(0, place, 0)
+        progress = progress.next_phase("checkpoint", 100)
+    j.at(0, progress, 0)
     assert alive(j, 12) is None
-    j.at(0, place, 90)
+    j.at(0, progress, 90)
     assert alive(j, 99) is None
     verdict = alive(j, 101)
     assert verdict.code == LOST and verdict.text == (
@@ -124,18 +126,18 @@ def test_a_phase_without_an_end_never_ends_the_run():
 
 def test_the_last_to_come_to_a_phase_has_all_of_its_time():
     j = judge(2)
-    j.at(0, Place.of_step(50).next_phase("report", 100), 0)
+    j.at(0, Progress.of_step(50).next_phase("report", 100), 0)
     for step in range(200):
-        j.at(1, Place.of_step(step // 8), step)
+        j.at(1, Progress.of_step(step // 8), step)
         assert alive(j, step) is None  # who is ahead, in a phase, waits for one that moves
-    j.at(1, Place.of_step(50).next_phase("report", 100), 200)
+    j.at(1, Progress.of_step(50).next_phase("report", 100), 200)
     assert alive(j, 290) is None and alive(j, 301) is not None
 
 
 def test_a_device_that_hangs_is_not_excused_by_one_that_is_past_it():
     j = judge(2)
-    j.at(0, Place.of_step(5, waits=True), 0)
-    j.at(1, Place.of_step(5, waits=True).next_phase("report", 100), 0)
+    j.at(0, Progress.of_step(5, waits=True), 0)
+    j.at(1, Progress.of_step(5, waits=True).next_phase("report", 100), 0)
     assert alive(j, 11).text.startswith("process 0, at step 5, is stuck, while others are at no step (report)")
 
 
@@ -144,7 +146,7 @@ def test_who_waits_in_a_meeting_is_content_while_others_move():
     at_step(j, 0, 9, 9, 9)
     j.waits(0, "the end"), j.waits(2, "the end")
     for now in range(40):
-        j.at(1, Place.of_step(9 + now // 8), now)
+        j.at(1, Progress.of_step(9 + now // 8), now)
         assert alive(j, now) is None
     assert (
         alive(j, 43).text == "process 1, at step 13, is stuck, while others are waiting for it in a meeting (the end)"
@@ -162,7 +164,7 @@ def test_who_waits_in_a_meeting_is_not_the_one_that_hangs_in_a_phase():
 
 def test_a_meeting_to_which_one_never_comes_ends_the_run():
     j = judge()
-    j.at(0, Place.of_step(3), 0)
+    j.at(0, Progress.of_step(3), 0)
     j.waits(0, "x"), j.waits(1, "x")
     assert alive(j, 9) is None
     assert alive(j, 11).text.startswith("process 2, at no step (start), is stuck, while others are waiting for it in")
@@ -182,11 +184,11 @@ def test_process_0_decides_alone_when_all_are_there():
 def test_one_that_was_idle_goes_on_from_where_it_was():
     watch = Watchdog()
     watch.step(7)
-    before = watch._place
+    before = watch._state.progress
     watch.idle()
-    assert watch._place == IDLE
+    assert watch._state.progress == IDLE
     watch.phase("compile", timeout_seconds=5)
-    assert before.order < watch._place.order < Place.of_step(8).order and watch._place.limit == 5
+    assert before.order < watch._state.progress.order < Progress.of_step(8).order and watch._state.progress.limit == 5
 
 
 def test_until_a_process_is_there_it_has_the_time_of_the_start():
@@ -221,7 +223,7 @@ def test_those_behind_are_to_blame_for_a_step_that_does_not_end(steps, waits, wh
 def test_one_that_has_finished_is_not_behind():
     j = judge(2)
     at_step(j, 0, 5, 5)
-    j.at(1, Place.of_step(5).next_phase("report"), 1)
+    j.at(1, Progress.of_step(5).next_phase("report"), 1)
     for now in (5, 11):
         j.heard(0, now), j.heard(1, now)
     assert j.verdict(11).text.startswith("process 0, at step 5, is stuck, while others are at no step (report)")
@@ -230,11 +232,11 @@ def test_one_that_has_finished_is_not_behind():
 def test_one_that_is_slow_and_moves_is_not_the_one_that_is_stuck():
     j = judge()
     at_step(j, 0, 500, 480, 500)
-    j.at(0, Place.of_step(500, waits=True), 0)
+    j.at(0, Progress.of_step(500, waits=True), 0)
     for now in range(1, 12):
         for i in range(3):
             j.heard(i, now)
-        j.at(1, Place.of_step(480 + now // 3), now)
+        j.at(1, Progress.of_step(480 + now // 3), now)
     assert j.verdict(11).text.startswith("process 0, at step 500, and so 1 more, is stuck")
 
 
@@ -338,10 +340,10 @@ def connected(count, monkeypatch, timeout_seconds=10, **options):
     ended = {}
 
     def end(self, code, text):
-        ended[self.process_id] = code, text
+        ended[self.settings.process_id] = code, text
         raise SystemExit  # of the watch's own thread
 
-    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(WatchState, "end_process", end)
     try:
         yield [Watchdog(timeout_seconds, **options) for _ in range(count)], ended
     finally:
@@ -448,8 +450,7 @@ def test_all_stop_before_the_same_step_and_none_waits_for_one_that_stopped(monke
                 watch.step(step)
                 time.sleep(pace[i][step] * (1 if lockstep else 1 + 3 * i))
                 if i == seed % count and step == asked_at:
-                    watch._stopping = True  # as its handler of SIGTERM does
-                    watch._stir()
+                    watch._state.ask_to_stop()  # as its handler of SIGTERM does
                 if lockstep:
                     barrier.wait(10)  # as a collective of the step would
             return "the end"
@@ -470,8 +471,7 @@ def test_one_that_has_finished_already_holds_up_nobody_s_stop(monkeypatch):
                 if i and step == 5:
                     assert done.wait(10)
                     if i == 1:
-                        watch._stopping = True
-                        watch._stir()
+                        watch._state.ask_to_stop()
                     time.sleep(0.3)
             watch.phase("report")
             done.set()
@@ -493,11 +493,11 @@ def test_a_peer_that_does_not_read_is_found_silent_however_much_there_is_to_say(
         end.set()
         raise SystemExit
 
-    monkeypatch.setattr(Watchdog, "_end", note)
+    monkeypatch.setattr(WatchState, "end_process", note)
     with hub, mine:
         watch = Watchdog(1.5)
         watch.__enter__()
-        watch._say({"value": ["the report", "x" * 20_000_000]})
+        watch._state.say({"value": ["the report", "x" * 20_000_000]})
         assert end.wait(10)
         watch._thread.join(10)
     assert ended[0][0] == LOST and "lost process 0, the coordinator" in ended[0][1] and "silent" in ended[0][1]
@@ -513,7 +513,7 @@ def test_a_value_that_is_no_json_is_the_caller_s_error_and_all_see_what_json_mak
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_process_whose_stderr_cannot_be_written_ends_all_the_same():
-    script = "from paged_dist import Watchdog\nWatchdog(5)._end(3, 'lost')\n"
+    script = "from paged_dist import Watchdog\nWatchdog(5)._state.end_process(3, 'lost')\n"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-P", "-c", script], stderr=full, timeout=LIMIT)
     assert done.returncode == LOST
@@ -599,13 +599,13 @@ def test_a_step_or_digest_of_another_kind_is_the_caller_s_error(number, digest, 
 @pytest.mark.parametrize("where", ["leaves late", "comes late"])
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late, where):
-    say = Watchdog._say
+    say = WatchState.say
 
     def say_late(self, message):
-        time.sleep(0.3 if where == "leaves late" and self.process_id == late and "end" in message else 0)
+        time.sleep(0.3 if where == "leaves late" and self.settings.process_id == late and "end" in message else 0)
         say(self, message)
 
-    monkeypatch.setattr(Watchdog, "_say", say_late)
+    monkeypatch.setattr(WatchState, "say", say_late)
     with connected(3, monkeypatch) as (watches, ended):
         rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(2))]
 
@@ -633,7 +633,7 @@ def test_a_line_belongs_to_its_session_however_the_stream_is_cut(seed):
         peer = Peer(ours)
         heard = []
         for session in (1, 2, 3):
-            peer.begin(None, "y")
+            peer.begin("y")
             peer.register(events, 0)
             heard.append(peer.messages())
             size = len(stream) if session == 3 else rng.randrange(len(stream) + 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from paged_dist._errors import require
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import host
-from paged_dist.launch.common.shared_flags import HBM_GIB, SEED
+from paged_dist.launch.common.number_formats import gigabytes
+from paged_dist.launch.common.shared_flags import HBM_GIB, NUM_KV_HEADS, NUM_Q_HEADS, SEED
 
 _DTYPE_BY_FLAG = {"bf16": "bfloat16", "f32": "float32", "int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -40,6 +42,12 @@ def at_most(largest: int, **by_flag: int | None) -> None:
         require(value is None or value <= largest, f"--{name}", value, f"must be at most {largest}")
 
 
+def above_zero(**by_flag: float | None) -> None:
+    """Raises ValueError where a flag's value is given and not a positive finite number."""
+    for name, value in by_flag.items():
+        require(value is None or 0 < value < math.inf, f"--{name}", value, "must be above 0 and finite")
+
+
 MOST_ROWS = 1 << 16  # decoded together
 _LARGEST_SIZES = {
     **dict.fromkeys(("layers", "num_q_heads", "num_kv_heads", "head_dim", "page_size"), 1 << 16),
@@ -55,14 +63,14 @@ def check_sizes() -> None:
 
 def check_head_counts() -> None:
     """Raises ValueError where the query heads are not the same number for each key/value head."""
-    q, kv = flags.FLAGS["num_q_heads"].value, flags.FLAGS["num_kv_heads"].value
+    q, kv = NUM_Q_HEADS.value, NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
 
 
 def check_host_memory(argument: str, value: object, need: int) -> None:
     """Raises ValueError where `need` bytes, of which `argument` is the likeliest cause, are over what this host has."""
     have = host.memory_bytes()
-    rule = f"takes {need / 1e9:.1f} GB, where this host has {have / 1e9:.1f} GB"
+    rule = f"takes {gigabytes(need)}, where this host has {gigabytes(have)}"
     require(need <= have, argument, value, rule, "give smaller sizes")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import flags as absl_flags
 
+from paged_dist import Watchdog
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import shared_flags
 from paged_dist.launch.common.run_program import run_program
@@ -37,6 +39,16 @@ class Program:
     def say(self, line: str) -> None:
         """Prints a line on stderr, with the program's name before it."""
         print(f"{self.name}: {line}", file=sys.stderr, flush=True)
+
+    def sayer(self, watch: Watchdog) -> Callable[[str], None]:
+        """A `say` that prints on process 0 alone. Warnings of all kinds go the same way from now on."""
+
+        def say(line: str) -> None:
+            if watch.process_id == 0:
+                self.say(line)
+
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        return say
 
     def refuse_other_flags(self, instead: Mapping[str, str] | None = None) -> None:
         """Raises ValueError where a shared flag is given that the program does not take.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import flags as absl_flags
@@ -20,6 +20,15 @@ from paged_dist.launch.common.interrupt import INTERRUPTED
 
 class UsageError(Exception):
     """Bad input found before anything was compiled or written: its text is the one line that the user sees."""
+
+
+@contextlib.contextmanager
+def usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplementedError)) -> Iterator[None]:
+    """Errors of these kinds, in a block that compiles and writes nothing, become a UsageError."""
+    try:
+        yield
+    except kinds as e:
+        raise UsageError(str(e)) from e
 
 
 def run_program(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from paged_dist._errors import bad_value, require
@@ -53,10 +52,8 @@ def pod_settings_from_flags(topology: str | None) -> PodSettings:
     flag_checks.at_least(0, width=WIDTH.value, mlp_width=MLP_WIDTH.value)
     hidden = MLP_WIDTH.value
     require(WIDTH.value > 0 or hidden == 0, "--mlp_width", hidden, "needs the model's width", "give --width too")
-    q, kv = shared_flags.NUM_Q_HEADS.value, shared_flags.NUM_KV_HEADS.value
-    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    cap = given["soft_cap"].value
-    require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
+    flag_checks.check_head_counts()
+    flag_checks.above_zero(soft_cap=shared_flags.SOFT_CAP.value)
     check_hbm_flag_of(chip)
     flag_checks.check_output(shared_flags.OUTPUT.value)
     requests, workload = workload_flags.requests_from_flags()

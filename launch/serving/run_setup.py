@@ -64,11 +64,9 @@ def model_from_flags() -> Model:
         context=shared_flags.CONTEXT.value,
         model=shared_flags.MODEL.value,
     )
-    q, kv = shared_flags.NUM_Q_HEADS.value, shared_flags.NUM_KV_HEADS.value
     flag_checks.check_sizes()
-    require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
-    cap = shared_flags.SOFT_CAP.value
-    require(cap is None or 0 < cap < math.inf, "--soft_cap", cap, "must be above 0 and finite")
+    flag_checks.check_head_counts()
+    flag_checks.above_zero(soft_cap=shared_flags.SOFT_CAP.value)
     require(
         shared_flags.IMPLEMENTATION.value in (None, "pallas", "pallas_interpret", "xla"),
         "--implementation",
@@ -77,8 +75,8 @@ def model_from_flags() -> Model:
     )
     return Model(
         shared_flags.NUM_LAYERS.value,
-        q,
-        kv,
+        shared_flags.NUM_Q_HEADS.value,
+        shared_flags.NUM_KV_HEADS.value,
         shared_flags.HEAD_DIM.value,
         dtype,
         shared_flags.SOFT_CAP.value,

@@ -71,7 +71,7 @@ class Trace(NamedTuple):
         return said
 
 
-class _Where(NamedTuple):
+class _TracePlace(NamedTuple):
     """A file and a place in it ('line 3', 'item 0'), for errors."""
 
     flag: str
@@ -161,7 +161,7 @@ def _rows(text: io.TextIOBase, path: str, format: str | None, flag: str) -> tupl
     return format, _object_rows(objects, format)
 
 
-def _format_of(names: list[str], where: _Where) -> str:
+def _format_of(names: list[str], where: _TracePlace) -> str:
     """The format whose two columns are among `names`."""
     found = [name for name, one in FORMATS.items() if one.columns and set(one.columns) <= set(names)]
     if len(found) == 1:
@@ -182,7 +182,7 @@ def _format_of(names: list[str], where: _Where) -> str:
 def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
     """As `_rows`, of a CSV: its header is the first of `lines`, `before` which the file has that many other lines."""
     reader = csv.reader(lines, strict=True)
-    here = lambda: _Where(flag, path, f"line {before + max(reader.line_num, 1)}")
+    here = lambda: _TracePlace(flag, path, f"line {before + max(reader.line_num, 1)}")
     require(
         format is None or FORMATS[format].columns is not None,
         "--trace_format",
@@ -223,20 +223,20 @@ def _csv_rows(lines, path: str, format: str | None, flag: str, before: int):
 # JSON
 
 
-def _objects_of_lines(lines, path: str, flag: str, before: int) -> Iterator[tuple[_Where, dict]]:
+def _objects_of_lines(lines, path: str, flag: str, before: int) -> Iterator[tuple[_TracePlace, dict]]:
     for number, line in enumerate(lines, before + 1):
-        where = _Where(flag, path, f"line {number}")
+        where = _TracePlace(flag, path, f"line {number}")
         if line.strip():
             yield where, _as_object(_parsed(line.rstrip(), where), where)
 
 
-def _objects_of_a_list(lines, path: str, flag: str, before: int) -> Iterator[tuple[_Where, dict]]:
-    for i, one in enumerate(_parsed("".join(lines), _Where(flag, path, "an item"), before)):
-        where = _Where(flag, path, f"item {i}")
+def _objects_of_a_list(lines, path: str, flag: str, before: int) -> Iterator[tuple[_TracePlace, dict]]:
+    for i, one in enumerate(_parsed("".join(lines), _TracePlace(flag, path, "an item"), before)):
+        where = _TracePlace(flag, path, f"item {i}")
         yield where, _as_object(one, where)
 
 
-def _parsed(text: str, where: _Where, before: int | None = None):
+def _parsed(text: str, where: _TracePlace, before: int | None = None):
     """The JSON value of `text`, a line of the file; or of a whole file, after `before` other lines."""
 
     def unique(pairs):
@@ -255,13 +255,13 @@ def _parsed(text: str, where: _Where, before: int | None = None):
         raise where.error("is nested too deep", _known()) from e
 
 
-def _as_object(one, where: _Where) -> dict:
+def _as_object(one, where: _TracePlace) -> dict:
     if not isinstance(one, dict):
         raise where.error(f"is no JSON object: {json.dumps(one)[:80]}", _known())
     return one
 
 
-def _object_rows(objects: Iterator[tuple[_Where, dict]], format: str) -> Iterator[tuple[int, int]]:
+def _object_rows(objects: Iterator[tuple[_TracePlace, dict]], format: str) -> Iterator[tuple[int, int]]:
     names = FORMATS[format].columns
     for where, one in objects:
         if names is None:
@@ -274,7 +274,7 @@ def _object_rows(objects: Iterator[tuple[_Where, dict]], format: str) -> Iterato
         yield _tokens(one[names[0]], names[0], here), _tokens(one[names[1]], names[1], here)
 
 
-def _conversation(one: dict, where: _Where) -> tuple[int, int]:
+def _conversation(one: dict, where: _TracePlace) -> tuple[int, int]:
     """Estimated tokens of all text before a conversation's first answer, and of that answer (0: there is none)."""
     turns = one.get("conversations")
     if not isinstance(turns, list):
@@ -294,7 +294,7 @@ def _conversation(one: dict, where: _Where) -> tuple[int, int]:
     return math.ceil(size / BYTES_A_TOKEN), 0
 
 
-def _tokens(value, column: str, where: Callable[[], _Where]) -> int:
+def _tokens(value, column: str, where: Callable[[], _TracePlace]) -> int:
     """The whole number of tokens in a CSV's field or a JSON value."""
     if isinstance(value, str) and len(value) < 10 and value.isascii() and value.isdecimal():
         return int(value)  # nearly all there are

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from paged_dist._errors import bad_value, require
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
@@ -60,7 +58,7 @@ def requests_from_flags() -> tuple[list[Request], str]:
         TRACE.value is not None or TRACE_FORMAT.value is None, "--trace_format", TRACE_FORMAT.value, "needs --trace"
     )
     scale = LENGTH_SCALE.value
-    require(0 < scale < math.inf, "--length_scale", scale, "must be above 0 and finite")
+    flag_checks.above_zero(length_scale=scale)
     if TRACE.value is not None:
         trace = read_trace(TRACE.value, NUM_REQUESTS.value, TRACE_FORMAT.value)
         requests, name = trace.requests, trace.name

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from paged_dist.launch import plan
 from paged_dist.launch.common.program import Program
 from paged_dist.launch.common.slices import bookable_slice, chip_of_topology
 from paged_dist.launch.planning import plan_flags, sizing
 from paged_dist.launch.planning.absent_chips import absent_pod_mesh
 from paged_dist.launch.planning.fitting import checked_sizes
+from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.planning.plan_text import problems
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.sweeps.points import Point, SweepSize, batch_step, points_of
@@ -68,7 +68,7 @@ def run_plans(program: Program, sweep: PlannedSweep) -> int:
     for point in rows.due():
         rows.say(str(point))
         try:
-            r = plan.plan_record(sweep.settings[point], sweep.fits)
+            r = plan_record(sweep.settings[point], sweep.fits)
         except (ValueError, NotImplementedError, RuntimeError) as e:
             rows.say(f"error: {point}: {e}")
             return 1

@@ -12,6 +12,7 @@ from paged_dist.launch.common.program import Program
 from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.common.start_jax import watchdog
 from paged_dist.launch.serving import run_setup
+from paged_dist.launch.serving.measure_run import measure_run
 from paged_dist.launch.serving.workload import repeated
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import SweepSize, points_of, print_points
@@ -88,7 +89,7 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
 
     with watchdog(program.name) as watch:
         watch.watch_for_preemption()
-        say = decode.sayer(program.name, watch)
+        say = program.sayer(watch)
         watch.agree(run_setup.flags_to_agree_on(requests))
         devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         try:
@@ -115,7 +116,16 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
                 return PREEMPTED
             say(str(point))
             finish = lambda record, point=point: int(not (rows.add(point, record) and record["oracle_passed"]))
-            code = decode.measure_run(runs[point], watch, say, finish, tag=f" of {i}", sweep=i * _STEPS_A_POINT)
+            code = measure_run(
+                program,
+                runs[point],
+                watch,
+                say,
+                finish,
+                oracle_samples=decode.ORACLE_SAMPLES.value,
+                tag=f" of {i}",
+                sweep=i * _STEPS_A_POINT,
+            )
             if code != 0:
                 return code
         return watch.decide("the table", None, lambda _: rows.conclude())

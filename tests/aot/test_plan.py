@@ -35,6 +35,7 @@ from paged_dist.launch.planning import (
     step_facts,
     step_floor,
 )
+from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.serving.workload import draw_requests, sequences_on_shards
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.ops.collectives import attention_collectives
@@ -411,11 +412,9 @@ def test_the_count_of_sequences_is_pages_over_mean_pages_whatever_the_number_of_
 def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_compiles():
     shape = ["--context_tokens=100", "--layers=1"]
     with pytest.raises(ValueError, match="--num_pages=258048: cache and step take more") as e:
-        plan.plan_record(settings("--num_pages=258048", *shape, topology="v5e:2x2"))
+        plan_record(settings("--num_pages=258048", *shape, topology="v5e:2x2"))
     most = advised(e.value)["num_pages"]
-    assert (
-        plan.plan_record(settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
-    )
+    assert plan_record(settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
 
 
 @needs_libtpu
@@ -433,7 +432,7 @@ def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_com
 def test_a_planned_step_is_in_place_and_communicates_what_attention_does(topology, slices, more):
     shape = ["--num_kv_heads=4", "--num_q_heads=32", "--layers=5", "--model_parallelism=8", f"--num_slices={slices}"]
     s = settings(*shape, *more, topology=topology)
-    r = plan.plan_record(s)
+    r = plan_record(s)
     assert plan_text.problems(r) == [] and r["pool_copies"] == [] and r["sends"] == []
     assert r["aliased_bytes"] >= r["cache_bytes"] > 0.9 * r["hbm_bytes"]
     mesh = absent_chips.absent_pod_mesh(s)
@@ -467,7 +466,7 @@ def test_a_planned_step_is_in_place_and_communicates_what_attention_does(topolog
 )
 def test_weights_are_counted_and_split_as_in_readme_s_layer(shape, mlp, over):
     heads = ["--num_kv_heads=4", "--num_q_heads=8", "--layers=3", "--width=256"]
-    r = plan.plan_record(settings(*heads, shape, f"--mlp_width={mlp}", topology="v5e:4x4"))
+    r = plan_record(settings(*heads, shape, f"--mlp_width={mlp}", topology="v5e:4x4"))
     assert plan_text.problems(r) == []
     split = math.prod(r["mesh"][name] for name in over)
     assert r["weights_bytes"] == 2 * 3 * 256 * ((8 + 4 + 4) * 128 // 4 + 8 * 128 // split + 3 * mlp // split)
@@ -612,7 +611,7 @@ def test_whatever_mesh_is_asked_the_one_advised_is_taken(sizes, topology, slices
     "topology", ["v6e:1x1", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5e:1x1", "tpu7x:1x1x1"))]
 )
 def test_a_single_chip_is_planned(topology):
-    r = plan.plan_record(settings("--layers=40", "--kv_dtype=int8", topology=topology))
+    r = plan_record(settings("--layers=40", "--kv_dtype=int8", topology=topology))
     assert plan_text.problems(r) == [] and r["chips"] == 1 and r["sequences"] > 0
     assert r["used_bytes"] > 0.95 * r["hbm_bytes"]
 

@@ -7,6 +7,7 @@ from aot import needs_libtpu
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.planning import hlo_text, plan_text
+from paged_dist.launch.planning.plan_record import plan_record
 
 HLO = """
 %fused (p.1: bf16[4,64,256]) -> bf16[4,64,256] {
@@ -54,7 +55,7 @@ def planned(mlp_width, topology="tpu7x:2x2x1"):
     shape = ["--num_kv_heads=8", "--num_q_heads=16", "--layers=4", "--width=1024", "--num_pages=2048"]
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *shape, f"--mlp_width={mlp_width}"])
-        return plan.plan_record(plan.plan_settings())
+        return plan_record(plan.plan_settings())
 
 
 @needs_libtpu

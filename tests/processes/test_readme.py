@@ -14,6 +14,7 @@ import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.planning.plan_text import plan_table
 
 README = pathlib.Path(__file__).parents[2] / "README.md"
@@ -112,7 +113,7 @@ def test_the_plan_of_the_readme_is_what_is_printed():
     ((command, printed),) = re.findall(r"^```\n\$ \./run plan (.*?)\n(.*?)^```", README.read_text(), flags=re.S | re.M)
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", *command.split()])
-        text = plan_table(plan.plan_record(plan.plan_settings()))
+        text = plan_table(plan_record(plan.plan_settings()))
 
     def kept(lines):
         text = re.sub(r"^(versions|compile) .*\n( .*\n)*", "", lines + "\n", flags=re.M)

@@ -12,6 +12,7 @@ from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
 from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
+from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.planning.plan_text import plan_table
 from paged_dist.launch.serving import report, results, run_setup, workload_flags
 from paged_dist.launch.sweeps import scaling_report
@@ -143,7 +144,7 @@ def test_a_plan_prints_what_its_attention_does():
     arguments = ["--topology=v5e:2x2", "--layers=1", "--soft_cap=30", "--sliding_window=512", "--hbm_gib=1"]
     with flagsaver.flagsaver():
         FLAGS(["plan", *arguments])
-        text = plan_table(plan.plan_record(plan.plan_settings()))
+        text = plan_table(plan_record(plan.plan_settings()))
     assert "cache bfloat16, soft cap 30, window 512" in " ".join(text.split())
 
 

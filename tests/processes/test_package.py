@@ -327,7 +327,7 @@ def test_run_names_its_commands_where_there_is_no_such_one():
 def test_missing_tpu_compiler_skips_unless_it_is_required(monkeypatch, present, required, skips):
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: bool(present))
     monkeypatch.setenv("PAGED_DIST_REQUIRE_LIBTPU", required)
-    spec = importlib.util.spec_from_file_location("aot_again", TREE / "tests" / "aot.py")
+    spec = importlib.util.spec_from_file_location("aot_again", TREE / "tests" / "support" / "aot.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.needs_libtpu.args == (bool(skips),)

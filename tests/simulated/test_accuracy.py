@@ -11,7 +11,6 @@ import pytest
 
 import paged_dist
 from paged_dist.launch import accuracy
-from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import flags as shared
 
 SETTINGS = accuracy.Settings(2, 8, 2, 128, 64, 1, (128, 1024))
@@ -60,13 +59,6 @@ def test_logits_have_a_standard_deviation_of_one_in_every_case():
         np.testing.assert_allclose(logits.std(axis=-1), 1, atol=0.06)
 
 
-def settings_of(**values):
-    """The flags as the console script sets them, and `values`."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
-    return flagsaver.flagsaver(**{**accuracy._DEFAULTS, **values})
-
-
 def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, tmp_path):
     """Without the query's smoothing the cases without it are as they were, and the third is not."""
     right = paged_dist.sharded_paged_attention
@@ -78,7 +70,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
     monkeypatch.setattr(paged_dist, "sharded_paged_attention", unsmoothed)
     monkeypatch.setattr(shared, "simulate_devices", lambda *_, **__: None)
     path = tmp_path / "out.jsonl"
-    with settings_of(context_lengths=["64"], output=str(path)):
+    with flagsaver.launcher_flags(accuracy, context_lengths=["64"], output=str(path)):
         assert accuracy.main(()) == 1
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
@@ -104,6 +96,6 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
 def test_bad_flags_are_refused_before_anything_runs(monkeypatch, change, says):
     monkeypatch.setattr(shared, "simulate_devices", lambda *_, **__: None)
     monkeypatch.setattr(accuracy, "measure", lambda s: pytest.fail("went on to measure"))
-    with settings_of(**change), pytest.raises(shared.UsageError) as refusal:
+    with flagsaver.launcher_flags(accuracy, **change), pytest.raises(shared.UsageError) as refusal:
         accuracy.main(())
     assert says in str(refusal.value)

@@ -85,7 +85,7 @@ def test_describe_says_what_a_step_communicates(options, expected):
     )
 
 
-def decode(cache, query, new, prompts, lengths, tables, *, output_heads):
+def prompts_and_steps(cache, query, new, prompts, lengths, tables, *, output_heads):
     """Prompts written, then 8 steps that append and attend in each layer. Returns (cache, sum of outputs)."""
 
     tokens = query.shape[1] if query.ndim == 4 else 1
@@ -147,7 +147,7 @@ def test_compiled_attention_talks_over_context_alone_as_predicted(
         array(jnp.int32, batch, over=("data",)),
         array(jnp.int32, batch, 16, over=("data",)),
     )
-    program = functools.partial(decode, output_heads=output_heads)
+    program = functools.partial(prompts_and_steps, output_heads=output_heads)
     text = compile_on(mesh, program, *arguments, donate_argnums=0).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') >= 3  # the kernels: prompts, append, attend
 

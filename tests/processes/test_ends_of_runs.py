@@ -15,7 +15,7 @@ from paged_dist.launch.local_pod import pod_environment
 SMALL = ["--num_requests=4", "--max_context=50", "--layers=1", "--num_kv_heads=2", "--num_q_heads=2", "--batch=4"]
 
 
-def faulty(tmp_path, fault, *flags):
+def run_with_fault(tmp_path, fault, *flags):
     """(exit code, stdout, its own lines on stderr, record) of a decode run with a fault, see faulty_decode.py."""
     path = tmp_path / "out.jsonl"
     command = [*FAULTY_DECODE, *SMALL, "--max_generated=20", "--cpu_devices=2", f"--output={path}", *flags]
@@ -26,7 +26,7 @@ def faulty(tmp_path, fault, *flags):
 
 
 def test_ctrl_c_ends_decoding_before_the_next_step_with_the_partial_record(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "SIGINT:0:5")
+    code, out, lines, record = run_with_fault(tmp_path, "SIGINT:0:5")
     assert code == 130 and record["partial"] and record["steps"] == 6 and record["oracle_passed"]
     assert "PARTIAL" in out and "asked to stop after 6 steps" in out
     assert lines[-1] == "interrupted: stops before the next step; Ctrl-C once more ends it at once"
@@ -44,12 +44,12 @@ def test_ctrl_c_on_one_of_several_stops_all_before_the_same_step(tmp_path, proce
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_compiles_is_one_line(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "compile:0:0")
+    code, out, lines, record = run_with_fault(tmp_path, "compile:0:0")
     assert (code, out, record) == (130, "", None) and lines[-1] == "interrupted"
 
 
 def test_a_profile_that_cannot_be_written_costs_a_line_and_not_the_record(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "profile:0:1000", f"--profile_dir={tmp_path}/profile")
+    code, out, lines, record = run_with_fault(tmp_path, "profile:0:1000", f"--profile_dir={tmp_path}/profile")
     assert code == 1 and not record["partial"] and record["steps"] >= 20
     assert record["profile_error"] == "OSError: [Errno 28] No space left on device"
     assert "tokens/s" in out

@@ -70,13 +70,13 @@ def slices(jobset):
 
 
 @pytest.fixture(scope="module")
-def pod(slices):
+def pod_spec(slices):
     return pod_spec_of(slices)
 
 
 @pytest.fixture(scope="module")
-def container(pod):
-    return container_of(pod)
+def container(pod_spec):
+    return container_of(pod_spec)
 
 
 def host_names(jobset, slices, index: int) -> list[str]:
@@ -96,10 +96,10 @@ def test_jobset_gives_its_pods_names_that_resolve_before_they_are_ready(jobset, 
             assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", label)
 
 
-def test_jobset_has_a_pod_a_host_and_puts_each_slice_in_a_node_pool_of_its_own(jobset, slices, pod, container):
+def test_jobset_has_a_pod_a_host_and_puts_each_slice_in_a_node_pool_of_its_own(jobset, slices, pod_spec, container):
     job = slices["template"]["spec"]
     chips_a_host = container["resources"]["limits"]["google.com/tpu"]
-    assert job["parallelism"] == job["completions"] == math.prod(slice_shape(pod)) / chips_a_host
+    assert job["parallelism"] == job["completions"] == math.prod(slice_shape(pod_spec)) / chips_a_host
     assert job["completionMode"] == "Indexed"
     exclusive = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
     assert exclusive == "cloud.google.com/gke-nodepool"
@@ -110,9 +110,9 @@ def test_jobset_asks_for_all_chips_of_a_host(container):
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": 4}
 
 
-def test_jobset_mesh_covers_the_chips_and_splits_the_heads(slices, pod, container):
+def test_jobset_mesh_covers_the_chips_and_splits_the_heads(slices, pod_spec, container):
     sizes, values = mesh_sizes_of(container), flags_of_container(container)
-    assert math.prod(sizes.values()) == slices["replicas"] * math.prod(slice_shape(pod))
+    assert math.prod(sizes.values()) == slices["replicas"] * math.prod(slice_shape(pod_spec))
     assert int(values["num_kv_heads"]) % sizes["model"] == 0
     assert int(values["num_q_heads"]) % int(values["num_kv_heads"]) == 0
 
@@ -133,9 +133,9 @@ def test_jobset_waits_longer_for_a_pod_to_start_than_for_one_that_is_dead(contai
     assert float(times["start_timeout_seconds"]) > float(times.get("timeout_seconds", usual))
 
 
-def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failure(jobset, slices, pod, container):
+def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failure(jobset, slices, pod_spec, container):
     job = slices["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy needs, too
+    assert pod_spec["restartPolicy"] == "Never"  # which podFailurePolicy needs, too
     assert job["backoffLimit"] == 0
     rules = job["podFailurePolicy"]["rules"]
     codes = [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]
@@ -149,11 +149,11 @@ def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failu
     assert last["action"] == "FailJobSet" and "onJobFailureReasons" not in last
 
 
-def test_jobset_writes_its_output_on_a_volume_that_all_hosts_share(pod, container):
+def test_jobset_writes_its_output_on_a_volume_that_all_hosts_share(pod_spec, container):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     (volume,) = (
         v
-        for v in pod["volumes"]
+        for v in pod_spec["volumes"]
         if v["name"] == mounts[str(pathlib.PurePath(flags_of_container(container)["output"]).parent)]
     )
     assert volume["persistentVolumeClaim"]["claimName"]
@@ -291,11 +291,11 @@ def test_slurm_job_ends_with_the_steps_exit_code(played, code):
     assert played.run("bash", PLATFORMS / "slurm.sbatch").returncode == code
 
 
-def test_slurm_and_gke_ask_in_time_for_the_partial_result(pod):
+def test_slurm_and_gke_ask_in_time_for_the_partial_result(pod_spec):
     options = sbatch_options()
     # Without a B: the signal goes to the processes, not to the script.
     seconds = int(re.fullmatch(r"TERM@(\d+)", options["signal"])[1])
-    assert seconds == pod["terminationGracePeriodSeconds"] >= 30
+    assert seconds == pod_spec["terminationGracePeriodSeconds"] >= 30
     hours, minutes, rest = map(int, options["time"].split(":"))
     assert seconds < 3600 * hours + 60 * minutes + rest
 

@@ -4,10 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
-from commands import json_rows, launcher, run_launcher
+from commands import json_rows, launcher, run_launcher, wait_for
 
 LIMIT = 120  # seconds, for one sweep
 SMALL = ["--num_requests=4", "--max_context=60", "--max_generated=6", "--layers=1", "--num_q_heads=4", "--batch=4"]
@@ -30,23 +29,18 @@ def of_this_sweep(mark):
     return found
 
 
-def wait_for(holds):
-    until = time.monotonic() + LIMIT
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped_and_leaves_nobody(tmp_path):
     out, plot = tmp_path / "rows.jsonl", tmp_path / "plots" / "rows.svg"
     seed = int.from_bytes(os.urandom(3))  # marks the processes as this test's
     sweep = ["--processes=1,2", "--devices=1", "--scaling=strong", f"--output={out}", f"--seed={seed}", *SMALL]
     with subprocess.Popen(launcher("scaling", *sweep), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
         try:
-            wait_for(lambda: len(json_rows(out)) == 1 and any(i != p.pid for i in of_this_sweep(f"--seed={seed}")))
+            wait_for(
+                lambda: len(json_rows(out)) == 1 and any(i != p.pid for i in of_this_sweep(f"--seed={seed}")), LIMIT
+            )
         finally:
             p.kill()
-    wait_for(lambda: not of_this_sweep(f"--seed={seed}"))
+    wait_for(lambda: not of_this_sweep(f"--seed={seed}"), LIMIT)
     (first,) = json_rows(out)
     with open(out, "a") as file:
         file.write('{"benchmark": "sca')  # and the machine went down in the middle of a line
@@ -72,7 +66,7 @@ def test_sigterm_ends_a_sweep_with_75_and_its_rows_are_kept(tmp_path):
     sweep = ["--processes=1,2", "--devices=1", "--scaling=weak", f"--output={out}", f"--seed={seed}", *SMALL]
     with subprocess.Popen(launcher("scaling", *sweep), stderr=subprocess.PIPE, text=True) as p:
         try:
-            wait_for(lambda: len(json_rows(out)) == 1 and len(of_this_sweep(f"--seed={seed}")) > 1)
+            wait_for(lambda: len(json_rows(out)) == 1 and len(of_this_sweep(f"--seed={seed}")) > 1, LIMIT)
             p.terminate()
             _, err = p.communicate(timeout=LIMIT)
         finally:

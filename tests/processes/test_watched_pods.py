@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import LIMIT
+from commands import COMMAND_LIMIT
 from decode_pod import FAULTY_DECODE, DecodePod
 from processes import free_port, run_processes, start
 
@@ -23,7 +23,7 @@ from paged_dist.launch.serving import report
 def test_a_process_whose_stderr_cannot_be_written_ends_all_the_same():
     script = "from paged_dist import Watchdog\nWatchdog(5)._end(3, 'lost')\n"
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-P", "-c", script], stderr=full, timeout=LIMIT)
+        done = subprocess.run([sys.executable, "-P", "-c", script], stderr=full, timeout=COMMAND_LIMIT)
     assert done.returncode == LOST
 
 
@@ -57,7 +57,7 @@ print("RESULT", total, gathered)
 def test_real_processes_have_one_watchdog_after_another_and_their_handlers_back(late):
     address = f"127.0.0.1:{free_port()}"
     scripts = [start(address, 3, i) + ONE_AFTER_ANOTHER.format(late=late) for i in range(3)]
-    for code, out, err in run_processes(scripts, LIMIT):
+    for code, out, err in run_processes(scripts, COMMAND_LIMIT):
         assert code == 0 and "RESULT 3 [0, 1, 2]" in out, err
 
 
@@ -159,7 +159,7 @@ def test_a_second_start_of_a_process_and_of_a_coordinator_leaves_the_run_alone(t
         for i in (0, 1):
             environment = pod_environment(i, 2, 1, port, dict(os.environ)) | {"FAULT": "none:0:0"}
             command = [*FAULTY_DECODE, "--num_requests=1", "--timeout_seconds=4"]
-            late.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT))
+            late.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMMAND_LIMIT))
         assert [done.returncode for done in late] == [1, 1]
         for i, done in enumerate(late):
             two = rf"two processes were started with process_id={i}: one on .+, pid {pod.processes[i].pid}, one on"

@@ -162,7 +162,7 @@ def test_numbers_are_the_same_under_x64(implementation):
         case.check(output, sm_scale=SCALE, sliding_window=9)
         new = np.full((4, 3, 2, 128), 2, np.float32)
         cache = pd.append_kv(cache, new, new, lengths - 3, tables, implementation=implementation)
-        for tokens in written(cache, [(case.arrays["block_tables"][3], 64)]):
+        for tokens in written_tokens(cache, [(case.arrays["block_tables"][3], 64)]):
             np.testing.assert_array_equal(tokens[:, 61:], 2)
 
 
@@ -179,7 +179,7 @@ def test_heads_that_cannot_be_scattered_are_refused():
 # ------------------------------------------------------------------------------------------------------- writes
 
 
-def written(cache, rows) -> list[np.ndarray]:
+def written_tokens(cache, rows) -> list[np.ndarray]:
     """The tokens of `rows`, a list of (row's table, count): [Hkv, count, D] of keys, then of values."""
     pools = [np.asarray(x, np.float32) for x in cache.to_pages()[:2]]
     page_size = cache.spec.page_size
@@ -243,7 +243,7 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
         query = jnp.asarray(np.random.default_rng(3).standard_normal((4, 8, 128)), jnp.float32)
         output = pd.sharded_paged_attention(query, cache, n + 1, t, layer=1, sm_scale=SCALE)
         last = jax.tree.map(lambda x: x[1], cache)
-        held.append((written(last, zip(tables, lengths + 1, strict=True)), np.asarray(output)))
+        held.append((written_tokens(last, zip(tables, lengths + 1, strict=True)), np.asarray(output)))
     for one, four in zip(held[0][0], held[1][0], strict=True):
         np.testing.assert_array_equal(one, four)
     np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)

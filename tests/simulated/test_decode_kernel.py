@@ -78,7 +78,7 @@ LONG |= {
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 
 
-def run(case: OneChipCase, sizes, interpret, *, seed=0, layer=1, **options):
+def run_in_stacked_pools(case: OneChipCase, sizes, interpret, *, seed=0, layer=1, **options):
     """(output, lse) of the case in stacked, poisoned pools, and the oracle's."""
     (query, k, v, lengths, tables), expected = poisoned_arrays(case, seed)
     width = max(128, case.D)
@@ -120,7 +120,7 @@ def run(case: OneChipCase, sizes, interpret, *, seed=0, layer=1, **options):
     ],
 )
 def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
-    (output, lse), expected = run(case, sizes, simulated(cores))
+    (output, lse), expected = run_in_stacked_pools(case, sizes, simulated(cores))
     assert output.dtype == case.query_dtype
     assert_close_to_oracle(case, expected, output, lse)
     assert_no_races()
@@ -152,7 +152,7 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
         soft_cap=None if rng.random() < 0.7 else 3.0,
     )
     sizes = BlockSizes(int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4)))
-    (output, lse), expected = run(case, sizes, simulated(), seed=seed)
+    (output, lse), expected = run_in_stacked_pools(case, sizes, simulated(), seed=seed)
     assert_close_to_oracle(case, expected, output, lse)
     assert_no_races()
 
@@ -186,7 +186,10 @@ def test_sinks_join_the_denominator_and_are_an_empty_rows_lse(D, interpret):
 @pytest.mark.slow
 def test_block_sizes_change_rounding_only_and_runs_change_nothing():
     case = OneChipCase("sizes", P=16, S=6, lengths=(96, 0, 50, 17, 95, 1))
-    outputs = [np.asarray(run(case, sizes, simulated())[0][0]) for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))]
+    outputs = [
+        np.asarray(run_in_stacked_pools(case, sizes, simulated())[0][0])
+        for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))
+    ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     for output in outputs[2:]:
         np.testing.assert_allclose(output, outputs[0], atol=1e-6, rtol=1e-5)
@@ -214,7 +217,7 @@ def test_a_batch_whose_table_overflows_scalar_memory_is_split(monkeypatch):
     )
     whole = decode_plan.rows_per_launch
     monkeypatch.setattr(decode_launch, "rows_per_launch", lambda plan: min(3, whole(plan)))
-    (output, lse), expected = run(case, SMALL, simulated())
+    (output, lse), expected = run_in_stacked_pools(case, SMALL, simulated())
     assert launches == [3, 3, 1]
     assert_close_to_oracle(case, expected, output, lse)
 

@@ -19,7 +19,7 @@ from paged_dist.kernels.target import Target
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 
 
-def check(case: OneChipCase, expected, output, lse):
+def check_quantized(case: OneChipCase, expected, output, lse):
     np.testing.assert_allclose(lse, expected[1], atol=1e-4, rtol=1e-4)
     error = np.linalg.norm(np.asarray(output, np.float64) - expected[0])
     assert error <= (5e-3 if case.query_dtype == "bfloat16" else 1e-4) * np.linalg.norm(expected[0])  # 0 if all empty
@@ -66,7 +66,7 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     arrays, scales, expected = quantized_arrays(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     options = dict(starts=starts, return_lse=True, block_sizes=sizes, interpret=simulated(cores))
-    check(case, expected, *paged_decode_attention(*arrays, **scales, **case.options, **options))
+    check_quantized(case, expected, *paged_decode_attention(*arrays, **scales, **case.options, **options))
     assert_no_races()
 
 
@@ -88,7 +88,9 @@ def test_what_single_chips_do_differently_equals_the_oracle(case, target):
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     scales = {name: pack_scales(x)[None] for name, x in scales.items()}
     options = dict(block_sizes=SMALL, target=target, interpret=simulated(target.num_cores), **case.options)
-    check(case, expected, *decode_pages_pallas(query, k[None], v[None], *rest, starts=starts, **scales, **options))
+    check_quantized(
+        case, expected, *decode_pages_pallas(query, k[None], v[None], *rest, starts=starts, **scales, **options)
+    )
     assert_no_races()
 
 
@@ -106,7 +108,9 @@ def test_what_single_chips_do_differently_equals_the_oracle(case, target):
 def test_xla_form_equals_the_oracle(case):
     arrays, scales, expected = quantized_arrays(case)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
-    check(case, expected, *paged_decode_attention(*arrays, **scales, starts=starts, return_lse=True, **case.options))
+    check_quantized(
+        case, expected, *paged_decode_attention(*arrays, **scales, starts=starts, return_lse=True, **case.options)
+    )
 
 
 @pytest.mark.parametrize("interpret", [None, simulated()], ids=["xla", "kernel"])
@@ -120,7 +124,7 @@ def test_layers_are_picked_with_their_scales(interpret):
         options = dict(block_sizes=SMALL, interpret=interpret, return_lse=True, **case.options)
         return paged_decode_attention(query, *pools, *rest, layer=layer, **scales, **options)
 
-    check(case, expected, *jax.jit(attend)(1))
+    check_quantized(case, expected, *jax.jit(attend)(1))
 
 
 def test_page_attention_takes_scales():
@@ -155,7 +159,7 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     arrays, scales, expected = quantized_arrays(case, seed)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     options = dict(starts=starts, return_lse=True, block_sizes=sizes, interpret=simulated())
-    check(case, expected, *paged_decode_attention(*arrays, **scales, **case.options, **options))
+    check_quantized(case, expected, *paged_decode_attention(*arrays, **scales, **case.options, **options))
     assert_no_races()
 
 

@@ -30,7 +30,7 @@ ONE_PAGE = BlockSizes(pages_per_cell=1, cells_per_step=4, steps_ahead=1)
 BF16 = dict(dtype="bfloat16", query_dtype="bfloat16")
 
 
-def check(case: OneChipCase, expected, output, lse, dtype=None):
+def check_queries(case: OneChipCase, expected, output, lse, dtype=None):
     """Against the oracle; both must agree, exactly, on which queries see nothing."""
     assert output.dtype == (dtype or case.query_dtype) and lse.dtype == jnp.float32
     tolerance = 2e-2 if case.query_dtype == "bfloat16" else 1e-4  # weights go into a product as the query's dtype
@@ -79,7 +79,7 @@ def mark(case):
     [pytest.param(*x, id=x[0].name, marks=mark(x[0])) for x in CASES],
 )
 def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
-    check(case, *run(case, sizes, simulated(cores)))
+    check_queries(case, *run_queries(case, sizes, simulated(cores)))
     assert_no_races()
 
 
@@ -91,10 +91,10 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     ],
 )
 def test_xla_form_equals_the_oracle(case):
-    check(case, *run(case, None, None))
+    check_queries(case, *run_queries(case, None, None))
 
 
-def run(case: OneChipCase, sizes, interpret, *, seed=0, sinks=None):
+def run_queries(case: OneChipCase, sizes, interpret, *, seed=0, sinks=None):
     """The oracle's results, and the op's (output, lse), over layer 1 of poisoned pools."""
     scales = {}
     if case.dtype in (INT8, FP8):
@@ -123,8 +123,8 @@ def test_sinks_join_each_query_s_denominator(D, interpret):
     """Those of -inf too, of queries that see nothing."""
     case = OneChipCase("sinks", Q=3, Hq=8, P=16, D=D, lengths=(33, 0, 1))
     sinks = np.array([0.5, -1.0, 3.0, -np.inf, 0.0, 20.0, -30.0, 1.0], np.float32)
-    expected, output, lse = run(case, SMALL, interpret, sinks=sinks)
-    check(case, expected, output, lse)
+    expected, output, lse = run_queries(case, SMALL, interpret, sinks=sinks)
+    check_queries(case, expected, output, lse)
     np.testing.assert_array_equal(lse[1], np.broadcast_to(sinks, (3, 8)))
 
 
@@ -153,7 +153,7 @@ def test_parts_of_context_shards_with_queries_that_see_nothing_merge_to_the_whol
             output, lse = decode_pages_pallas(query, k[None], v[None], jnp.asarray(n), jnp.asarray(table), **options)
             assert_no_races()
         assert (output.astype(jnp.bfloat16) != output).any()
-        check(case, alone, output, lse, "float32")
+        check_queries(case, alone, output, lse, "float32")
         empty = np.isneginf(alone[1])[..., 0]
         hits += (empty.any(axis=1) & ~empty.all(axis=1)).sum()
         parts.append((np.asarray(output, np.float64), np.asarray(lse, np.float64)))
@@ -191,7 +191,7 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     )
     sizes = BlockSizes(int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 4])), int(rng.integers(1, 4)))
     cores = int(rng.integers(1, 3)) if P < 128 else 1  # of two, each has less vector memory than sizes at random take
-    check(case, *run(case, sizes, simulated(cores), seed=seed))
+    check_queries(case, *run_queries(case, sizes, simulated(cores), seed=seed))
     assert_no_races()
 
 
@@ -203,7 +203,7 @@ def test_new_tokens_that_do_not_fit_beside_each_other_take_several_launches(monk
         decode_launch, "_launch", lambda plan, *x, **k: launches.append(plan.Q) or launch(plan, *x, **k)
     )
     monkeypatch.setattr(decode_launch, "fits", lambda plan: plan.Q <= 2)
-    check(case, *run(case, None, simulated()))
+    check_queries(case, *run_queries(case, None, simulated()))
     assert launches == [1, 2]
 
 

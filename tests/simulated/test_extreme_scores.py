@@ -19,7 +19,7 @@ SLOW_KERNEL = pytest.mark.parametrize(
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def arrays(case: OneChipCase, scores):
+def arrays_of_scores(case: OneChipCase, scores):
     """The case's arrays with q . k equal to `scores` [B] at every live token, and V that tells the tokens apart."""
     (query, k, v, lengths, tables), _ = poisoned_arrays(case)
     live = np.isfinite(np.asarray(k, np.float32))
@@ -55,7 +55,7 @@ SCORES = (-3.0e38, -3.0e38, -2.5e38, 3.0e38)  # the first and the third below DE
     ],
 )
 def test_equal_live_scores_far_from_zero_weigh_the_same(case, interpret):
-    query, k, v, lengths, tables = arrays(case, SCORES)
+    query, k, v, lengths, tables = arrays_of_scores(case, SCORES)
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -80,7 +80,7 @@ def test_scores_beyond_f32_count_as_its_ends(Q, interpret):
     """q . k is an infinity there; no output is NaN, and the lse is finite, for merges take -inf for empty."""
     scores = (-1e39, 1e39, 1.0, -1e39, 1e39)
     case = OneChipCase("beyond", Q=Q, lengths=(1, 1, 0, 9, 9), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, scores)
+    query, k, v, lengths, tables = arrays_of_scores(case, scores)
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -93,7 +93,7 @@ def test_scores_beyond_f32_count_as_its_ends(Q, interpret):
 @SLOW_KERNEL
 def test_the_largest_of_live_scores_takes_all_across_cells_and_sinks_join(interpret):
     case = OneChipCase("across", Hq=4, Hkv=1, S=5, lengths=(40, 40), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (-3.3e38, -3.3e38))
+    query, k, v, lengths, tables = arrays_of_scores(case, (-3.3e38, -3.3e38))
     k = k.at[:, tables[0, 3], 5].multiply(0.5)  # one token of sequence 0 at half the others' distance
     for sinks in (None, np.array([-1.0, -3.4e38, -np.inf, -2e38], np.float32)):
         output, lse = paged_decode_attention(
@@ -107,7 +107,7 @@ def test_the_largest_of_live_scores_takes_all_across_cells_and_sinks_join(interp
 @SLOW_KERNEL
 def test_a_soft_cap_bounds_them(interpret):
     case = OneChipCase("cap", lengths=(1, 9), soft_cap=30.0, sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (-1e39, 1e39))
+    query, k, v, lengths, tables = arrays_of_scores(case, (-1e39, 1e39))
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, soft_cap=30.0, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -158,7 +158,7 @@ SEED = {
     ],
 )
 def test_the_seeds_op_too_whatever_its_mask_value(form, case, mask_value):
-    given = arrays(case, SCORES)
+    given = arrays_of_scores(case, SCORES)
     options = {} if mask_value is None else dict(mask_value=mask_value)
     if form == "reference":
         output = ref_paged_attention(*given, **options)
@@ -170,7 +170,7 @@ def test_the_seeds_op_too_whatever_its_mask_value(form, case, mask_value):
 @SLOW_KERNEL
 def test_nan_in_a_live_key_is_not_hidden(interpret):
     case = OneChipCase("nan", lengths=(9, 9), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (1.0, 1.0))
+    query, k, v, lengths, tables = arrays_of_scores(case, (1.0, 1.0))
     k = k.at[:, tables[0, 0], 2].set(jnp.nan)
     output = paged_decode_attention(query, k, v, lengths, tables, block_sizes=SMALL, interpret=interpret)
     assert np.isnan(output[0]).all() and np.isfinite(output[1]).all()

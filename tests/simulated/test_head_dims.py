@@ -41,7 +41,7 @@ def test_a_head_is_stored_in_64_lanes_or_in_whole_rows_and_bytes_are_those(head_
     assert sum(x.size * x.dtype.itemsize for x in arrays) == int8.bytes_total == 8 * int8.bytes_per_chip(mesh)
 
 
-def pages_of(dtype: str, head_dim: int, page_size: int, layers: int | None = None):
+def pages_of_head_dim(dtype: str, head_dim: int, page_size: int, layers: int | None = None):
     """Pages [.., 4, N, P, D] of `dtype`, and of 8-bit ones their scales."""
     rng = np.random.default_rng(head_dim)
     shape = (*([layers] if layers else []), 4, max(16, 4096 // page_size), page_size, head_dim)
@@ -68,7 +68,7 @@ def lanes_behind(spec: pd.CacheSpec, pool) -> np.ndarray:
     ],
 )
 def test_pages_go_in_and_come_out_with_the_models_head_dim(dtype, head_dim, page_size, layers, kind):
-    arrays = pages_of(dtype, head_dim, page_size, layers)
+    arrays = pages_of_head_dim(dtype, head_dim, page_size, layers)
     for mesh in (simulated_pod(2, 2, 2, kind), None):
         cache = pd.PagedKVCache.from_pages(*arrays, mesh=mesh)
         assert cache.spec == pd.CacheSpec(4, head_dim, arrays[0].shape[-3], page_size, dtype, layers)

@@ -87,7 +87,7 @@ def staged(case, kind=AxisType.Auto) -> Mesh:
     return Mesh(devices, ("stage", "data", "context", "model"), axis_types=(kind,) * 4)
 
 
-def step(cache, query, key, value, lengths, tables):
+def append_and_attend(cache, query, key, value, lengths, tables):
     cache = pd.append_kv(cache, key, value, lengths - 1, tables)
     return pd.sharded_paged_attention(query, cache, lengths, tables, sm_scale=SCALE), cache
 
@@ -105,7 +105,7 @@ def test_sharded_ops_inside_a_shard_map_over_another_axis(shape, kind):
     put = lambda x: jax.device_put(x, NamedSharding(mesh, P("stage")))
 
     def stage(cache, query, new, lengths, tables):
-        output, cache = step(cache, query[0], new[0, 0], new[0, 1], lengths, tables)
+        output, cache = append_and_attend(cache, query[0], new[0, 0], new[0, 1], lengths, tables)
         return output[None], cache.to_pages()[0][None]
 
     whole = jax.tree.map(lambda _: P(), cache)

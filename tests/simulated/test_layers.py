@@ -14,7 +14,7 @@ import paged_dist as pd
 
 
 @functools.cache
-def built(layers, dtype: str):
+def built_model(layers, dtype: str):
     """(model, mesh, config) on eight simulated devices."""
     mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
     assert dict(mesh.shape) == {"data": 2, "context": 2, "model": 2}
@@ -67,7 +67,7 @@ WAITS = 4  # this row is held and gets no token in the middle step: another's ro
 )
 def test_decode_steps_through_stacked_layers_are_those_of_one_device(layers, dtype, bound):
     """Prompts over both context shards, then steps: the layer's output and what it leaves in the cache."""
-    model, mesh, config = built(layers, dtype)
+    model, mesh, config = built_model(layers, dtype)
     rng = np.random.default_rng(0)
     tables, num_pages = lay_tables(rng, PROMPTS + STEPS, PAGE, 8, data=2, context=2)
     spec = pd.CacheSpec(2, 128, num_pages, PAGE, dtype=dtype, num_layers=config.num_layers)
@@ -111,7 +111,7 @@ def test_decode_steps_through_stacked_layers_are_those_of_one_device(layers, dty
 @BOTH_EXAMPLES
 def test_every_weight_is_split_over_the_chips_that_read_it(layers):
     """Heads of wq, wk and wv over model; wo and the MLP over model x context, so that none of them is held twice."""
-    model, *_ = built(layers, "float32")
+    model, *_ = built_model(layers, "float32")
     chips = {name: w.size // w.addressable_shards[0].data.size for name, w in model.weights.items()}
     assert {name for name, n in chips.items() if n == 1} == {"attention_norm", "mlp_norm"}
     assert {name for name, n in chips.items() if n == 2} == {"wq", "wk", "wv"}

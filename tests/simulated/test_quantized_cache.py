@@ -19,7 +19,7 @@ from paged_dist.kernels.quantization import pack_scales
 from paged_dist.ops.attention import _smoothed
 
 
-def pages_of(dtype, head_dim, page_size, layers, seed=0):
+def pages_and_scales(dtype, head_dim, page_size, layers, seed=0):
     """Key and value pages and scales [Hkv = 4, N, P(, D)], layers before."""
     rng = np.random.default_rng(seed)
     shape = (*([layers] if layers else []), 4, max(32, 2048 // page_size), page_size, head_dim)
@@ -32,7 +32,7 @@ def pages_of(dtype, head_dim, page_size, layers, seed=0):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("head_dim", "page_size", "layers"), [(128, 128, None), (64, 64, 2), (64, 16, None)])
 def test_pages_round_trip_through_a_sharded_cache(head_dim, page_size, layers, dtype, kind):
-    mesh, arrays = simulated_pod(2, 1, 4, kind), pages_of(dtype, head_dim, page_size, layers)
+    mesh, arrays = simulated_pod(2, 1, 4, kind), pages_and_scales(dtype, head_dim, page_size, layers)
     spec = pd.CacheSpec(4, head_dim, arrays[0].shape[-3], page_size, dtype=dtype, num_layers=layers)
     smoothing = np.full(spec.key_smoothing_shape, 2.0)
     cache = pd.PagedKVCache.from_pages(*arrays, key_smoothing=smoothing, mesh=mesh)
@@ -58,7 +58,7 @@ def test_pages_round_trip_through_a_sharded_cache(head_dim, page_size, layers, d
     assert isinstance(cache.key_scales.sharding, NamedSharding)
 
 
-KEYS, VALUES, KEY_SCALES, VALUE_SCALES = pages_of("int8", 128, 16, None)
+KEYS, VALUES, KEY_SCALES, VALUE_SCALES = pages_and_scales("int8", 128, 16, None)
 
 
 @pytest.mark.parametrize(

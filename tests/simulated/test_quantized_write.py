@@ -20,7 +20,7 @@ from paged_dist.kernels.cache_update.tiles import choose_tile_rows, pool_shape
 from paged_dist.kernels.quantization import pack_scales, unpack_scales
 
 
-def write_in_numpy(arrays, new, starts, ends, tables, layer=0):
+def write_quantized_in_numpy(arrays, new, starts, ends, tables, layer=0):
     """arrays: pages [L, Hkv, N, P, D] of K and V and their scales [L, Hkv, N, P], with `new` written by token."""
     written = [np.array(x) for x in arrays]
     page_size, pages = arrays[0].shape[3], arrays[0].shape[2]
@@ -54,7 +54,7 @@ def stored(arrays, interpret, head_dim):
     return pools, dict(zip(("key_scales", "value_scales"), scales, strict=True))
 
 
-def check(written, expected, head_dim):
+def check_written(written, expected, head_dim):
     page_size = expected[0].shape[-2]
     for got, want in zip(written[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(array_bits(got).reshape(-1), array_bits(want).reshape(-1))
@@ -116,8 +116,8 @@ def test_tokens_and_scales_are_where_the_table_says_and_nothing_else_moved(
     (key, key_scales), (value, value_scales) = (
         pd.quantize_kv(x, dtype, smoothing=s) for x, s in zip(new, (smoothing, None), strict=True)
     )
-    expected = write_in_numpy(arrays, (key, value, key_scales, value_scales), starts, ends, tables, layer=1)
-    check(got, expected, head_dim)
+    expected = write_quantized_in_numpy(arrays, (key, value, key_scales, value_scales), starts, ends, tables, layer=1)
+    check_written(got, expected, head_dim)
     if interpret is RACES:
         assert_no_races()
 
@@ -138,8 +138,8 @@ def test_rounds_of_writes_of_more_sequences_than_a_step_takes_agree_with_numpy(i
         scales = dict(key_scales=key_scales, value_scales=value_scales)
         made = [pd.quantize_kv(jnp.asarray(x), "int8") for x in new]
         ends = np.minimum(ends, starts + tokens)
-        arrays = write_in_numpy(arrays, [m[0] for m in made] + [m[1] for m in made], starts, ends, tables)
-        check((*pools, *scales.values()), arrays, 128)
+        arrays = write_quantized_in_numpy(arrays, [m[0] for m in made] + [m[1] for m in made], starts, ends, tables)
+        check_written((*pools, *scales.values()), arrays, 128)
 
 
 @pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
@@ -155,7 +155,7 @@ def test_odd_vectors_are_stored_as_quantize_kv_makes_them(dtype, interpret):
     got = write_kv_pages(*pools, new, -new, starts, starts + 1, tables, **scales, interpret=interpret)
     (key, key_scales), (value, value_scales) = pd.quantize_kv(new, dtype), pd.quantize_kv(-new, dtype)
     made = (key, value, key_scales, value_scales)
-    check(got, write_in_numpy(arrays, made, starts, starts + 1, tables), 128)
+    check_written(got, write_quantized_in_numpy(arrays, made, starts, starts + 1, tables), 128)
 
 
 POOL = ((1, 2, 8, 128, 128), "int8")
@@ -226,7 +226,7 @@ def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtyp
         for x, s in zip(new, (smoothing[1], None), strict=True)
     )
     made = (key, value, key_scales, value_scales)
-    expected = write_in_numpy(arrays, made, positions, positions + 1, tables, layer=1)
+    expected = write_quantized_in_numpy(arrays, made, positions, positions + 1, tables, layer=1)
     for got, want in zip(cache.to_pages(), expected, strict=True):
         np.testing.assert_array_equal(array_bits(got), array_bits(want))
     np.testing.assert_array_equal(cache.key_smoothing, smoothing)
@@ -257,7 +257,7 @@ def test_prompts_in_chunks_of_some_rows_equal_all_at_once(implementation):
         pd.quantize_kv(jnp.asarray(x), "int8", smoothing=s) for x, s in ((key, jnp.float32(3.0)), (value, None))
     )
     made = (key, value, key_scales, value_scales)
-    expected = write_in_numpy(empty, made, np.zeros(4, np.int32), lengths, np.asarray(tables), layer=1)
+    expected = write_quantized_in_numpy(empty, made, np.zeros(4, np.int32), lengths, np.asarray(tables), layer=1)
     for cache in (whole, parts):
         for got, want in zip(cache.to_pages(), expected, strict=True):
             np.testing.assert_array_equal(got, want)

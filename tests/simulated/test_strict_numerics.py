@@ -59,7 +59,7 @@ class StrictCase:
         return pd.PagedKVCache.create(self.spec, self.mesh, key_smoothing=smoothing)
 
 
-def written(case: StrictCase, implementation=None) -> pd.PagedKVCache:
+def cache_after_writes(case: StrictCase, implementation=None) -> pd.PagedKVCache:
     """The case's cache after every op that writes."""
     lengths, tables, how = case.pages.lengths, case.pages.block_tables, dict(implementation=implementation)
     how |= dict(layer=case.layer)
@@ -108,7 +108,7 @@ def test_every_op_can_be_traced(name, x64):
     """In all forms, the TPU's kernel among them, which is a branch of the program; nothing is compiled."""
     with strict(x64):
         case = StrictCase(*CASES[name])
-        made = jax.eval_shape(lambda: attended(case, written(case)))
+        made = jax.eval_shape(lambda: attended(case, cache_after_writes(case)))
     head_dim = case.spec.head_dim
     assert [x.shape for x in made] == [(4, 4, head_dim), (4, 4, head_dim), (4, 4), (4, 3, 4, head_dim), (4, 3, 4)]
     assert {x.dtype for x in made} == {np.dtype(np.float32)}
@@ -188,7 +188,7 @@ def test_every_write_kernel_can_be_traced_also_as_its_simulation(dtype, x64):
 def test_moves_and_saves_work(tmp_path):
     case = StrictCase(*CASES["int8_context"])
     with strict(True):
-        cache, pages = pd.resize(written(case), 256, case.pages)
+        cache, pages = pd.resize(cache_after_writes(case), 256, case.pages)
         cache, pages = pd.reshard(cache, pages, simulated_pod(1, 4, 2))
         pd.save(tmp_path / "saved", cache, pages)
         cache, pages = pd.restore(tmp_path / "saved", case.mesh)

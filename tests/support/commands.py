@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 SUPPORT = os.path.dirname(__file__)  # the PYTHONPATH of a command that imports from here
-LIMIT = 200  # seconds until a command under test is killed; less than faulthandler_timeout
+COMMAND_LIMIT = 200  # seconds until a command under test is killed; less than faulthandler_timeout
 OF_THIS_PROCESS = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC")  # its simulated devices
 
 
@@ -18,7 +19,7 @@ def launcher(name: str, *arguments) -> list[str]:
     return [sys.executable, "-P", "-m", f"paged_dist.launch.{name}", *map(str, arguments)]
 
 
-def run_command(command, *, limit: float = LIMIT, **environment) -> tuple[int, str, str]:
+def run_command(command, *, limit: float = COMMAND_LIMIT, **environment) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command that knows nothing of this process's simulated devices.
 
     Where it takes longer than `limit` seconds, its whole process group is killed.
@@ -47,3 +48,11 @@ def run_launcher(name: str, *arguments) -> tuple[int, str, str]:
 def json_rows(path) -> list[dict]:
     """What a file of JSON lines holds; nothing where it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    """Until `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)

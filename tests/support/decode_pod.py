@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from commands import LIMIT
+from commands import COMMAND_LIMIT
 
 from paged_dist.launch.local_pod import pod_environment, reserve_port
 
@@ -42,13 +42,13 @@ class DecodePod:
     def log(self, i):
         return self.logs[i].read_text()
 
-    def wait_for(self, holds, limit=LIMIT):
+    def wait_for(self, holds, limit=COMMAND_LIMIT):
         until = time.monotonic() + limit
         while not holds():
             assert time.monotonic() < until, [self.log(i) for i in range(len(self.processes))]
             time.sleep(0.02)
 
-    def ends(self, *which, limit=LIMIT):
+    def ends(self, *which, limit=COMMAND_LIMIT):
         """The exit codes of these processes, and the seconds that the last took since the fault."""
         self.wait_for(lambda: any("fault: " in path.read_text() for path in self.logs if path.exists()))
         begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""One process of a pod that saves, restores or reshards: FOLDER ADDRESS PROCESSES INDEX STEPS; see test_store_pods.py."""
+"""One process of a pod that saves, restores or reshards (test_store_pods.py): FOLDER ADDRESS PROCESSES INDEX STEPS."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ import paged_dist as pd
 folder, address, processes, index, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 if processes > 1:
     pd.initialize_distributed(address, processes, index)
-SPEC = pd.CacheSpec(**dict(num_kv_heads=4, head_dim=128, num_pages=512) | MOVED_SPECS["int8"])
+SAVED_SPEC = pd.CacheSpec(**dict(num_kv_heads=4, head_dim=128, num_pages=512) | MOVED_SPECS["int8"])
 
 
 def tell(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> None:
@@ -24,7 +24,7 @@ def tell(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> None:
     whole = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
     for x in (*cache.to_pages(), cache.key_smoothing):
         x = whole(x)
-        if x.shape == SPEC.key_smoothing_shape:
+        if x.shape == SAVED_SPEC.key_smoothing_shape:
             h.update(x.tobytes())
             continue
         for row in pages.block_tables:
@@ -36,7 +36,7 @@ for step in steps.split(","):
     if step == "restore":
         tell(*pd.restore(os.path.join(folder, "saved"), simulated_pod(4, 1, 2)))
         continue
-    cache, pages = fill_live_pages(SPEC, simulated_pod(2, 2, 2), 8, 4)
+    cache, pages = fill_live_pages(SAVED_SPEC, simulated_pod(2, 2, 2), 8, 4)
     if step == "save":
         pd.save(os.path.join(folder, "saved"), cache, pages)
         tell(cache, pages)

@@ -13,8 +13,8 @@ from paged_dist.launch import compare
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
-    """`run(a, b, *options)` compares rows, or a file's text, in this process: (exit code, stdout, stderr)."""
+def compare_rows(tmp_path, capsys, monkeypatch):
+    """`compare_rows(a, b, *options)` compares rows, or a file's text, in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(a, b, *options):
@@ -174,9 +174,11 @@ def test_the_better_direction_follows_the_unit(metric, above, below):
 # What is told
 
 
-def test_a_difference_reads_in_one_line_and_comes_out_as_json(run, tmp_path):
+def test_a_difference_reads_in_one_line_and_comes_out_as_json(compare_rows, tmp_path):
     a, b = decode_rows([1000, 1010, 990, 1005]), decode_rows([1100, 1120, 1090, 1110])
-    code, out, err = run(a, b, "--metrics=tokens_per_s,step_ms_p50,tokens_per_s_per_chip", "--output=new/out.jsonl")
+    code, out, err = compare_rows(
+        a, b, "--metrics=tokens_per_s,step_ms_p50,tokens_per_s_per_chip", "--output=new/out.jsonl"
+    )
     assert (code, err) == (0, "")
     assert printed_line(out, "tokens_per_s") == "tokens_per_s 4+4 1002.5 1105 1.102 1.079..1.131 faster 0.029"
     assert printed_line(out, "step_ms_p50") == "step_ms_p50 4+4 10 10 1.000 1.000..1.000 noise 1.000"
@@ -199,44 +201,44 @@ def test_a_difference_reads_in_one_line_and_comes_out_as_json(run, tmp_path):
     }
 
 
-def test_three_runs_each_are_too_few_however_far_apart(run):
-    _, out, _ = run(decode_rows([1, 2, 3]), decode_rows([101, 102, 103]), "--metrics=tokens_per_s")
+def test_three_runs_each_are_too_few_however_far_apart(compare_rows):
+    _, out, _ = compare_rows(decode_rows([1, 2, 3]), decode_rows([101, 102, 103]), "--metrics=tokens_per_s")
     assert printed_line(out, "tokens_per_s").endswith(" [33.667..103] too few runs")
     assert "3+3 runs are too few for a verdict: 4+4 are needed" in out
 
 
-def test_one_run_each_shows_the_spread_of_its_steps_as_within_run(run):
+def test_one_run_each_shows_the_spread_of_its_steps_as_within_run(compare_rows):
     slower = {"step_ms_p25": 18.0, "step_ms_p50": 20.0, "step_ms_p75": 27.0}
-    _, out, _ = run(decode_rows([1000]), decode_rows([500], **slower), "--metrics=tokens_per_s,step_ms_p50")
+    _, out, _ = compare_rows(decode_rows([1000]), decode_rows([500], **slower), "--metrics=tokens_per_s,step_ms_p50")
     assert printed_line(out, "step_ms_p50").endswith(" 2.000 - too few runs")
     after = out[out.index("step_ms_p50") :].splitlines()[1]
     assert after == "    within-run, quartiles of the steps: 1.500..3.000"  # 18 / 12 and 27 / 9
     assert printed_line(out, "tokens_per_s").endswith(" 0.500 - too few runs")
     for other in (decode_rows([500] * 2, **slower), decode_rows([500], **slower | {"step_ms_p25": None})):
-        assert "within-run" not in run(decode_rows([1000]), other, "--metrics=step_ms_p50")[1]
+        assert "within-run" not in compare_rows(decode_rows([1000]), other, "--metrics=step_ms_p50")[1]
 
 
 @pytest.mark.parametrize("bad", [None, "fast", True, [1], float("nan"), float("inf"), 1e300, 10**400, "absent"])
-def test_a_value_that_is_none_is_shown_as_a_dash(run, bad):
+def test_a_value_that_is_none_is_shown_as_a_dash(compare_rows, bad):
     b = decode_rows([1000] * 5, peak_share=bad)
     if bad == "absent":
         b = decode_rows([1000] * 5)
-    code, out, _ = run(
+    code, out, _ = compare_rows(
         decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl"
     )
     assert code == 0
     assert printed_line(out, "peak_share") == "peak_share 5+0 0.5 - - - -"
     b[0] = b[0] | {"peak_share": 0.25}
-    out = run(decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=peak_share")[1]
+    out = compare_rows(decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=peak_share")[1]
     assert printed_line(out, "peak_share").startswith("peak_share 5+1 0.5 0.25 0.500 ")
 
 
-def test_zeros_and_negative_values_have_a_verdict_and_no_ratio(run):
+def test_zeros_and_negative_values_have_a_verdict_and_no_ratio(compare_rows):
     a, b = ([DECODE_ROW | {"x": v - i} for i in range(4)] for v in (0, 100))
-    assert printed_line(run(a, b, "--metrics=x")[1], "x") == "x 4+4 -1.5 98.5 - - higher 0.029"
+    assert printed_line(compare_rows(a, b, "--metrics=x")[1], "x") == "x 4+4 -1.5 98.5 - - higher 0.029"
 
 
-def test_extreme_numbers_and_names_stay_within_eighty_columns(run):
+def test_extreme_numbers_and_names_stay_within_eighty_columns(compare_rows):
     """Checked by `run`; here that nothing is lost to it."""
     rng = np.random.default_rng(0)
     extreme = lambda n: [
@@ -246,15 +248,15 @@ def test_extreme_numbers_and_names_stay_within_eighty_columns(run):
     for n in (1, 3, 4, 30, 150):
         name = {"workload": "trace" * 40, "settings": {f"{'s' * 90}{i}": "v" for i in range(3)}}
         a, b = ([r | name | {"w" * 100: 1.5} for r in extreme(n)] for _ in "ab")
-        code, out, _ = run(a, b, f"--metrics=tokens_per_s,step_ms_p50,{'w' * 100}")
+        code, out, _ = compare_rows(a, b, f"--metrics=tokens_per_s,step_ms_p50,{'w' * 100}")
         assert code == 0 and out.replace("\n", "").replace(" ", "").count("w" * 100) == 1
         assert f"{n}+{n}" in printed_line(out, "tokens_per_s")
 
 
-def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
+def test_nan_and_control_characters_in_a_row_do_no_harm(compare_rows, tmp_path):
     odd = {"workload": "a\x1b[31m\nb", "settings": DECODE_ROW["settings"] | {"soft_cap": float("nan"), "x": 1.0}}
     text = as_json_lines(decode_rows([1000] * 4, **odd)).replace('"x": 1.0', '"x": 1e999')
-    code, out, _ = run(text, text, "--output=out.jsonl")
+    code, out, _ = compare_rows(text, text, "--output=out.jsonl")
     assert code == 0 and "a\\u001b[31m\\nb" in out and "\x1b" not in out
     work = json.loads((tmp_path / "out.jsonl").read_text())["groups"][0]["work"]
     assert work["workload"] == odd["workload"] and not {"settings.soft_cap", "settings.x"} & set(work)
@@ -281,23 +283,23 @@ def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
         ({"projected": True}, ["projected: false | true"]),
     ],
 )
-def test_other_work_is_not_compared_and_what_differs_is_named(run, change, told):
+def test_other_work_is_not_compared_and_what_differs_is_named(compare_rows, change, told):
     """Of the nearest: b's first row differs in all of that and in one thing more."""
     nearest = decode_rows([1000] * 4, **change)
-    code, out, err = run(decode_rows([1000] * 4), [nearest[0] | {"requests": 1, "mode": "far"}, *nearest])
+    code, out, err = compare_rows(decode_rows([1000] * 4), [nearest[0] | {"requests": 1, "mode": "far"}, *nearest])
     assert (code, out) == (1, "")
     first, *rest = err.splitlines()
     assert first == "paged-dist-compare: error: no work is in both; the nearest two, a | b:"
     assert [line.strip() for line in rest] == told
 
 
-def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
+def test_what_the_work_does_not_depend_on_is_told_and_compared(compare_rows):
     a = decode_rows([1000] * 4, flags={"output": "x/a.jsonl", "profile_dir": None})
     later = {"versions": {"python": "3.11", "jax": "0.11.0", "libtpu": "1"}, "git_commit": "bbbb", "time": "later"}
     b = decode_rows([1000] * 3, **later, flags={"output": "y/b.jsonl", "profile_dir": "traces"})
     older = {k: v for k, v in DECODE_ROW["settings"].items() if k != "soft_cap"}  # which is null in the others
     b += decode_rows([1000], **later | {"git_commit": "cccc"}, projected=False, mode=None, settings=older)
-    code, out, _ = run(a, b)
+    code, out, _ = compare_rows(a, b)
     assert code == 0 and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
     told = out[out.index("differs, a | b") :].split("\n\n")[0].splitlines()[1:]
     assert sorted(told) == [
@@ -319,7 +321,7 @@ def test_flags_as_a_list_are_told_one_by_one():
     }
 
 
-def test_groups_are_told_apart_and_those_of_one_file_listed(run):
+def test_groups_are_told_apart_and_those_of_one_file_listed(compare_rows):
     seed = lambda n, **more: {"settings": DECODE_ROW["settings"] | {"seed": n}, **more}
     a = decode_rows([1000] * 4) + decode_rows([10, 11, 12, 13], **seed(1)) + decode_rows([5], **seed(2))
     b = (
@@ -327,7 +329,7 @@ def test_groups_are_told_apart_and_those_of_one_file_listed(run):
         + decode_rows([1000] * 4)
         + decode_rows([5, 5], projected=True)
     )
-    code, out, _ = run(a, b, "--metrics=tokens_per_s")
+    code, out, _ = compare_rows(a, b, "--metrics=tokens_per_s")
     assert code == 0
     whole, *parts = out.split("\nsettings.seed=")
     assert "settings.layers=2" in whole and "seed" not in whole
@@ -340,19 +342,19 @@ def test_groups_are_told_apart_and_those_of_one_file_listed(run):
     assert only_b.startswith("0; projected=true: 2 runs\n")
 
 
-def test_partial_runs_are_left_out_with_a_note(run):
+def test_partial_runs_are_left_out_with_a_note(compare_rows):
     a = decode_rows([1000] * 4) + decode_rows([1] * 2, partial=True, tokens=3)
     b = decode_rows([1000] * 4, partial=False, oracle_passed=False)
-    code, out, _ = run(a, b)
+    code, out, _ = compare_rows(a, b)
     assert code == 0 and printed_line(out, "tokens_per_s").startswith("tokens_per_s 4+4 1000 1000 ")
     assert "a  a.jsonl: 4 runs, 2 partial left out\nb  b.jsonl: 4 runs, 4 with oracle_passed false\n" in out
     assert "only in" not in out
-    code, out, err = run(decode_rows([1] * 4, partial=True), b)
+    code, out, err = compare_rows(decode_rows([1] * 4, partial=True), b)
     assert (code, out) == (1, "") and err == "paged-dist-compare: error: a.jsonl: every run is partial\n"
 
 
-def test_no_metric_in_common_is_nothing_comparable(run):
-    code, out, err = run(decode_rows([1] * 4), decode_rows([1] * 4), "--metrics=tokens_a_second,x")
+def test_no_metric_in_common_is_nothing_comparable(compare_rows):
+    code, out, err = compare_rows(decode_rows([1] * 4), decode_rows([1] * 4), "--metrics=tokens_a_second,x")
     assert (code, out) == (1, "") and "no row of both files has a value of tokens_a_second, x" in err
 
 
@@ -381,23 +383,23 @@ DIFFERS = "checksum differs: OUTPUTS ARE NOT THE SAME"
         ),
     ],
 )
-def test_other_checksums_of_the_same_work_fail_unless_the_compiler_is_another(run, change, code, told):
-    got, out, _ = run(decode_rows([1000] * 4), decode_rows([1000] * 4, **change))
+def test_other_checksums_of_the_same_work_fail_unless_the_compiler_is_another(compare_rows, change, code, told):
+    got, out, _ = compare_rows(decode_rows([1000] * 4), decode_rows([1000] * 4, **change))
     assert got == code
     assert ("OUTPUTS ARE NOT THE SAME" in out) == (code == 1)
     assert told in out if told else "checksum" not in out
 
 
-def test_a_file_whose_own_runs_disagree_is_not_excused_by_another_compiler(run):
+def test_a_file_whose_own_runs_disagree_is_not_excused_by_another_compiler(compare_rows):
     newer = {"versions": DECODE_ROW["versions"] | {"jax": "0.11.0"}}
     b = decode_rows([1000], **newer, checksum="ff") + decode_rows([1000], **newer, checksum="ee")
-    code, out, _ = run(decode_rows([1000]), b)
+    code, out, _ = compare_rows(decode_rows([1000]), b)
     assert code == 1 and f"{DIFFERS}\n    00112233aabbccdd | ee, ff\n" in out
 
 
-def test_checksums_of_other_work_are_not_compared(run):
+def test_checksums_of_other_work_are_not_compared(compare_rows):
     other = decode_rows([1000], settings=DECODE_ROW["settings"] | {"seed": 5}, checksum="ff")
-    code, out, _ = run(decode_rows([1000]), decode_rows([1000]) + other)
+    code, out, _ = compare_rows(decode_rows([1000]), decode_rows([1000]) + other)
     assert code == 0 and "OUTPUTS" not in out
 
 
@@ -408,18 +410,18 @@ def test_checksums_of_other_work_are_not_compared(run):
     "tail", ['{"tokens_per_s": 1', '{"a": "\u00e9'.encode()[:-1], b"\0\0\0", '{"a": 1,}\n', "[" * 5000]
 )
 @pytest.mark.parametrize("where", [0, 2, 4])
-def test_a_broken_line_is_left_out_with_a_warning(run, tail, where):
+def test_a_broken_line_is_left_out_with_a_warning(compare_rows, tail, where):
     tail = tail if isinstance(tail, bytes) else tail.encode()
     a = decode_rows([1000] * 4)
     text = as_json_lines(a).encode().splitlines(keepends=True)
-    code, out, err = run(b"".join([*text[:where], tail.rstrip(), b"\n", *text[where:]]), a)
+    code, out, err = compare_rows(b"".join([*text[:where], tail.rstrip(), b"\n", *text[where:]]), a)
     assert code == 0 and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
     assert err == f"paged-dist-compare: warning: a.jsonl: line {where + 1}: not JSON (half-written?), left out\n"
 
 
-def test_a_last_line_without_its_newline_counts_and_blank_lines_do_not(run):
+def test_a_last_line_without_its_newline_counts_and_blank_lines_do_not(compare_rows):
     a = decode_rows([1000] * 4)
-    code, out, err = run("\n" + as_json_lines(a).replace("\n", "\r\n\r\n").rstrip(), a)
+    code, out, err = compare_rows("\n" + as_json_lines(a).replace("\n", "\r\n\r\n").rstrip(), a)
     assert (code, err) == (0, "") and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
 
 
@@ -436,8 +438,8 @@ GOOD = as_json_lines(decode_rows([1]))
         ('{"benchmark"', "b.jsonl: holds no row"),
     ],
 )
-def test_a_file_that_is_no_json_lines_is_refused(run, text, says):
-    assert run(GOOD, text) == (2, "", f"paged-dist-compare: error: {says}\n")
+def test_a_file_that_is_no_json_lines_is_refused(compare_rows, text, says):
+    assert compare_rows(GOOD, text) == (2, "", f"paged-dist-compare: error: {says}\n")
 
 
 @pytest.mark.parametrize(
@@ -452,8 +454,8 @@ def test_a_file_that_is_no_json_lines_is_refused(run, text, says):
         (["--output=./b.jsonl"], "--output='./b.jsonl': is one of the files to compare"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(run, tmp_path, options, says):
-    code, out, err = run(GOOD, GOOD, *options)
+def test_bad_usage_is_one_line_and_exit_code_2(compare_rows, tmp_path, options, says):
+    code, out, err = compare_rows(GOOD, GOOD, *options)
     assert (code, out) == (2, "") and err.startswith("paged-dist-compare: error: ") and says in err
     assert err.count("\n") == 1 and (tmp_path / "b.jsonl").read_text() == GOOD
 

@@ -7,69 +7,14 @@ import functools
 import aot
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from aot import needs_libtpu
-from context_cases import lay_tables, pod
+from decode_loops import decode_loop, loop_arguments
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pod_meshes import ABSENT_PODS, absent_pod
 
 import paged_dist as pd
-from paged_dist.kernels.attention.oracle import attention_oracle
-from paged_dist.mesh.topology import topology_devices
-
-STEPS, BATCH, WIDTH = 32, 8, 16  # steps of a loop, rows and pages a sequence on each data shard
-
-
-def decode_loop(spec: pd.CacheSpec, **op):
-    """cache, query, key, value, lengths, tables -> (cache, lengths, sum of outputs) after STEPS steps.
-
-    query, key and value of one token a sequence, or with an axis of several.
-    """
-
-    def decode(cache, query, key, value, lengths, tables):
-        new = 1 if key.ndim == 3 else key.shape[1]
-
-        def layer(carry, index):
-            cache, lengths = carry
-            cache = pd.append_kv(cache, key, value, lengths - new, tables, layer=index, **op)
-            return (cache, lengths), pd.sharded_paged_attention(query, cache, lengths, tables, layer=index, **op)
-
-        def step(_, carry):
-            cache, lengths, total = carry
-            if spec.num_layers is None:
-                (cache, lengths), output = layer((cache, lengths), None)
-            else:
-                (cache, lengths), outputs = jax.lax.scan(layer, (cache, lengths), jnp.arange(spec.num_layers))
-                output = outputs.sum(axis=0)
-            return cache, lengths + new, total + output
-
-        return jax.lax.fori_loop(0, STEPS, step, (cache, lengths, jnp.zeros_like(query)))
-
-    return decode
-
-
-def loop_arguments(spec: pd.CacheSpec, mesh: Mesh, group: int = 4, new_tokens: tuple[int, ...] = ()):
-    """ShapeDtypeStructs of a decode loop's arguments; on Explicit axes placed as the ops want them."""
-    batch, queries = BATCH * mesh.shape["data"], tuple(None for _ in new_tokens)
-    explicit = AxisType.Explicit in mesh.axis_types
-    placed = lambda *axes: NamedSharding(mesh, P(*axes)) if explicit else None
-    heads, rows = placed("data", *queries, "model"), placed("data")
-    struct = lambda count: jax.ShapeDtypeStruct(
-        (batch, *new_tokens, count, spec.head_dim), jnp.bfloat16, sharding=heads
-    )
-    query, new = struct(spec.num_kv_heads * group), struct(spec.num_kv_heads)
-    int32 = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.int32, sharding=rows)
-    return pd.PagedKVCache.abstract(spec, mesh), query, new, new, int32(), int32(WIDTH)
-
-
-def pod_mesh(topology: str, data: int, model: int, context: int = 1) -> Mesh:
-    """Any data x context x model devices of an absent pod: what is tested here does not depend on which."""
-    devices = np.array(topology_devices(topology)[: data * context * model])
-    return Mesh(devices.reshape(data, context, model), ("data", "context", "model"))
-
-
-PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 8, 8), ("tpu7x:4x4x4", 16, 8)]
 
 
 @needs_libtpu
@@ -83,24 +28,24 @@ PODS = [("v5p:4x4x4", 8, 8), ("v6e:8x8", 8, 8), ("v5e:4x8", 8, 4), ("v4:4x4x4", 
             *shape,
             marks=() if pod is often and (shape[0] == 128 or (local_heads, num_layers) == (1, 8)) else pytest.mark.slow,
         )
-        for shape, often in (((128, 128), PODS[0]), ((64, 64), PODS[1]), ((256, 16), PODS[0]))
+        for shape, often in (((128, 128), ABSENT_PODS[0]), ((64, 64), ABSENT_PODS[1]), ((256, 16), ABSENT_PODS[0]))
         for num_layers in (None, 8)  # one layer, or a scan over 8
         for local_heads in (1, 8)
-        for pod in PODS[:2]
+        for pod in ABSENT_PODS[:2]
     ],
 )
 def test_decode_loop_copies_no_pool_and_has_no_collective(
     topology, data, model, local_heads, num_layers, head_dim, page_size
 ):
-    mesh = pod_mesh(topology, data, model)
+    mesh = absent_pod(topology, data, model)
     spec = pd.CacheSpec(local_heads * model, head_dim, 256 * data, page_size, num_layers=num_layers)
     _assert_in_place(spec, mesh)
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "data", "model"), PODS[2:], ids=[p[0] for p in PODS[2:]])
+@pytest.mark.parametrize(("topology", "data", "model"), ABSENT_PODS[2:], ids=[p[0] for p in ABSENT_PODS[2:]])
 def test_decode_loop_is_in_place_on_the_other_generations(topology, data, model):
-    mesh = pod_mesh(topology, data, model)
+    mesh = absent_pod(topology, data, model)
     _assert_in_place(pd.CacheSpec(2 * model, 128, 256 * data, 128, num_layers=4), mesh)
 
 
@@ -119,7 +64,7 @@ def test_decode_loop_over_context_shards_copies_no_pool_and_merges_only(topology
     data, context, model = shape
     options = dict(head_dim=128, page_size=128) | options
     spec = pd.CacheSpec(model, num_pages=256 * data * context, **options)
-    _assert_in_place(spec, pod_mesh(topology, data, model, context))
+    _assert_in_place(spec, absent_pod(topology, data, model, context))
 
 
 @needs_libtpu
@@ -127,7 +72,7 @@ def test_decode_loop_over_context_shards_copies_no_pool_and_merges_only(topology
 def test_decode_loop_is_in_place_on_explicit_axes_and_under_x64(way):
     """Under jax_enable_x64 a caller's Python numbers are 64 bits wide; the kernels know 32."""
     kind = AxisType.Explicit if way == "explicit_axes" else AxisType.Auto
-    mesh = pod_mesh("v6e:8x8", 2, 2, 2)
+    mesh = absent_pod("v6e:8x8", 2, 2, 2)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 3)
     with jax.enable_x64(way == "x64"):
         _assert_in_place(pd.CacheSpec(2, 128, 256 * 4, 128, dtype="int8", num_layers=2), mesh)
@@ -138,7 +83,7 @@ def test_decode_loop_is_in_place_on_explicit_axes_and_under_x64(way):
 def test_decode_loop_of_several_tokens_a_step_is_in_place(topology, shape, options):
     data, context, model = shape
     spec = pd.CacheSpec(model, 128, 256 * data * context, **options)
-    _assert_in_place(spec, pod_mesh(topology, data, model, context), new_tokens=(4,))
+    _assert_in_place(spec, absent_pod(topology, data, model, context), new_tokens=(4,))
 
 
 # Pages that are padded behind each token's elements; the queries and new tokens are padded in XLA, on every call.
@@ -165,7 +110,7 @@ PADDED = [
 @pytest.mark.parametrize(("topology", "shape", "options"), PADDED, ids=str)
 def test_decode_loop_of_padded_heads_copies_no_pool_and_pads_nothing_but_new_tokens(topology, shape, options):
     data, context, model = shape
-    mesh = pod_mesh(topology, data, model, context)
+    mesh = absent_pod(topology, data, model, context)
     spec = pd.CacheSpec(2 * model, num_pages=1024 * data * context, **dict(page_size=128) | options)
     text = _assert_in_place(spec, mesh)
     layer_pool = spec.bytes_per_chip(mesh) // 2 // (spec.num_layers or 1)
@@ -194,7 +139,7 @@ QUANTIZED = [
     ],
 )
 def test_decode_loop_of_8_bit_caches_copies_neither_pools_nor_scales(topology, data, model, options, local_heads):
-    mesh = pod_mesh(topology, data, model)
+    mesh = absent_pod(topology, data, model)
     options = dict(head_dim=128, page_size=128) | options
     spec = pd.CacheSpec(local_heads * model, num_pages=4096 * data, **options)
     text = _assert_in_place(spec, mesh)
@@ -239,7 +184,7 @@ def test_prompts_of_padded_heads_are_written_in_place(chip, head_dim):
 
 
 def _assert_prompts_in_place(chip, pages, num_layers, some_rows, head_dim=128):
-    mesh = pod_mesh(aot.CHIP_TOPOLOGIES[chip], 2, 1)
+    mesh = absent_pod(aot.CHIP_TOPOLOGIES[chip], 2, 1)
     spec = pd.CacheSpec(1, head_dim, pages * 2, 128, num_layers=num_layers)
 
     def fill(cache, new, lengths, tables, rows):
@@ -267,7 +212,7 @@ def _assert_prompts_in_place(chip, pages, num_layers, some_rows, head_dim=128):
 @needs_libtpu
 def test_the_copy_test_sees_a_copy():
     """The same loop, entered with a doubled cache that is not donated: the test above can fail."""
-    mesh = pod_mesh("v6e:8x8", 8, 8)
+    mesh = absent_pod("v6e:8x8", 8, 8)
     spec = pd.CacheSpec(8, 128, 2048, 128)
     loop = decode_loop(spec)
 
@@ -277,43 +222,3 @@ def test_the_copy_test_sees_a_copy():
 
     compiled = aot.compile_on(mesh, copying, *loop_arguments(spec, mesh))
     assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2)
-
-
-@pytest.mark.parametrize("num_layers", [None, 4], ids=["one_layer", "scan_over_4_layers"])
-@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", (2, 1, 4)), ("float32", (2, 1, 4)), ("bfloat16", (2, 2, 2))])
-def test_decode_loop_on_cpu_keeps_its_pools_in_place(dtype, shape, num_layers):
-    mesh = pod(*shape)
-    spec = pd.CacheSpec(4, 128, 512, 64, dtype=dtype, num_layers=num_layers)
-    compiled = jax.jit(decode_loop(spec), donate_argnums=0).lower(*loop_arguments(spec, mesh)).compile()
-    layer_pool = spec.bytes_per_chip(mesh) // 2 // (num_layers or 1)
-    assert compiled.memory_analysis().temp_size_in_bytes < layer_pool
-    assert len(aot.collectives(compiled.as_text())) == (0 if shape[1] == 1 else 2)
-
-
-@pytest.mark.filterwarnings("ignore:.*page_size=16")
-@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("head_dim", "shape"), [(128, (2, 1, 4)), (64, (2, 1, 4)), (128, (2, 2, 2)), (64, (1, 4, 2))])
-def test_a_loop_of_steps_equals_steps_one_by_one(head_dim, shape, kind):
-    """32 steps in one program give the numbers of the oracle on the tokens that they appended."""
-    mesh = pod(*shape, kind)
-    tables, pages = lay_tables(np.random.default_rng(0), [64] * 4, 16, 4, *shape[:2], slack=0)  # [4, 4]
-    spec = pd.CacheSpec(4, head_dim, pages, 16, dtype="float32", num_layers=2)
-    rng = np.random.default_rng(1)
-    query, key, value = (rng.standard_normal((4, h, head_dim)).astype(np.float32) for h in (8, 4, 4))
-    first = np.array([1, 5, 16, 32], np.int32)  # lengths at the first step; earlier tokens are zeros
-    cache = pd.PagedKVCache.create(spec, mesh)
-    loop = jax.jit(decode_loop(spec), donate_argnums=0)
-    cache, lengths, total = loop(cache, *map(jnp.asarray, (query, key, value, first, tables)))
-    np.testing.assert_array_equal(lengths, first + STEPS)
-
-    pools = [np.zeros((4, pages, 16, head_dim)) for _ in range(2)]
-    expected = np.zeros_like(query)
-    for step in range(STEPS):
-        for pool, new in zip(pools, (key, value), strict=True):
-            for b, position in enumerate(first + step - 1):
-                pool[:, tables[b, position // 16], position % 16] = new[b]
-        expected += 2 * attention_oracle(query, *pools, first + step, tables)[0]
-    np.testing.assert_allclose(total, expected, rtol=2e-4, atol=2e-4)
-    for stored, pool in zip(cache.to_pages(), pools, strict=True):
-        np.testing.assert_array_equal(stored[0], pool)
-        np.testing.assert_array_equal(stored[1], pool)

@@ -7,39 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from aot import CHIP_TOPOLOGIES, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
+from decode_programs import decode_program_text, decode_shapes, num_kernels
+from one_chip_cases import FP8, INT8
 
 from paged_dist.kernels import paged_decode_attention
 from paged_dist.launch.planning.hlo_text import ops_around_kernels
 
 pytestmark = needs_libtpu
 on_every_chip = pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
-
-
-def shapes(B=32, Hq=32, Hkv=8, N=64, R=128, W=128, D=128, S=32, L=None, dtype="bfloat16", query_dtype="bfloat16"):
-    """(query, key_cache, value_cache, lengths, block_tables), by shape."""
-    pool = jax.ShapeDtypeStruct((*(() if L is None else (L,)), Hkv, N, R, W), dtype)
-    int32 = lambda *dims: jax.ShapeDtypeStruct((B, *dims), jnp.int32)
-    return jax.ShapeDtypeStruct((B, Hq, D), query_dtype), pool, pool, int32(), int32(S)
-
-
-def compiled_text(chip, arrays, **options):
-    """The compiled program, which holds no copy of a pool, nor as much temporary memory."""
-    names = ("layer", "starts", "sinks", "key_scales", "value_scales")
-    operands = {name: options.pop(name) for name in names if name in options}
-
-    def run(*args):
-        return paged_decode_attention(*args[:5], **dict(zip(operands, args[5:], strict=True)), **options)
-
-    compiled = compile_on(one_chip_mesh(chip), run, *arrays, *operands.values())
-    pool = arrays[1]
-    layer = pool.size // (pool.shape[0] if pool.ndim == 5 else 1) * pool.dtype.itemsize
-    assert values_as_large_as(compiled.as_text(), layer) == []
-    assert compiled.memory_analysis().temp_size_in_bytes < max(layer, 4 << 20)
-    return compiled.as_text()
-
-
-def kernels(text: str) -> int:
-    return text.count('custom_call_target="tpu_custom_call"')
 
 
 SHAPES = {
@@ -92,11 +67,11 @@ SPLIT = ("large_batch_packed",)
 )
 def test_one_kernel_and_no_copy_on_every_chip(chip, name, lse):
     shape, options = SHAPES[name]
-    arrays = shapes(**shape)
+    arrays = decode_shapes(**shape)
     B, Hq, _ = arrays[0].shape
     kinds = dict(starts=((B,), jnp.int32), sinks=((Hq,), jnp.float32), layer=((), jnp.int32))
     given = {k: jax.ShapeDtypeStruct(*kinds[k]) if k in kinds else v for k, v in options.items()}
-    assert kernels(compiled_text(chip, arrays, return_lse=lse, **given)) == 1 or name in SPLIT
+    assert num_kernels(decode_program_text(chip, arrays, return_lse=lse, **given)) == 1 or name in SPLIT
 
 
 QUANTIZED = {
@@ -124,10 +99,10 @@ QUANTIZED_OFTEN += [("v6e", "one_head", "int8"), ("v7x", "gqa", "int8")]
     ],
 )
 def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name, dtype):
-    arrays = shapes(**QUANTIZED[name], dtype=dtype)
+    arrays = decode_shapes(**QUANTIZED[name], dtype=dtype)
     scales = jax.ShapeDtypeStruct(arrays[1].shape[:-1], jnp.float32)
-    text = compiled_text(chip, arrays, key_scales=scales, value_scales=scales)
-    assert kernels(text) == 1
+    text = decode_program_text(chip, arrays, key_scales=scales, value_scales=scales)
+    assert num_kernels(text) == 1
     if arrays[1].shape[2] == 128:  # pages of any other size have their scales copied, as the docstring says
         assert values_as_large_as(text, scales.size * 4) == []
 
@@ -137,7 +112,7 @@ def test_eight_bit_pages_compile_on_every_chip_and_nothing_is_copied(chip, name,
 )
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v7x", marks=pytest.mark.slow)])
 def test_the_page_table_reaches_the_kernel_as_xla_stores_it(chip, B, S):
-    text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
+    text = decode_program_text(chip, decode_shapes(B=B, S=S, Hq=8, Hkv=1, N=512))
     before, after = text[text.index("ENTRY") :].split("custom-call(", 1)
     for part in (before, after):
         assert re.findall(r" = (\S+) (?:copy|transpose|reshape|fusion)\(", part) == []
@@ -155,7 +130,7 @@ def test_results_stay_in_hbm_where_the_program_goes_on_with_them(chip, return_ls
         return jnp.dot(output.reshape(32, 1024), weights), *(jnp.exp(x) for x in lse)
 
     weights = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
-    text = compile_on(one_chip_mesh(chip), projected, weights, *shapes(Hq=8, Hkv=1)).as_text()
+    text = compile_on(one_chip_mesh(chip), projected, weights, *decode_shapes(Hq=8, Hkv=1)).as_text()
     (launch,) = re.findall(r"paged_decode_attention\S* = (.*?) custom-call\(", text)
     assert "bf16[32,8,128]" in launch and "S(1)" not in launch
 
@@ -166,14 +141,14 @@ def test_results_stay_in_hbm_where_the_program_goes_on_with_them(chip, return_ls
     + [pytest.param(c, 1024, 1024, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES],
 )
 def test_tables_beyond_scalar_memory_become_several_launches(chip, B, S):
-    text = compiled_text(chip, shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))
-    assert kernels(text) == B // 128
+    text = decode_program_text(chip, decode_shapes(B=B, S=S, Hq=8, Hkv=1, N=2048))
+    assert num_kernels(text) == B // 128
 
 
 @on_every_chip
 def test_a_row_that_scalar_memory_cannot_hold_is_refused(chip):
     with pytest.raises(ValueError, match=r"block_tables\.shape=\(2, 300000\).*one row.*SMEM.*larger pages"):
-        compiled_text(chip, shapes(B=2, S=300_000, Hq=8, Hkv=1))
+        decode_program_text(chip, decode_shapes(B=2, S=300_000, Hq=8, Hkv=1))
 
 
 @pytest.mark.parametrize(
@@ -189,15 +164,58 @@ def test_both_cores_work_where_a_device_has_two(chip, in_scope):
     mesh = one_chip_mesh(chip)
     scope = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if in_scope else contextlib.nullcontext()
     with scope:
-        text = compile_on(mesh, paged_decode_attention, *shapes(Hq=8, Hkv=1)).as_text()
-    assert kernels(text) == 1
+        text = compile_on(mesh, paged_decode_attention, *decode_shapes(Hq=8, Hkv=1)).as_text()
+    assert num_kernels(text) == 1
     assert ("paged_decode_attention_on_two_cores" in text) == (chip in ("v4", "v5p"))
 
 
-@pytest.mark.parametrize(
-    "chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES]
-)
+@pytest.mark.parametrize("chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES])
 def test_an_output_that_is_all_that_a_program_returns_is_not_copied(chip):
     """The compiler of jax 0.10 copied it: a kernel's only result, pinned to HBM."""
-    text = compiled_text(chip, shapes(Hq=8, Hkv=1, N=512))
+    text = decode_program_text(chip, decode_shapes(Hq=8, Hkv=1, N=512))
     assert [op for op in ops_around_kernels(text) if op.split()[0] == "copy"] == []
+
+
+ONE_HEAD = dict(Hq=8, Hkv=1, N=512)
+
+
+COMPILED = {
+    "four": (4, ONE_HEAD, {}),
+    "sixteen_of_sixteen_heads": (16, dict(Hq=16, Hkv=1, N=512), dict(return_lse=True)),
+    "gqa_window": (3, dict(), dict(sliding_window=1000)),
+    "gqa_sixteen": (16, dict(Hq=64), dict(return_lse=True)),
+    "packed_sinks": (5, dict(Hq=16, Hkv=2, D=64, R=64, N=512), dict(sinks=True)),
+    "head_dim_256_f32_query": (8, dict(Hq=16, Hkv=2, D=256, W=256, N=128, query_dtype="float32"), {}),
+    "many_heads": (2, dict(Hq=32, Hkv=32, N=32), {}),
+    "page_16": (4, dict(Hq=8, Hkv=1, R=16, S=256, N=4096), {}),
+    "int8": (4, dict(N=512, dtype=INT8), dict(scales=True)),
+    "fp8_sixteen": (16, dict(**ONE_HEAD, dtype=FP8), dict(scales=True)),
+    "fp8_sixteen_gqa": (16, dict(Hq=64, N=512, dtype=FP8), dict(scales=True)),
+}
+
+
+AT_ONCE = {"v4": "four", "v5e": "packed_sinks", "v5p": "sixteen_of_sixteen_heads", "v6e": "gqa_window", "v7x": "int8"}
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "name"),
+    [
+        pytest.param(chip, name, marks=() if name == AT_ONCE[chip] else pytest.mark.slow)
+        for chip in CHIP_TOPOLOGIES
+        for name in COMPILED
+    ],
+)
+def test_it_compiles_on_every_chip_and_no_pool_is_copied(chip, name):
+    Q, shape, options = COMPILED[name]
+    query, *arrays = decode_shapes(**shape)
+    B, Hq, D = query.shape
+    query_bytes = Q * Hq * D * query.dtype.itemsize  # of a sequence; with more, a batch may take several launches
+    query = jax.ShapeDtypeStruct((B, Q, Hq, D), query.dtype)
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = jax.ShapeDtypeStruct((Hq,), jnp.float32)
+    if options.pop("scales", False):
+        scales = jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
+        options |= dict(key_scales=scales, value_scales=scales)
+    assert num_kernels(decode_program_text(chip, (query, *arrays), **options)) == 1 or query_bytes > 1 << 16

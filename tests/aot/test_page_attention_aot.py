@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from aot import CHIP_TOPOLOGIES, compile_on, needs_libtpu, one_chip_mesh, values_as_large_as
-from test_page_attention_kernel import BODIES, drive
+from seed_launchers import SEED_BODIES, launch_seed_body
 
 from paged_dist._compat import lowering_for
 from paged_dist.kernels import page_attention
@@ -122,14 +122,14 @@ def test_page_attention_follows_the_platform_it_is_lowered_for(chip, D, P):
 @pytest.mark.parametrize(
     "chip", [pytest.param(c, marks=() if c in ("v4", "v7x") else pytest.mark.slow) for c in CHIP_TOPOLOGIES]
 )
-@BODIES
+@SEED_BODIES
 @pytest.mark.parametrize("Hq", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_launcher_written_for_ejkernel_compiles(chip, body, Hq):
     query, _, _, lengths, tables, _ = shapes(Hq=Hq, S=32)
     cache = jax.ShapeDtypeStruct((8, 64, 16, 128), jnp.bfloat16)
     compiled = compile_on(
         one_chip_mesh(chip),
-        lambda *x: drive(body, *x, pages=8, sliding_window=100),
+        lambda *x: launch_seed_body(body, *x, pages=8, sliding_window=100),
         query,
         cache,
         cache,

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
 import textwrap
 
 import pytest
-from test_watchdog import Pod
+from commands import SUPPORT, run_command
+from decode_pod import FAULTY_DECODE, DecodePod
 
-from paged_dist.launch.common import record_output
-from paged_dist.launch.common.interrupt import CtrlC
-from paged_dist.launch.common.local_processes import pod_environment
-from paged_dist.launch.serving.engine import Measured, StepProfile
+from paged_dist.launch.local_pod import pod_environment
 
-LIMIT = 240  # seconds until a run under test is killed
-FAULTY = [sys.executable, "-P", os.path.join(os.path.dirname(__file__), "..", "support", "faulty_decode.py")]
 SMALL = ["--num_requests=4", "--max_context=50", "--layers=1", "--num_kv_heads=2", "--num_q_heads=2", "--batch=4"]
 
 
-def run(command, **environment):
-    """(exit code, stdout, stderr) of a process without this one's settings of simulated devices."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=clean | environment)
-    return done.returncode, done.stdout, done.stderr
-
-
-def faulty(tmp_path, fault, *flags):
+def run_with_fault(tmp_path, fault, *flags):
     """(exit code, stdout, its own lines on stderr, record) of a decode run with a fault, see faulty_decode.py."""
     path = tmp_path / "out.jsonl"
-    command = [*FAULTY, *SMALL, "--max_generated=20", "--cpu_devices=2", f"--output={path}", *flags]
-    code, out, err = run(command, FAULT=fault)
+    command = [*FAULTY_DECODE, *SMALL, "--max_generated=20", "--cpu_devices=2", f"--output={path}", *flags]
+    code, out, err = run_command(command, FAULT=fault)
     assert "Traceback" not in err, err
     lines = [line.removeprefix("paged-dist-decode: ") for line in err.splitlines() if line.startswith("paged-dist-")]
     return code, out, lines, json.loads(path.read_text()) if path.exists() else None
 
 
 def test_ctrl_c_ends_decoding_before_the_next_step_with_the_partial_record(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "SIGINT:0:5")
+    code, out, lines, record = run_with_fault(tmp_path, "SIGINT:0:5")
     assert code == 130 and record["partial"] and record["steps"] == 6 and record["oracle_passed"]
     assert "PARTIAL" in out and "asked to stop after 6 steps" in out
     assert lines[-1] == "interrupted: stops before the next step; Ctrl-C once more ends it at once"
@@ -50,7 +35,7 @@ def test_ctrl_c_ends_decoding_before_the_next_step_with_the_partial_record(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_ctrl_c_on_one_of_several_stops_all_before_the_same_step(tmp_path, process):
-    with Pod(tmp_path, 2, f"SIGINT:{process}:5") as pod:
+    with DecodePod(tmp_path, 2, f"SIGINT:{process}:5") as pod:
         codes, _ = pod.ends(0, 1)
         assert codes == [130, 75][:: 1 if process == 0 else -1], [pod.log(0), pod.log(1)]
         (record,) = pod.records()
@@ -59,12 +44,12 @@ def test_ctrl_c_on_one_of_several_stops_all_before_the_same_step(tmp_path, proce
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_compiles_is_one_line(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "compile:0:0")
+    code, out, lines, record = run_with_fault(tmp_path, "compile:0:0")
     assert (code, out, record) == (130, "", None) and lines[-1] == "interrupted"
 
 
 def test_a_profile_that_cannot_be_written_costs_a_line_and_not_the_record(tmp_path):
-    code, out, lines, record = faulty(tmp_path, "profile:0:1000", f"--profile_dir={tmp_path}/profile")
+    code, out, lines, record = run_with_fault(tmp_path, "profile:0:1000", f"--profile_dir={tmp_path}/profile")
     assert code == 1 and not record["partial"] and record["steps"] >= 20
     assert record["profile_error"] == "OSError: [Errno 28] No space left on device"
     assert "tokens/s" in out
@@ -72,68 +57,12 @@ def test_a_profile_that_cannot_be_written_costs_a_line_and_not_the_record(tmp_pa
     assert [line for line in lines if "profile" in line] == [said]
 
 
-@pytest.mark.parametrize("fails", ["start_trace", "stop_trace"])
-def test_a_profiler_that_fails_is_left_alone_from_then_on(monkeypatch, fails):
-    called = []
-
-    def stand_in(name):
-        def call(*_):
-            called.append(name)
-            if name == fails:
-                raise RuntimeError("no\n room")
-
-        return call
-
-    for name in ("start_trace", "stop_trace"):
-        monkeypatch.setattr(f"jax.profiler.{name}", stand_in(name))
-    m = Measured()
-    profile = StepProfile("folder", m)
-    for step in range(20):
-        profile.before_step(step)
-    profile.stop()
-    assert called == ["start_trace", "stop_trace"][: 1 + (fails == "stop_trace")]
-    assert m.profile_error == "RuntimeError: no room"
-
-
-def test_the_second_ctrl_c_is_an_interrupt_and_an_ignored_one_stays_so(capfd):
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("stop"))
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), CtrlC("name") as ctrl_c:
-            signal.raise_signal(signal.SIGINT)
-            assert ctrl_c.came and asked == ["stop"]
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with CtrlC("name") as ctrl_c:
-            signal.raise_signal(signal.SIGINT)
-        assert not ctrl_c.came and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
-    assert capfd.readouterr().err.count("name: interrupted: ") == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_a_stdout_that_cannot_be_written_costs_no_record(tmp_path, monkeypatch, capfd):
-    path = tmp_path / "x.jsonl"
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert not record_output.deliver("name", "table", str(path), {"a": 1})
-        print("more")  # goes nowhere, and is no error at the end either
-    assert path.read_text() == '{"a": 1}\n'
-    assert re.fullmatch(r"name: error: stdout could not be written: .*No space left.*\n", capfd.readouterr().err)
-
-
 # Several command lines in one process, as importing JAX takes longer than refusing a flag
 
-SUPPORT = os.path.join(os.path.dirname(__file__), "..", "support")
 EACH = """
 import contextlib, importlib, io, json, signal, sys
 from absl import app, flags
 from absl.testing import flagsaver as absl_flagsaver
-sys.path.insert(0, sys.argv[2])
 import flagsaver
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runs = json.loads(sys.argv[1])
@@ -151,7 +80,8 @@ for name, arguments in runs:
 
 
 def each(runs):
-    code, out, err = run([sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs), SUPPORT])
+    command = [sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs)]
+    code, out, err = run_command(command, PYTHONPATH=SUPPORT)
     assert code == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
@@ -180,7 +110,7 @@ HUGE = [
 
 
 def test_sizes_of_which_no_run_would_come_are_refused_at_once():
-    ends = each([run[:2] for run in HUGE])
+    ends = each([of_launcher[:2] for of_launcher in HUGE])
     assert len(ends) == len(HUGE)
     for (name, _, says), (_, code, err) in zip(HUGE, ends, strict=True):
         assert code == 2 and err.startswith(f"paged-dist-{name.replace('_', '-')}: error: "), err
@@ -206,7 +136,7 @@ def test_sizes_of_which_no_run_would_come_are_refused_at_once():
 )
 def test_the_flag_counts_and_without_it_the_environment(flags, environment, devices):
     command = [sys.executable, "-P", "-m", "paged_dist.launch.decode", "--dry_run", "--num_requests=1", *flags]
-    code, out, err = run(command, **environment)
+    code, out, err = run_command(command, **environment)
     assert code == 0 and f"= {devices} devices (cpu)" in out, out + err
 
 

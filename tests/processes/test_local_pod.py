@@ -15,6 +15,7 @@ import warnings
 
 import jax
 import pytest
+from commands import wait_for
 
 from paged_dist.launch.common.local_processes import dies_with_parent, launcher_command, pod_environment, reserve_port
 from paged_dist.launch.local_pod import run_pod
@@ -24,8 +25,8 @@ MODULE = [sys.executable, "-m", "paged_dist.launch.local_pod"]
 
 
 @pytest.fixture
-def pod(tmp_path):
-    """`pod(script, *flags)` starts a local pod of `script`; killed at the end whatever happened."""
+def run_local_pod(tmp_path):
+    """`run_local_pod(script, *flags)` starts a local pod of `script`; killed at the end whatever happened."""
     started = []
 
     def start(script, *flags):
@@ -48,13 +49,6 @@ def pod(tmp_path):
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.02)
 
 
 def runs(pid: int) -> bool:
@@ -81,8 +75,8 @@ SLEEP = WRITE_PID + "time.sleep(100)\n"
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEP  # as jax.distributed makes them
 
 
-def test_lines_are_prefixed_whole_and_keep_their_stream(pod):
-    p = pod(
+def test_lines_are_prefixed_whole_and_keep_their_stream(run_local_pod):
+    p = run_local_pod(
         """
         print('out', me, sys.argv[1:], flush=True)
         sys.stdout.write('two '); sys.stdout.flush(); time.sleep(0.2); print('halves', flush=True)
@@ -101,32 +95,34 @@ def test_lines_are_prefixed_whole_and_keep_their_stream(pod):
     assert len(out.splitlines()) == 6
 
 
-def test_much_output_arrives_whole(pod):
-    p = pod("for i in range(20000): print(me, i, 'x' * 50)\n", "--processes=2", "--devices=1")
+def test_much_output_arrives_whole(run_local_pod):
+    p = run_local_pod("for i in range(20000): print(me, i, 'x' * 50)\n", "--processes=2", "--devices=1")
     out, _ = p.communicate(timeout=LIMIT)
     lines = out.splitlines()
     for i in range(2):
         assert [x for x in lines if x.startswith(f"[p{i}]")] == [f"[p{i}] {i} {n} {'x' * 50}" for n in range(20000)]
 
 
-def test_the_first_failure_ends_the_others_and_is_the_exit_code(pod, tmp_path):
+def test_the_first_failure_ends_the_others_and_is_the_exit_code(run_local_pod, tmp_path):
     start = time.monotonic()
-    p = pod(STUBBORN.replace("time.sleep(100)", "time.sleep(100 if me else 0.5); sys.exit(7)"), "--processes=3")
+    p = run_local_pod(
+        STUBBORN.replace("time.sleep(100)", "time.sleep(100 if me else 0.5); sys.exit(7)"), "--processes=3"
+    )
     _, err = p.communicate(timeout=LIMIT)
     assert p.returncode == 7 and "process 0 ended with exit code 7" in err
     assert time.monotonic() - start < 20
     assert not any(map(runs, pids(tmp_path, 3)))
 
 
-def test_death_by_a_signal_is_128_plus_its_number(pod):
-    p = pod("os.kill(os.getpid(), signal.SIGKILL) if me == 1 else time.sleep(100)", "--processes=2")
+def test_death_by_a_signal_is_128_plus_its_number(run_local_pod):
+    p = run_local_pod("os.kill(os.getpid(), signal.SIGKILL) if me == 1 else time.sleep(100)", "--processes=2")
     p.communicate(timeout=LIMIT)
     assert p.returncode == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupting_the_pod_ends_every_process(pod, tmp_path, number, code):
-    p = pod(STUBBORN, "--processes=2", "--grace_seconds=1.5")
+def test_interrupting_the_pod_ends_every_process(run_local_pod, tmp_path, number, code):
+    p = run_local_pod(STUBBORN, "--processes=2", "--grace_seconds=1.5")
     children = pids(tmp_path, 2)
     p.send_signal(number)
     out, err = p.communicate(timeout=LIMIT)
@@ -134,8 +130,8 @@ def test_interrupting_the_pod_ends_every_process(pod, tmp_path, number, code):
     assert not any(map(runs, children))
 
 
-def test_a_second_ctrl_c_kills_the_processes(pod, tmp_path):
-    p = pod(STUBBORN, "--processes=2", "--grace_seconds=1000")
+def test_a_second_ctrl_c_kills_the_processes(run_local_pod, tmp_path):
+    p = run_local_pod(STUBBORN, "--processes=2", "--grace_seconds=1000")
     children = pids(tmp_path, 2)
     p.send_signal(signal.SIGINT)
     assert "Ctrl-C once more kills them" in p.stderr.readline()
@@ -146,9 +142,9 @@ def test_a_second_ctrl_c_kills_the_processes(pod, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_sigterm_and_ctrl_c_let_the_processes_end_by_themselves(pod, tmp_path, number, code):
+def test_sigterm_and_ctrl_c_let_the_processes_end_by_themselves(run_local_pod, tmp_path, number, code):
     late = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), print('wrote', me, flush=True), sys.exit(75)))\n"
-    p = pod(late + SLEEP, "--processes=2")
+    p = run_local_pod(late + SLEEP, "--processes=2")
     children = pids(tmp_path, 2)
     p.send_signal(number)
     out, _ = p.communicate(timeout=LIMIT)
@@ -156,14 +152,14 @@ def test_sigterm_and_ctrl_c_let_the_processes_end_by_themselves(pod, tmp_path, n
     assert not any(map(runs, children))
 
 
-def test_the_process_that_failed_counts_and_not_those_that_lost_it(pod):
-    p = pod("time.sleep(0.1 if me else 1); sys.exit(3 if me else 9)", "--processes=3")
+def test_the_process_that_failed_counts_and_not_those_that_lost_it(run_local_pod):
+    p = run_local_pod("time.sleep(0.1 if me else 1); sys.exit(3 if me else 9)", "--processes=3")
     _, err = p.communicate(timeout=LIMIT)
     assert p.returncode == 9 and "process 0 ended with exit code 9" in err
 
 
-def test_killing_the_pod_itself_leaves_no_orphan(pod, tmp_path):
-    p = pod(STUBBORN, "--processes=2")
+def test_killing_the_pod_itself_leaves_no_orphan(run_local_pod, tmp_path):
+    p = run_local_pod(STUBBORN, "--processes=2")
     children = pids(tmp_path, 2)
     assert all(map(runs, children))
     p.kill()
@@ -209,8 +205,8 @@ def test_a_child_has_the_signals_that_it_would_have_without_the_program_in_betwe
     assert capfd.readouterr().out == f"[p0] {direct.stdout}"
 
 
-def test_what_a_process_started_ends_with_the_pod(pod, tmp_path):
-    p = pod(
+def test_what_a_process_started_ends_with_the_pod(run_local_pod, tmp_path):
+    p = run_local_pod(
         WRITE_PID
         + """
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])
@@ -228,8 +224,8 @@ sys.exit(0 if me else 3)
     assert not any(map(runs, pids(tmp_path, 4)))
 
 
-def test_time_out_ends_the_pod_with_124(pod, tmp_path):
-    p = pod(STUBBORN, "--processes=2", "--timeout_seconds=1.5")
+def test_time_out_ends_the_pod_with_124(run_local_pod, tmp_path):
+    p = run_local_pod(STUBBORN, "--processes=2", "--timeout_seconds=1.5")
     _, err = p.communicate(timeout=LIMIT)
     assert p.returncode == 124 and "time is up; still running: 0, 1" in err
     assert not any(map(runs, pids(tmp_path, 2)))

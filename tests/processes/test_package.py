@@ -18,18 +18,18 @@ import zipfile
 
 import numpy
 import pytest
+from platform_files import TREE
 
 import paged_dist
 import paged_dist.kernels
 import paged_dist.launch
 
-TREE = pathlib.Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
 LIMIT = 120  # seconds, for one command
 SOURCES = {"paged_dist": "paged_dist", "kernels": "paged_dist/kernels", "launch": "paged_dist/launch"}
 
 
-def run(command, cwd, **more):
+def run_checked(command, cwd, **more):
     """The finished process; fails the test with its output where the exit code is not 0."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONNOUSERSITE": "1"}
@@ -48,11 +48,11 @@ def contents(wheel):
 
 def build(source, out, *what):
     """Builds as a release does, but with the setuptools that is installed: no network. (In ./run, pip gets its own.)"""
-    run([sys.executable, "-m", "build", "--no-isolation", *what, "--outdir", out, source], cwd=source)
+    run_checked([sys.executable, "-m", "build", "--no-isolation", *what, "--outdir", out, source], cwd=source)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def distributions(tmp_path_factory):
     """(sdist, wheel built from it), made from a copy: setuptools would leave its folders in the tree."""
     source = tmp_path_factory.mktemp("source") / "tree"
     left_out = shutil.ignore_patterns(
@@ -65,22 +65,24 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def installed(built, tmp_path_factory):
+def installed(distributions, tmp_path_factory):
     """The bin folder of an environment with the wheel in it. Its dependencies are the running environment's, whose
     own paged_dist, installed editable from the tree, is not reachable there: its .pth file is not read."""
     home = tmp_path_factory.mktemp("clean") / "env"
     venv.create(home, with_pip=False, symlinks=True)
     python = home / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    run([*pip, built[1]], cwd=home)
-    site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=home).stdout.strip()
+    run_checked([*pip, distributions[1]], cwd=home)
+    site = run_checked(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=home
+    ).stdout.strip()
     dependencies = pathlib.Path(numpy.__file__).parent.parent
     (pathlib.Path(site) / "dependencies.pth").write_text(f"{dependencies}\n")
     return home / "bin"
 
 
-def test_wheel_holds_the_one_package_and_all_of_it(built):
-    names = set(contents(built[1]))
+def test_wheel_holds_the_one_package_and_all_of_it(distributions):
+    names = set(contents(distributions[1]))
     metadata = {n for n in names if n.startswith(f"paged_dist-{PROJECT['version']}.dist-info/")}
     platforms = {f"paged_dist/launch/platforms/{file.name}" for file in (TREE / "launch" / "platforms").iterdir()}
     expected = (
@@ -116,15 +118,15 @@ def test_nothing_is_unpickled_or_evaluated_or_passed_to_a_shell():
     assert seen == []
 
 
-def test_nothing_at_the_wheels_top_level_can_collide(built):
-    files = contents(built[1])
+def test_nothing_at_the_wheels_top_level_can_collide(distributions):
+    files = contents(distributions[1])
     top_level = next(files[n] for n in files if n.endswith(".dist-info/top_level.txt"))
     assert top_level.decode().split() == ["paged_dist"]
     assert {n.split("/")[0] for n in files} == {"paged_dist", f"paged_dist-{PROJECT['version']}.dist-info"}
 
 
-def test_wheel_says_what_pyproject_says(built):
-    files = contents(built[1])
+def test_wheel_says_what_pyproject_says(distributions):
+    files = contents(distributions[1])
     told = email.message_from_bytes(next(files[n] for n in files if n.endswith(".dist-info/METADATA")))
     assert told["Version"] == PROJECT["version"] == paged_dist.__version__
     assert told["License-Expression"] == "Apache-2.0"
@@ -133,8 +135,8 @@ def test_wheel_says_what_pyproject_says(built):
     assert sorted(needed) == ["absl-py", "jax", "jaxlib", "ml_dtypes", "numpy"]
 
 
-def test_sdist_holds_its_tests_and_builds_without_the_tree(built, tmp_path):
-    sdist, wheel = built
+def test_sdist_holds_its_tests_and_builds_without_the_tree(distributions, tmp_path):
+    sdist, wheel = distributions
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
@@ -181,7 +183,7 @@ print(importlib.metadata.version("paged-dist"), paged_dist.__version__)
 
 
 def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_path):
-    said = run([installed / "python", "-c", FROM_THE_WHEEL], cwd=tmp_path).stdout.split()
+    said = run_checked([installed / "python", "-c", FROM_THE_WHEEL], cwd=tmp_path).stdout.split()
     assert said == [PROJECT["version"]] * 2
 
 
@@ -199,11 +201,11 @@ def test_installed_package_imports_whole_and_starts_no_back_end(installed, tmp_p
     ],
 )
 def test_console_script_of_the_installed_package_runs(installed, tmp_path, script, arguments, says):
-    assert says in run([installed / script, *arguments], cwd=tmp_path).stdout
+    assert says in run_checked([installed / script, *arguments], cwd=tmp_path).stdout
 
 
 def test_decode_console_script_names_its_flags(installed, tmp_path):
-    text = run([installed / "paged-dist-decode", "--help"], cwd=tmp_path).stdout
+    text = run_checked([installed / "paged-dist-decode", "--help"], cwd=tmp_path).stdout
     assert "Continuous decoding" in text and "--trace:" in text and "--kv_dtype:" in text
 
 
@@ -329,7 +331,7 @@ def test_run_names_its_commands_where_there_is_no_such_one():
 def test_missing_tpu_compiler_skips_unless_it_is_required(monkeypatch, present, required, skips):
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: bool(present))
     monkeypatch.setenv("PAGED_DIST_REQUIRE_LIBTPU", required)
-    spec = importlib.util.spec_from_file_location("aot_again", TREE / "tests" / "aot.py")
+    spec = importlib.util.spec_from_file_location("aot_again", TREE / "tests" / "support" / "aot.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.needs_libtpu.args == (bool(skips),)

@@ -17,9 +17,18 @@ import tomllib
 import types
 
 import pytest
-import yaml
-from aot import needs_libtpu
 from jax._src.clusters import cloud_tpu_cluster
+from platform_files import (
+    PLATFORMS,
+    TREE,
+    container_of,
+    flags_of_container,
+    mesh_sizes_of,
+    pod_spec_of,
+    read_jobset,
+    slice_shape,
+    slices_of,
+)
 
 from paged_dist._compat import detect_cluster
 from paged_dist.cluster import PREEMPTED
@@ -28,17 +37,8 @@ from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.host import has_accelerator
 from paged_dist.mesh import topology as topology_module
 
-TREE = pathlib.Path(__file__).resolve().parents[2]
-PLATFORMS = TREE / "launch" / "platforms"
 SCRIPTS = ["slurm.sbatch", "tpu_vm.sh"]
 LIMIT = 30  # seconds, for one script
-# GKE's names: libtpu's, and the axes of a topology.
-ACCELERATORS = {
-    "tpu-v4-podslice": ("v4", 3),
-    "tpu-v5-lite-podslice": ("v5e", 2),
-    "tpu-v5p-slice": ("v5p", 3),
-    "tpu-v6e-slice": ("v6e", 2),
-}
 
 # Flags that a shell would do something with, or lose.
 HOSTILE = [
@@ -61,41 +61,22 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def jobset():
-    (document,) = yaml.safe_load_all((PLATFORMS / "gke-jobset.yaml").read_text())
-    return document
+    return read_jobset()
 
 
 @pytest.fixture(scope="module")
 def slices(jobset):
-    """The replicated job: one job a slice."""
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    return replicated
+    return slices_of(jobset)
 
 
 @pytest.fixture(scope="module")
-def pod(slices):
-    return slices["template"]["spec"]["template"]["spec"]
+def pod_spec(slices):
+    return pod_spec_of(slices)
 
 
 @pytest.fixture(scope="module")
-def container(pod):
-    (only,) = pod["containers"]
-    return only
-
-
-def topology(pod) -> list[int]:
-    return [int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
-
-
-def given(container) -> dict[str, str]:
-    """Flag -> value in the container's arguments."""
-    pairs = [re.fullmatch(r"--(\w+)=(.+)", argument).groups() for argument in container["args"]]
-    assert len(dict(pairs)) == len(pairs), "a flag is given twice"
-    return dict(pairs)
-
-
-def mesh_sizes(container) -> dict[str, int]:
-    return {axis: int(given(container).get(axis, 1)) for axis in ("data", "context", "model")}
+def container(pod_spec):
+    return container_of(pod_spec)
 
 
 def host_names(jobset, slices, index: int) -> list[str]:
@@ -115,10 +96,10 @@ def test_jobset_gives_its_pods_names_that_resolve_before_they_are_ready(jobset, 
             assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", label)
 
 
-def test_jobset_has_a_pod_a_host_and_puts_each_slice_in_a_node_pool_of_its_own(jobset, slices, pod, container):
+def test_jobset_has_a_pod_a_host_and_puts_each_slice_in_a_node_pool_of_its_own(jobset, slices, pod_spec, container):
     job = slices["template"]["spec"]
     chips_a_host = container["resources"]["limits"]["google.com/tpu"]
-    assert job["parallelism"] == job["completions"] == math.prod(topology(pod)) / chips_a_host
+    assert job["parallelism"] == job["completions"] == math.prod(slice_shape(pod_spec)) / chips_a_host
     assert job["completionMode"] == "Indexed"
     exclusive = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
     assert exclusive == "cloud.google.com/gke-nodepool"
@@ -129,23 +110,9 @@ def test_jobset_asks_for_all_chips_of_a_host(container):
     assert resources["requests"] == resources["limits"] == {"google.com/tpu": 4}
 
 
-@needs_libtpu
-def test_jobset_is_what_libtpu_knows_that_slice_as(slices, pod, container):
-    from paged_dist import make_pod_mesh
-
-    generation, axes = ACCELERATORS[pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]]
-    assert len(topology(pod)) == axes
-    shape = "x".join(map(str, topology(pod)))
-    heads = int(given(container)["num_kv_heads"])
-    mesh = make_pod_mesh(**mesh_sizes(container), num_kv_heads=heads, topology=f"{generation}:{shape}")
-    hosts = [d.process_index for d in mesh.devices.flat]
-    assert len(set(hosts)) == slices["template"]["spec"]["parallelism"]
-    assert {hosts.count(h) for h in hosts} == {container["resources"]["limits"]["google.com/tpu"]}
-
-
-def test_jobset_mesh_covers_the_chips_and_splits_the_heads(slices, pod, container):
-    sizes, values = mesh_sizes(container), given(container)
-    assert math.prod(sizes.values()) == slices["replicas"] * math.prod(topology(pod))
+def test_jobset_mesh_covers_the_chips_and_splits_the_heads(slices, pod_spec, container):
+    sizes, values = mesh_sizes_of(container), flags_of_container(container)
+    assert math.prod(sizes.values()) == slices["replicas"] * math.prod(slice_shape(pod_spec))
     assert int(values["num_kv_heads"]) % sizes["model"] == 0
     assert int(values["num_q_heads"]) % int(values["num_kv_heads"]) == 0
 
@@ -155,20 +122,20 @@ def test_jobset_runs_a_console_script_with_flags_that_it_has(container):
     (command,) = container["command"]
     assert project["scripts"][command] == f"{decode.__name__}:cli"
     known = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(decode)}
-    for name, value in given(container).items():
+    for name, value in flags_of_container(container).items():
         assert name in known
         known[name].parser.parse(value)
 
 
 def test_jobset_waits_longer_for_a_pod_to_start_than_for_one_that_is_dead(container):
-    times = given(container)
+    times = flags_of_container(container)
     usual = flags.FLAGS["timeout_seconds"].default
     assert float(times["start_timeout_seconds"]) > float(times.get("timeout_seconds", usual))
 
 
-def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failure(jobset, slices, pod, container):
+def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failure(jobset, slices, pod_spec, container):
     job = slices["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy needs, too
+    assert pod_spec["restartPolicy"] == "Never"  # which podFailurePolicy needs, too
     assert job["backoffLimit"] == 0
     rules = job["podFailurePolicy"]["rules"]
     codes = [rule["onExitCodes"] for rule in rules if "onExitCodes" in rule]
@@ -182,10 +149,12 @@ def test_jobset_restarts_all_processes_after_a_preemption_and_none_after_a_failu
     assert last["action"] == "FailJobSet" and "onJobFailureReasons" not in last
 
 
-def test_jobset_writes_its_output_on_a_volume_that_all_hosts_share(pod, container):
+def test_jobset_writes_its_output_on_a_volume_that_all_hosts_share(pod_spec, container):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     (volume,) = (
-        v for v in pod["volumes"] if v["name"] == mounts[str(pathlib.PurePath(given(container)["output"]).parent)]
+        v
+        for v in pod_spec["volumes"]
+        if v["name"] == mounts[str(pathlib.PurePath(flags_of_container(container)["output"]).parent)]
     )
     assert volume["persistentVolumeClaim"]["claimName"]
 
@@ -322,11 +291,11 @@ def test_slurm_job_ends_with_the_steps_exit_code(played, code):
     assert played.run("bash", PLATFORMS / "slurm.sbatch").returncode == code
 
 
-def test_slurm_and_gke_ask_in_time_for_the_partial_result(pod):
+def test_slurm_and_gke_ask_in_time_for_the_partial_result(pod_spec):
     options = sbatch_options()
     # Without a B: the signal goes to the processes, not to the script.
     seconds = int(re.fullmatch(r"TERM@(\d+)", options["signal"])[1])
-    assert seconds == pod["terminationGracePeriodSeconds"] >= 30
+    assert seconds == pod_spec["terminationGracePeriodSeconds"] >= 30
     hours, minutes, rest = map(int, options["time"].split(":"))
     assert seconds < 3600 * hours + 60 * minutes + rest
 

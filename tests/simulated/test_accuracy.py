@@ -11,9 +11,7 @@ import pytest
 
 import paged_dist
 from paged_dist.launch import accuracy
-from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import host
-from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common import flags as shared
 
 SETTINGS = accuracy.AccuracySettings(2, 8, 2, 128, 64, 1, (128, 1024))
 
@@ -46,7 +44,7 @@ def test_heads_that_are_stored_padded_are_as_exact():
     results = accuracy.measure_errors(s)
     assert accuracy.failures(results) == []
     record = {"settings": s._asdict(), "results": results, "failures": [], "versions": {}}
-    assert "head_dim 96 (stored as 128), " in accuracy.accuracy_table(record).replace("\n           ", " ")
+    assert "head_dim 96 (stored as 128), " in accuracy.table(record).replace("\n           ", " ")
 
 
 def test_outlier_channels_cost_int8_its_accuracy_and_smoothing_gives_it_back(results):
@@ -61,13 +59,6 @@ def test_logits_have_a_standard_deviation_of_one_in_every_case():
         np.testing.assert_allclose(logits.std(axis=-1), 1, atol=0.06)
 
 
-def settings_of(**values):
-    """The flags as the console script sets them, and `values`."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
-    return flagsaver.flagsaver(**{**accuracy.ACCURACY_PROGRAM.defaults, **values})
-
-
 def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, tmp_path):
     """Without the query's smoothing the cases without it are as they were, and the third is not."""
     right = paged_dist.sharded_paged_attention
@@ -76,10 +67,10 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
         query = query if cache.key_smoothing is None else query / jnp.repeat(cache.key_smoothing, 4, axis=0)
         return right(query.astype(jnp.bfloat16), cache, *args, **kw)
 
-    monkeypatch.setattr(accuracy, "sharded_paged_attention", unsmoothed)
+    monkeypatch.setattr(paged_dist, "sharded_paged_attention", unsmoothed)
     monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     path = tmp_path / "out.jsonl"
-    with settings_of(context_lengths=["64"], output=str(path)):
+    with flagsaver.launcher_flags(accuracy, context_lengths=["64"], output=str(path)):
         assert accuracy.main(()) == 1
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
@@ -105,6 +96,6 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
 def test_bad_flags_are_refused_before_anything_runs(monkeypatch, change, says):
     monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     monkeypatch.setattr(accuracy, "measure_errors", lambda s: pytest.fail("went on to measure"))
-    with settings_of(**change), pytest.raises(UsageError) as refusal:
+    with flagsaver.launcher_flags(accuracy, **change), pytest.raises(UsageError) as refusal:
         accuracy.main(())
     assert says in str(refusal.value)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import pod
+from pod_meshes import simulated_pod
 
 import paged_dist as pd
 from paged_dist.ops.write_conflicts import check_rows_apart, on_host
@@ -22,12 +22,12 @@ def new(*lead) -> np.ndarray:
 def append(positions, tables, tokens=1, as_array=np.asarray, mesh=None):
     lead = (len(positions),) if tokens == 1 else (len(positions), tokens)
     at = (as_array(np.array(x, np.int32)) for x in (positions, tables))
-    return pd.append_kv(pd.PagedKVCache.create(SPEC, mesh or pod(1, 1, 1)), new(*lead), new(*lead), *at)
+    return pd.append_kv(pd.PagedKVCache.create(SPEC, mesh or simulated_pod(1, 1, 1)), new(*lead), new(*lead), *at)
 
 
 def prefill(starts, lengths, tables, rows=None, tokens=8):
     given = dict(starts=np.array(starts, np.int32), rows=None if rows is None else np.array(rows, np.int32))
-    cache = pd.PagedKVCache.create(SPEC, pod(1, 1, 1))
+    cache = pd.PagedKVCache.create(SPEC, simulated_pod(1, 1, 1))
     lengths, tables = (np.array(x, np.int32) for x in (lengths, tables))
     return pd.write_prefill_kv(cache, *(new(len(lengths), tokens),) * 2, lengths, tables, **given)
 
@@ -69,13 +69,17 @@ def test_what_is_not_written_may_be_shared():
         ([8, -1, 2**31 - 1], [9, 0, 2**31]),
     ]
     for starts, ends in cases:
-        check_rows_apart(SPEC, pod(1, 1, 1), pd.MeshAxes(), np.array(starts), np.array(ends), np.array(tables))
+        check_rows_apart(
+            SPEC, simulated_pod(1, 1, 1), pd.MeshAxes(), np.array(starts), np.array(ends), np.array(tables)
+        )
     with pytest.raises(ValueError, match="page 6 in rows 0 and 2"):
-        check_rows_apart(SPEC, pod(1, 1, 1), pd.MeshAxes(), np.array([8, 8, 8]), np.array([9, 9, 9]), np.array(tables))
+        check_rows_apart(
+            SPEC, simulated_pod(1, 1, 1), pd.MeshAxes(), np.array([8, 8, 8]), np.array([9, 9, 9]), np.array(tables)
+        )
 
 
 def test_pages_that_are_not_where_the_row_is_are_not_written_nor_counted():
-    mesh = pod(2, 2, 1)  # 8 pages a shard: data 0 has 0 to 15, of context shards 0 and 1
+    mesh = simulated_pod(2, 2, 1)  # 8 pages a shard: data 0 has 0 to 15, of context shards 0 and 1
     check = lambda tables, at: check_rows_apart(
         SPEC, mesh, pd.MeshAxes(), np.array(at), np.array(at) + 1, np.array(tables, np.int32)
     )
@@ -87,7 +91,7 @@ def test_pages_that_are_not_where_the_row_is_are_not_written_nor_counted():
 
 
 def test_random_calls_are_refused_exactly_where_two_rows_meet():
-    rng, mesh = np.random.default_rng(0), pod(2, 2, 1)
+    rng, mesh = np.random.default_rng(0), simulated_pod(2, 2, 1)
     refused = 0
     for _ in range(300):
         shard = np.arange(4)[:, None] // 2 * 2 + (rng.integers(0, 2, (4, 1)) + np.arange(3)) % 2
@@ -122,7 +126,9 @@ def test_nothing_is_looked_at_that_is_traced():
     key = new(2)
     lost = jax.jit(lambda c, at, tables: pd.append_kv(c, key, key, at, tables), donate_argnums=0)
     tables = np.array([[5], [5]], np.int32)
-    lost(pd.PagedKVCache.create(SPEC, pod(1, 1, 1)), np.array([0, 1], np.int32), tables)  # documented, not refused
+    lost(
+        pd.PagedKVCache.create(SPEC, simulated_pod(1, 1, 1)), np.array([0, 1], np.int32), tables
+    )  # documented, not refused
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_nothing_is_looked_at_that_is_traced():
 )
 @pytest.mark.parametrize("as_array", [np.array, jnp.array], ids=["numpy", "cpu"])
 def test_copies_that_meet_in_a_page_are_refused(pairs, says, as_array):
-    cache = pd.PagedKVCache.create(SPEC, pod(1, 1, 1))
+    cache = pd.PagedKVCache.create(SPEC, simulated_pod(1, 1, 1))
     with pytest.raises(ValueError, match=says):
         pd.copy_pages(cache, as_array(pairs, np.int32))
     assert not cache.key_pages.is_deleted()
@@ -142,7 +148,7 @@ def test_copies_that_meet_in_a_page_are_refused(pairs, says, as_array):
 
 def test_q_tokens_are_attended_to_from_lengths_minus_q():
     """As the docstring of `append_kv` says: grow by Q, append at lengths - Q, attend with lengths."""
-    mesh, rng = pod(1, 1, 1), np.random.default_rng(1)
+    mesh, rng = simulated_pod(1, 1, 1), np.random.default_rng(1)
     pages = pd.PageAllocator(SPEC, mesh, 1, 2)
     pages.allocate(0, 0)
     pages.grow(0, 4)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from context_cases import Case, lay_tables, pod
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pod_cases import PodCase, lay_tables
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
@@ -47,7 +46,7 @@ WINDOWS += [pytest.param(c, w, marks=pytest.mark.slow) for c, w in ((4, 1000), (
 def test_attention_over_context_shards_is_the_oracle(context, window):
     """Every first shard, every page edge, windows from one token to more than there are."""
     rng = np.random.default_rng([context, window or 0])
-    case = Case(tuple(map(int, edges(rng, 8, 8 * (2 * context + 3), 6 * context))), context=context)
+    case = PodCase(tuple(map(int, edges(rng, 8, 8 * (2 * context + 3), 6 * context))), context=context)
     mesh = case.mesh()
     query, lengths, tables = case.arguments
     output, lse = pd.sharded_paged_attention(
@@ -67,7 +66,7 @@ KERNELS = [
 @pytest.mark.parametrize("options", [dict(), dict(sliding_window=19)], ids=["", "window"])
 @pytest.mark.parametrize("shape", [KERNELS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS[1:])])
 def test_the_kernel_on_simulated_context_shards_is_the_oracle(shape, options):
-    case = Case(**shape)
+    case = PodCase(**shape)
     query, lengths, tables = case.arguments
     output, lse = pd.sharded_paged_attention(
         query,
@@ -86,7 +85,7 @@ def test_the_kernel_on_simulated_context_shards_is_the_oracle(shape, options):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
 def test_sinks_enter_once_and_heads_come_as_asked(output_heads, kind):
-    case = Case((0, 33, 7, 64), data=2, context=2, model=2, kv_heads=2, group=4)
+    case = PodCase((0, 33, 7, 64), data=2, context=2, model=2, kv_heads=2, group=4)
     mesh = case.mesh(kind)
     query, lengths, tables = case.arguments
     output, lse = pd.sharded_paged_attention(
@@ -100,7 +99,7 @@ def test_sinks_enter_once_and_heads_come_as_asked(output_heads, kind):
 
 
 def test_empty_sequences_give_zero_and_minus_infinity_or_the_sink():
-    case = Case((0, 0, 0, 0), data=2, context=4, group=4)
+    case = PodCase((0, 0, 0, 0), data=2, context=4, group=4)
     query, lengths, tables = case.arguments
     run = functools.partial(
         pd.sharded_paged_attention, query, case.cache(case.mesh()), lengths, tables, return_lse=True
@@ -123,7 +122,7 @@ def test_several_new_tokens_attend_each_up_to_itself(context, num_queries, windo
     """Their spans end on page edges, and on shards that hold none of them, and before the sequence's start."""
     rng = np.random.default_rng([context, num_queries])
     lengths = tuple(map(int, edges(rng, 8, 8 * (2 * context + 3), 4 * context)))
-    case = Case((1, 2, *lengths[2:]), context=context, num_queries=num_queries)
+    case = PodCase((1, 2, *lengths[2:]), context=context, num_queries=num_queries)
     query, lengths, tables = case.arguments
     output, lse = pd.sharded_paged_attention(
         query, case.cache(case.mesh()), lengths, tables, sm_scale=SCALE, sliding_window=window, return_lse=True
@@ -136,7 +135,7 @@ def test_several_new_tokens_attend_each_up_to_itself(context, num_queries, windo
     "shape", [dict(), dict(head_dim=64, page_size=16), dict(dtype="bfloat16", page_size=16)], ids=str
 )
 def test_several_new_tokens_over_all_axes(shape, implementation):
-    case = Case(**(FOUR | shape), num_queries=5)
+    case = PodCase(**(FOUR | shape), num_queries=5)
     mesh = case.mesh(AxisType.Explicit)
     query, lengths, tables = case.arguments
     for output_heads, heads in (("replicated", "model"), ("scattered", ("model", "context"))):
@@ -153,7 +152,7 @@ def test_several_new_tokens_over_all_axes(shape, implementation):
 
 @pytest.mark.parametrize("implementation", [None, pytest.param("pallas_interpret", marks=pytest.mark.slow)])
 def test_numbers_are_the_same_under_x64(implementation):
-    case = Case(**FOUR, num_queries=3)
+    case = PodCase(**FOUR, num_queries=3)
     with jax.enable_x64(True):
         query, lengths, tables = case.arguments
         cache = case.cache(case.mesh())
@@ -163,12 +162,12 @@ def test_numbers_are_the_same_under_x64(implementation):
         case.check(output, sm_scale=SCALE, sliding_window=9)
         new = np.full((4, 3, 2, 128), 2, np.float32)
         cache = pd.append_kv(cache, new, new, lengths - 3, tables, implementation=implementation)
-        for tokens in written(cache, [(case.arrays["block_tables"][3], 64)]):
+        for tokens in written_tokens(cache, [(case.arrays["block_tables"][3], 64)]):
             np.testing.assert_array_equal(tokens[:, 61:], 2)
 
 
 def test_heads_that_cannot_be_scattered_are_refused():
-    case = Case((8, 8), context=3, group=4)
+    case = PodCase((8, 8), context=3, group=4)
     query, lengths, tables = case.arguments
     run = functools.partial(pd.sharded_paged_attention, query, case.cache(case.mesh()), lengths, tables)
     with pytest.raises(ValueError, match=r"output_heads='scattered'.*4 query heads.*3 context shards.*'replicated'"):
@@ -180,7 +179,7 @@ def test_heads_that_cannot_be_scattered_are_refused():
 # ------------------------------------------------------------------------------------------------------- writes
 
 
-def written(cache, rows) -> list[np.ndarray]:
+def written_tokens(cache, rows) -> list[np.ndarray]:
     """The tokens of `rows`, a list of (row's table, count): [Hkv, count, D] of keys, then of values."""
     pools = [np.asarray(x, np.float32) for x in cache.to_pages()[:2]]
     page_size = cache.spec.page_size
@@ -202,7 +201,7 @@ def test_tokens_are_written_where_their_pages_lie(context, new_tokens, implement
     starts = np.array([0, 7, 8, 13, 8 * context - 1, 8 * context, -1, 30], np.int32)
     lengths = np.where(starts < 0, 0, starts + new_tokens)
     tables, pages = lay_tables(rng, lengths, 8, -(-int(lengths.max()) // 8), 1, context)
-    mesh = pod(1, context, 1)
+    mesh = simulated_pod(1, context, 1)
     before = [rng.standard_normal((2, pages, 8, 128)).astype(np.float32) for _ in "kv"]
     cache = pd.PagedKVCache.from_pages(*map(jnp.asarray, before), mesh=mesh)
     new = [rng.standard_normal((8, new_tokens, 2, 128)).astype(np.float32) for _ in "kv"]
@@ -225,7 +224,7 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
         rng = np.random.default_rng(0)
         lengths = np.array([70, 33, 16, 0], np.int32)
         tables, pages = lay_tables(rng, lengths + 1, 16, 6, 1, context)
-        mesh = pod(1, context, 2)
+        mesh = simulated_pod(1, context, 2)
         spec = pd.CacheSpec(2, 128, -(-pages // (64 * context)) * 64 * context, 16, dtype, num_layers=2)
         tables = np.where(tables < 0, -1, tables)
         own, per = pages // context, spec.num_pages // context
@@ -244,7 +243,7 @@ def test_prompts_in_chunks_and_appends_end_up_as_with_one_context_shard(dtype):
         query = jnp.asarray(np.random.default_rng(3).standard_normal((4, 8, 128)), jnp.float32)
         output = pd.sharded_paged_attention(query, cache, n + 1, t, layer=1, sm_scale=SCALE)
         last = jax.tree.map(lambda x: x[1], cache)
-        held.append((written(last, zip(tables, lengths + 1, strict=True)), np.asarray(output)))
+        held.append((written_tokens(last, zip(tables, lengths + 1, strict=True)), np.asarray(output)))
     for one, four in zip(held[0][0], held[1][0], strict=True):
         np.testing.assert_array_equal(one, four)
     np.testing.assert_allclose(held[0][1], held[1][1], rtol=2e-5, atol=2e-5)
@@ -259,7 +258,7 @@ def test_the_write_kernel_on_context_shards_fills_8_bit_pages_as_the_xla_form_do
     new = rng.standard_normal((2, 4, 5, 2, 128)).astype(np.float32)
     made = []
     for implementation in ("xla", RACES):
-        cache = pd.PagedKVCache.create(pd.CacheSpec(2, 128, 2 * own, page_size, "int8"), pod(1, 2, 2))
+        cache = pd.PagedKVCache.create(pd.CacheSpec(2, 128, 2 * own, page_size, "int8"), simulated_pod(1, 2, 2))
         made.append(pd.append_kv(cache, *new, positions, tables, implementation=implementation).to_pages())
     assert_no_races()
     for xla, simulated in zip(*made, strict=True):
@@ -276,7 +275,7 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 @pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
 def test_local_forms_inside_a_callers_shard_map_with_check_vma(output_heads, kind):
     """A caller's own shard_map appends, attends and projects; the oracle sees the appended tokens."""
-    case = Case(**FOUR)
+    case = PodCase(**FOUR)
     mesh, cache = case.mesh(kind), case.cache(case.mesh(kind))
     rng = np.random.default_rng(4)
     key, value = (rng.standard_normal((4, 2, 128)).astype(np.float32) for _ in "kv")
@@ -311,7 +310,7 @@ def test_local_forms_inside_a_callers_shard_map_with_check_vma(output_heads, kin
 @pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", [P(), P(None, None, ("context", "model")), P(None, "context")], ids=str)
 def test_arguments_in_another_sharding_are_resharded(spec, kind):
-    case = Case(**FOUR)
+    case = PodCase(**FOUR)
     mesh = case.mesh(kind)
     query, *rest = case.arguments
     query = jax.device_put(query, NamedSharding(mesh, spec))
@@ -332,7 +331,7 @@ def test_arguments_in_another_sharding_are_resharded(spec, kind):
 def test_a_users_mesh_may_have_other_axes(names, shape, axes):
     mesh = Mesh(np.array(jax.devices()).reshape(shape), names)
     sizes = {part: axes.size(mesh, part) for part in ("data", "context", "model")}
-    case = Case(**(FOUR | sizes))
+    case = PodCase(**(FOUR | sizes))
     pools = (jnp.asarray(case.arrays[k]) for k in ("key", "value"))
     cache = pd.PagedKVCache.from_pages(*pools, mesh=mesh, axes=axes)
     query, lengths, tables = case.arguments
@@ -350,7 +349,7 @@ def test_a_users_mesh_may_have_other_axes(names, shape, axes):
 
 
 def test_shapes_can_be_evaluated_and_agree_with_the_arrays():
-    case = Case(**FOUR)
+    case = PodCase(**FOUR)
     query, lengths, tables = case.arguments
     cache, new = case.cache(case.mesh()), jnp.ones((4, 2, 128))
 
@@ -364,38 +363,3 @@ def test_shapes_can_be_evaluated_and_agree_with_the_arrays():
 
 
 # ------------------------------------------------------------------------------------------------ absent chips
-
-
-@needs_libtpu
-@pytest.mark.parametrize("output_heads", ["replicated", "scattered"])
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v5e:8x8"])
-@pytest.mark.parametrize("context", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_pods_program_has_the_mergers_collectives_and_no_other(topology, output_heads, context):
-    """A maximum of [B, Hq] and a sum of [B, Hq, D + 1] over context; nothing with one context shard."""
-    mesh = pd.make_pod_mesh(topology=topology, data=16 // context, context=context, model=4)
-    spec, rows, heads = pd.CacheSpec(4, 128, 1024), 8, 8  # of one shard
-    int32 = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
-    batch = rows * mesh.shape["data"]
-    query = jax.ShapeDtypeStruct((batch, 4 * heads, 128), jnp.bfloat16)
-    attend = functools.partial(pd.sharded_paged_attention, output_heads=output_heads, return_lse=True)
-    args = query, pd.PagedKVCache.abstract(spec, mesh), int32(batch), int32(batch, 32)
-    place = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
-    args = place(query, "data", "model"), args[1], place(args[2], "data"), place(args[3], "data")
-    compiled = aot.compile_on(mesh, attend, *args)
-    top, output = f"f32[{rows},{heads}]", f"f32[{rows},{heads},128]"
-    expected = [("all-reduce", top), ("all-reduce", output, top)]
-    if output_heads == "scattered":
-        expected = [("all-reduce", top), ("all-reduce", top), ("reduce-scatter", output)]
-    found = aot.collectives(compiled.as_text())
-    assert sorted((c.kind, *sorted(c.arrays)) for c in found) == sorted(expected if context > 1 else [])
-    for collective in found:
-        assert set(map(frozenset, collective.groups)) == context_groups(mesh)
-    if context > 1:
-        assert sum(c.bytes for c in found) == 4 * rows * heads * (1 + 129)
-    assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2) == []
-
-
-def context_groups(mesh) -> set[frozenset[int]]:
-    """The devices, by number in `mesh`, that differ in their place along context alone."""
-    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
-    return set(map(frozenset, np.moveaxis(ids, 1, -1).reshape(-1, mesh.shape["context"]).tolist()))

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import pod
+from array_bits import array_bits
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
-
-
-def bits(x) -> np.ndarray:
-    """Bytes, so that NaN equals itself."""
-    return np.ascontiguousarray(np.asarray(x)).view(np.uint8)
 
 
 def random_cache(spec: pd.CacheSpec, mesh) -> pd.PagedKVCache:
@@ -56,7 +51,7 @@ def test_each_page_is_where_it_should_be_and_no_other_moved(
 ):
     shards, each = data * context, 64
     spec = pd.CacheSpec(2, head_dim, shards * each, page_size, dtype, layers)
-    cache = random_cache(spec, pod(data, context, model, kind))
+    cache = random_cache(spec, simulated_pod(data, context, model, kind))
     rng = np.random.default_rng(1)
     copies = np.concatenate([rng.permutation(each)[:6].reshape(3, 2) + r * each for r in range(shards)])
     copies[-1, 0] = copies[-2, 0]  # a page may be read twice
@@ -72,7 +67,7 @@ def test_each_page_is_where_it_should_be_and_no_other_moved(
         old, new = np.moveaxis(old, axis, 0), np.moveaxis(np.asarray(new), axis, 0)
         want = old.copy()
         want[copies[:, 1]] = old[copies[:, 0]]
-        np.testing.assert_array_equal(bits(new), bits(want))
+        np.testing.assert_array_equal(array_bits(new), array_bits(want))
 
 
 def test_inside_a_callers_shard_map_that_checks_and_under_other_names():
@@ -96,51 +91,12 @@ def test_inside_a_callers_shard_map_that_checks_and_under_other_names():
     ],
 )
 def test_other_copies_are_refused(copies, says):
-    cache = pd.PagedKVCache.create(pd.CacheSpec(2, 128, 8, 128), pod(1, 1, 1))
+    cache = pd.PagedKVCache.create(pd.CacheSpec(2, 128, 8, 128), simulated_pod(1, 1, 1))
     with pytest.raises(ValueError, match=says):
         pd.copy_pages(cache, copies)
 
 
 # What is compiled for a pod
-
-COMPILED = {
-    "bf16": (dict(), dict(dtype="bfloat16", num_layers=4)),
-    "int8": (dict(), dict(dtype="int8")),
-    "fp8_page_64": (dict(), dict(dtype="float8_e4m3fn", page_size=64, num_layers=4)),
-    "head_dim_64": (dict(model=2), dict(head_dim=64, page_size=16)),
-}
-
-
-@aot.needs_libtpu
-@pytest.mark.parametrize(
-    ("topology", "name"),
-    [
-        ("v5p:4x4x4", "bf16"),
-        ("v6e:8x8", "int8"),
-        ("tpu7x:4x4x4", "fp8_page_64"),
-        ("v5e:4x8", "head_dim_64"),
-        ("v4:4x4x4", "int8"),
-        *(
-            pytest.param(topology, name, marks=pytest.mark.slow)
-            for topology, name in (("v5p:4x4x4", "fp8_page_64"), ("v6e:8x8", "bf16"), ("tpu7x:4x4x4", "int8"))
-        ),
-    ],
-)
-def test_a_pods_program_copies_in_place_and_talks_to_nobody(topology, name):
-    axes, shape = COMPILED[name]
-    mesh = pd.make_pod_mesh(**dict(context=4, model=8) | axes, topology=topology)
-    shards = mesh.shape["data"] * mesh.shape["context"]
-    spec = pd.CacheSpec(8, **dict(head_dim=128, page_size=128) | shape, num_pages=512 * shards)
-    cache = pd.PagedKVCache.abstract(spec, mesh)
-    copies = jax.ShapeDtypeStruct((64, 2), jnp.int32)
-    compiled = aot.compile_on(mesh, lambda c, x: pd.copy_pages(c, x, mesh=mesh), cache, copies, donate_argnums=0)
-    memory, per_chip = compiled.memory_analysis(), spec.bytes_per_chip(mesh)
-    assert memory.alias_size_in_bytes >= per_chip, "the result is the argument"
-    page = per_chip // 512
-    assert memory.temp_size_in_bytes < 4 * page + 2**18, "a page or so, no pool"
-    assert aot.collectives(compiled.as_text()) == []
-    made = aot.values_as_large_as(compiled.as_text(), per_chip // 16)
-    assert made == []
 
 
 # Forks and prefixes on a mesh
@@ -160,7 +116,7 @@ def poison(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> pd.PagedKVCache:
 def test_forks_and_cached_prompts_attend_to_their_own_tokens(shape):
     """Beams that part, a prompt that goes on behind another's pages; NaN wherever nobody owns the page."""
     data, context, _ = shape
-    mesh, page_size, rows = pod(*shape), 8, 4 * data
+    mesh, page_size, rows = simulated_pod(*shape), 8, 4 * data
     spec = pd.CacheSpec(2, 128, data * context * 12, page_size, "float32")
     pages = pd.PageAllocator(spec, mesh, rows, 6)
     cache = pd.PagedKVCache.create(spec, mesh)
@@ -241,7 +197,7 @@ def test_forks_and_cached_prompts_attend_to_their_own_tokens(shape):
 
 @pytest.mark.filterwarnings("ignore:.*page_size=8")
 def test_a_row_that_does_not_grow_keeps_its_last_token_for_all_that_share_it():
-    mesh = pod(1, 1, 1)
+    mesh = simulated_pod(1, 1, 1)
     spec = pd.CacheSpec(2, 128, 6, 8, "float32")
     pages, cache = pd.PageAllocator(spec, mesh, 4, 2), pd.PagedKVCache.create(spec, mesh)
     made = lambda token, *shape: jnp.full((*shape, 2, 128), float(token))  # each token its own number

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from page_attention_cases import Case, assert_close, make, stack
+from one_chip_cases import OneChipCase, assert_close_to_oracle, in_stacked_pools, poisoned_arrays
 from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
@@ -24,39 +24,45 @@ SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 ONE_PAGE = BlockSizes(pages_per_cell=1, cells_per_step=4, steps_ahead=1)
 
 CASES = [
-    (Case("gqa"), SMALL),
-    (Case("gqa_three_steps_ahead"), BlockSizes(1, 1, 3)),
-    (Case("default_sizes", P=128, S=2, lengths=(256, 0, 1, 130)), None),
-    (Case("mqa_odd_table", Hq=3, Hkv=1, S=5, lengths=(40, 0, 0, 33, 1)), SMALL),
-    (Case("four_heads_share_a_register", Hq=8, Hkv=4, lengths=(32, 5)), SMALL),
-    (Case("group_of_five", Hq=10, Hkv=2, lengths=(9, 31)), SMALL),
-    (Case("group_of_24", Hq=24, Hkv=1, lengths=(9, 0, 32)), SMALL),
-    (Case("bf16", P=32, dtype="bfloat16", query_dtype="bfloat16", lengths=(0, 17, 128, 96, 33)), SMALL),
-    (Case("bf16_pages_f32_query", P=16, dtype="bfloat16", lengths=(64, 16, 17, 0, 15)), ONE_PAGE),
-    (Case("page_24", P=24, lengths=(96, 24, 25, 95)), SMALL),
-    (Case("page_24_bf16", P=24, S=5, dtype="bfloat16", query_dtype="bfloat16", lengths=(120, 3, 25, 95)), SMALL),
-    (Case("page_24_bf16_window", P=24, S=5, dtype="bfloat16", sliding_window=33, lengths=(120, 60)), SMALL),
-    (Case("page_8_bf16", dtype="bfloat16", query_dtype="bfloat16", lengths=(32, 3, 9, 31)), SMALL),
-    (Case("page_48_bf16", P=48, S=3, dtype="bfloat16", query_dtype="bfloat16", lengths=(144, 47, 49, 1)), SMALL),
-    (Case("cells_of_sixteen_pages", P=32, S=16, lengths=(512, 311, 33), dtype="bfloat16"), BlockSizes(16, 2, 1)),
-    (Case("head_dim_256", Hq=8, Hkv=1, D=256, lengths=(9, 31)), ONE_PAGE),
-    (Case("packed_head_dim_64", D=64, P=16, lengths=(0, 1, 17, 64)), SMALL),
-    (Case("packed_bf16", D=64, P=64, S=2, dtype="bfloat16", query_dtype="bfloat16", lengths=(128, 31, 33)), ONE_PAGE),
-    (Case("packed_window_and_cap", D=64, P=16, lengths=(64, 20, 3), sliding_window=7, soft_cap=2.0), SMALL),
-    (Case("window_under_a_page", sliding_window=3, lengths=(0, 1, 8, 9, 32)), SMALL),
-    (Case("window_of_two_pages", sliding_window=16, S=5, lengths=(40, 15, 0, 17)), ONE_PAGE),
-    (Case("window_inside_large_pages", P=64, S=3, sliding_window=40, lengths=(192, 50, 64, 65)), SMALL),
-    (Case("starts", P=32, S=4, lengths=(128, 100, 33, 32, 9), starts=(31, 32, 33, 5, 200)), SMALL),
-    (Case("starts_and_window", P=32, lengths=(128, 100, 33), starts=(120, 3, -5), sliding_window=30), ONE_PAGE),
-    (Case("starts_in_cells_of_many_pages", P=32, S=16, lengths=(512, 300), starts=(17, 290)), BlockSizes(16, 1, 1)),
-    (Case("window_and_cells_of_no_sequence", P=32, S=3, lengths=(90, 0), sliding_window=2), BlockSizes(2, 4, 1)),
-    (Case("ends_that_look_like_a_cells", P=48, S=8, lengths=(128, 0)), BlockSizes(8, 1, 1)),
-    (Case("window_beyond_int32", lengths=(32, 3), sliding_window=2**40), SMALL),
-    (Case("longer_than_a_table_of_part_of_a_cell", S=3, lengths=(24, 3)), SMALL),
-    (Case("soft_cap", soft_cap=1.5, lengths=(0, 12, 32)), SMALL),
-    (Case("longer_than_the_table", lengths=(32, 3)), SMALL),
-    (Case("all_empty", lengths=(0, 0)), SMALL),
-    (Case("nine_sequences", S=2, lengths=(16, 0, 3, 8, 9, 0, 1, 16, 5)), SMALL),
+    (OneChipCase("gqa"), SMALL),
+    (OneChipCase("gqa_three_steps_ahead"), BlockSizes(1, 1, 3)),
+    (OneChipCase("default_sizes", P=128, S=2, lengths=(256, 0, 1, 130)), None),
+    (OneChipCase("mqa_odd_table", Hq=3, Hkv=1, S=5, lengths=(40, 0, 0, 33, 1)), SMALL),
+    (OneChipCase("four_heads_share_a_register", Hq=8, Hkv=4, lengths=(32, 5)), SMALL),
+    (OneChipCase("group_of_five", Hq=10, Hkv=2, lengths=(9, 31)), SMALL),
+    (OneChipCase("group_of_24", Hq=24, Hkv=1, lengths=(9, 0, 32)), SMALL),
+    (OneChipCase("bf16", P=32, dtype="bfloat16", query_dtype="bfloat16", lengths=(0, 17, 128, 96, 33)), SMALL),
+    (OneChipCase("bf16_pages_f32_query", P=16, dtype="bfloat16", lengths=(64, 16, 17, 0, 15)), ONE_PAGE),
+    (OneChipCase("page_24", P=24, lengths=(96, 24, 25, 95)), SMALL),
+    (OneChipCase("page_24_bf16", P=24, S=5, dtype="bfloat16", query_dtype="bfloat16", lengths=(120, 3, 25, 95)), SMALL),
+    (OneChipCase("page_24_bf16_window", P=24, S=5, dtype="bfloat16", sliding_window=33, lengths=(120, 60)), SMALL),
+    (OneChipCase("page_8_bf16", dtype="bfloat16", query_dtype="bfloat16", lengths=(32, 3, 9, 31)), SMALL),
+    (OneChipCase("page_48_bf16", P=48, S=3, dtype="bfloat16", query_dtype="bfloat16", lengths=(144, 47, 49, 1)), SMALL),
+    (OneChipCase("cells_of_sixteen_pages", P=32, S=16, lengths=(512, 311, 33), dtype="bfloat16"), BlockSizes(16, 2, 1)),
+    (OneChipCase("head_dim_256", Hq=8, Hkv=1, D=256, lengths=(9, 31)), ONE_PAGE),
+    (OneChipCase("packed_head_dim_64", D=64, P=16, lengths=(0, 1, 17, 64)), SMALL),
+    (
+        OneChipCase("packed_bf16", D=64, P=64, S=2, dtype="bfloat16", query_dtype="bfloat16", lengths=(128, 31, 33)),
+        ONE_PAGE,
+    ),
+    (OneChipCase("packed_window_and_cap", D=64, P=16, lengths=(64, 20, 3), sliding_window=7, soft_cap=2.0), SMALL),
+    (OneChipCase("window_under_a_page", sliding_window=3, lengths=(0, 1, 8, 9, 32)), SMALL),
+    (OneChipCase("window_of_two_pages", sliding_window=16, S=5, lengths=(40, 15, 0, 17)), ONE_PAGE),
+    (OneChipCase("window_inside_large_pages", P=64, S=3, sliding_window=40, lengths=(192, 50, 64, 65)), SMALL),
+    (OneChipCase("starts", P=32, S=4, lengths=(128, 100, 33, 32, 9), starts=(31, 32, 33, 5, 200)), SMALL),
+    (OneChipCase("starts_and_window", P=32, lengths=(128, 100, 33), starts=(120, 3, -5), sliding_window=30), ONE_PAGE),
+    (
+        OneChipCase("starts_in_cells_of_many_pages", P=32, S=16, lengths=(512, 300), starts=(17, 290)),
+        BlockSizes(16, 1, 1),
+    ),
+    (OneChipCase("window_and_cells_of_no_sequence", P=32, S=3, lengths=(90, 0), sliding_window=2), BlockSizes(2, 4, 1)),
+    (OneChipCase("ends_that_look_like_a_cells", P=48, S=8, lengths=(128, 0)), BlockSizes(8, 1, 1)),
+    (OneChipCase("window_beyond_int32", lengths=(32, 3), sliding_window=2**40), SMALL),
+    (OneChipCase("longer_than_a_table_of_part_of_a_cell", S=3, lengths=(24, 3)), SMALL),
+    (OneChipCase("soft_cap", soft_cap=1.5, lengths=(0, 12, 32)), SMALL),
+    (OneChipCase("longer_than_the_table", lengths=(32, 3)), SMALL),
+    (OneChipCase("all_empty", lengths=(0, 0)), SMALL),
+    (OneChipCase("nine_sequences", S=2, lengths=(16, 0, 3, 8, 9, 0, 1, 16, 5)), SMALL),
 ]
 # Repeats of a claim that another case makes; run with `-m slow`.
 LONG = {("packed_head_dim_64", 2), ("nine_sequences", 2), ("starts", 2), ("page_48_bf16", 1), ("group_of_24", 1)}
@@ -74,9 +80,9 @@ LONG |= {
 ON_TWO_CORES = ("gqa", "bf16", "starts", "all_empty", "nine_sequences", "packed_head_dim_64")
 
 
-def run(case: Case, sizes, interpret, *, seed=0, layer=1, **options):
+def run_in_stacked_pools(case: OneChipCase, sizes, interpret, *, seed=0, layer=1, **options):
     """(output, lse) of the case in stacked, poisoned pools, and the oracle's."""
-    (query, k, v, lengths, tables), expected = make(case, seed)
+    (query, k, v, lengths, tables), expected = poisoned_arrays(case, seed)
     width = max(128, case.D)
     starts = None if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     attend = jax.jit(
@@ -97,7 +103,7 @@ def run(case: Case, sizes, interpret, *, seed=0, layer=1, **options):
     )
     if case.name.startswith("longer_than"):
         lengths = lengths + 10**6 * (lengths == case.S * case.P)
-    return attend(query, stack(k, width), stack(v, width), lengths, tables, layer), expected
+    return attend(query, in_stacked_pools(k, width), in_stacked_pools(v, width), lengths, tables, layer), expected
 
 
 @pytest.mark.parametrize(
@@ -116,9 +122,9 @@ def run(case: Case, sizes, interpret, *, seed=0, layer=1, **options):
     ],
 )
 def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
-    (output, lse), expected = run(case, sizes, simulated(cores))
+    (output, lse), expected = run_in_stacked_pools(case, sizes, simulated(cores))
     assert output.dtype == case.query_dtype
-    assert_close(case, expected, output, lse)
+    assert_close_to_oracle(case, expected, output, lse)
     assert_no_races()
 
 
@@ -133,7 +139,7 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     lengths = [int(min(rng.choice([*edges, rng.integers(0, S * P + 1)]), S * P)) for _ in range(rng.integers(1, 10))]
     dtype, query_dtype = (str(rng.choice(["bfloat16", "float32"])) for _ in "qk")
     starts = None if rng.random() < 0.5 else tuple(int(rng.integers(-3, S * P)) for _ in lengths)
-    case = Case(
+    case = OneChipCase(
         "random",
         Hq=Hkv * G,
         Hkv=Hkv,
@@ -148,8 +154,8 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
         soft_cap=None if rng.random() < 0.7 else 3.0,
     )
     sizes = BlockSizes(int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4)))
-    (output, lse), expected = run(case, sizes, simulated(), seed=seed)
-    assert_close(case, expected, output, lse)
+    (output, lse), expected = run_in_stacked_pools(case, sizes, simulated(), seed=seed)
+    assert_close_to_oracle(case, expected, output, lse)
     assert_no_races()
 
 
@@ -159,8 +165,8 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     ids=["kernel-128", "kernel-64", "xla-128", "xla-64"],
 )
 def test_sinks_join_the_denominator_and_are_an_empty_rows_lse(D, interpret):
-    case = Case("sinks", Hq=8, P=16, D=D, lengths=(33, 0, 64, 1))
-    (query, k, v, lengths, tables), _ = make(case)
+    case = OneChipCase("sinks", Hq=8, P=16, D=D, lengths=(33, 0, 64, 1))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(case)
     sinks = jnp.array([0.5, -1.0, 3.0, -jnp.inf, 0.0, 20.0, -30.0, 1.0], jnp.float32)
     expected = attention_oracle(query, k, v, lengths, tables, sinks=np.asarray(sinks), **case.options)
     output, lse = paged_decode_attention(
@@ -181,16 +187,19 @@ def test_sinks_join_the_denominator_and_are_an_empty_rows_lse(D, interpret):
 
 @pytest.mark.slow
 def test_block_sizes_change_rounding_only_and_runs_change_nothing():
-    case = Case("sizes", P=16, S=6, lengths=(96, 0, 50, 17, 95, 1))
-    outputs = [np.asarray(run(case, sizes, simulated())[0][0]) for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))]
+    case = OneChipCase("sizes", P=16, S=6, lengths=(96, 0, 50, 17, 95, 1))
+    outputs = [
+        np.asarray(run_in_stacked_pools(case, sizes, simulated())[0][0])
+        for sizes in (SMALL, SMALL, BlockSizes(4, 1, 1))
+    ]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     for output in outputs[2:]:
         np.testing.assert_allclose(output, outputs[0], atol=1e-6, rtol=1e-5)
 
 
 def test_nan_in_one_sequence_stays_there():
-    case = Case("nan", lengths=(32, 20, 32, 9), Hq=2, Hkv=1)
-    (query, k, v, lengths, tables), expected = make(case)
+    case = OneChipCase("nan", lengths=(32, 20, 32, 9), Hq=2, Hkv=1)
+    (query, k, v, lengths, tables), expected = poisoned_arrays(case)
     v = v.at[:, tables[1, 0], 3].set(jnp.nan)
     output = paged_decode_attention(
         query, k, v, lengths, tables, block_sizes=SMALL, interpret=simulated(), **case.options
@@ -202,7 +211,7 @@ def test_nan_in_one_sequence_stays_there():
 
 def test_a_batch_whose_table_overflows_scalar_memory_is_split(monkeypatch):
     """The rule at the real limit is compiled in test_decode_aot.py; here a small limit is run."""
-    case = Case("split", lengths=(32, 5, 0, 17, 31, 8, 1), sliding_window=9)
+    case = OneChipCase("split", lengths=(32, 5, 0, 17, 31, 8, 1), sliding_window=9)
     launches = []
     launch = pallas_call.launch_once
     monkeypatch.setattr(
@@ -210,9 +219,9 @@ def test_a_batch_whose_table_overflows_scalar_memory_is_split(monkeypatch):
     )
     whole = plan_choice.rows_per_launch
     monkeypatch.setattr(pallas_call, "rows_per_launch", lambda plan: min(3, whole(plan)))
-    (output, lse), expected = run(case, SMALL, simulated())
+    (output, lse), expected = run_in_stacked_pools(case, SMALL, simulated())
     assert launches == [3, 3, 1]
-    assert_close(case, expected, output, lse)
+    assert_close_to_oracle(case, expected, output, lse)
 
 
 def test_a_table_of_256_by_1024_is_split_and_runs():
@@ -247,7 +256,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "error", "names"), BAD, ids=[next(iter(x[0])) + str(i) for i, x in enumerate(BAD)])
 def test_bad_arguments_are_named(changes, error, names):
-    (query, k, v, lengths, tables), _ = make(Case("bad", lengths=(8, 3)))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(OneChipCase("bad", lengths=(8, 3)))
     with pytest.raises(error, match=names):
         paged_decode_attention(query, k, v, lengths, tables, **changes)
 

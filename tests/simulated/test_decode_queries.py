@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIP_TOPOLOGIES, needs_libtpu
+from decode_programs import decode_shapes
 from jax.extend.core import jaxprs_in_params
-from page_attention_cases import Case, make, stack
+from one_chip_cases import FP8, INT8, OneChipCase, in_stacked_pools, poisoned_arrays, quantized_arrays
 from simulated import assert_no_races, simulated
-from test_decode_aot import compiled_text, kernels, shapes
-from test_decode_quantized import FP8, INT8, make_quantized
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 from paged_dist.kernels.attention.oracle import attention_oracle
@@ -31,7 +29,7 @@ ONE_PAGE = BlockSizes(pages_per_cell=1, cells_per_step=4, steps_ahead=1)
 BF16 = dict(dtype="bfloat16", query_dtype="bfloat16")
 
 
-def check(case: Case, expected, output, lse, dtype=None):
+def check_queries(case: OneChipCase, expected, output, lse, dtype=None):
     """Against the oracle; both must agree, exactly, on which queries see nothing."""
     assert output.dtype == (dtype or case.query_dtype) and lse.dtype == jnp.float32
     tolerance = 2e-2 if case.query_dtype == "bfloat16" else 1e-4  # weights go into a product as the query's dtype
@@ -41,24 +39,28 @@ def check(case: Case, expected, output, lse, dtype=None):
 
 
 CASES = [
-    (Case("two", Q=2, lengths=(0, 1, 2, 8, 9, 32)), SMALL, 1),
-    (Case("on_two_cores", Q=3, Hkv=1, S=3, lengths=(17, 0, 2)), ONE_PAGE, 2),
-    (Case("three_window", Q=3, S=5, lengths=(40, 1, 17, 24), sliding_window=9), SMALL, 1),
-    (Case("window_of_one_heads_share_a_register", Q=2, Hkv=4, lengths=(32, 9, 1), sliding_window=1), SMALL, 1),
-    (Case("eight_starts_cap", Q=8, Hq=4, Hkv=1, lengths=(32, 5, 13), starts=(17, 3, 13), soft_cap=2.0), SMALL, 1),
-    (Case("sixteen_bf16", Q=16, Hkv=1, P=16, lengths=(64, 7, 33), **BF16), BlockSizes(4, 1, 2), 1),
-    (Case("group_of_three", Q=3, Hq=6, P=16, lengths=(33, 2), **BF16), ONE_PAGE, 1),
-    (Case("packed", Q=2, D=64, P=16, lengths=(64, 1, 17), sliding_window=20), SMALL, 1),
-    (Case("packed_bf16", Q=5, Hkv=1, D=64, P=32, lengths=(100, 3), starts=(31, 0), **BF16), ONE_PAGE, 1),
-    (Case("head_dim_256", Q=3, D=256, lengths=(9, 2)), ONE_PAGE, 1),
-    (Case("default_sizes", Q=4, P=128, S=2, lengths=(256, 0, 130)), None, 1),
-    (Case("longer_than_the_table", Q=3, lengths=(32, 3), sliding_window=5), SMALL, 1),
-    (Case("one", Q=1, lengths=(32, 0, 3)), SMALL, 1),
-    (Case("int8", Q=4, P=128, lengths=(500, 2, 129), dtype=INT8, query_dtype="bfloat16"), SMALL, 1),
-    (Case("fp8_window", Q=3, Hkv=1, P=128, S=3, lengths=(300, 1), sliding_window=130, dtype=FP8), SMALL, 1),
-    (Case("int8_packed", Q=2, D=64, P=128, S=3, lengths=(300, 1, 129), dtype=INT8), SMALL, 1),
+    (OneChipCase("two", Q=2, lengths=(0, 1, 2, 8, 9, 32)), SMALL, 1),
+    (OneChipCase("on_two_cores", Q=3, Hkv=1, S=3, lengths=(17, 0, 2)), ONE_PAGE, 2),
+    (OneChipCase("three_window", Q=3, S=5, lengths=(40, 1, 17, 24), sliding_window=9), SMALL, 1),
+    (OneChipCase("window_of_one_heads_share_a_register", Q=2, Hkv=4, lengths=(32, 9, 1), sliding_window=1), SMALL, 1),
     (
-        Case("int8_page_16_starts", Q=8, P=16, S=8, lengths=(128, 33), starts=(120, 26), dtype=INT8),
+        OneChipCase("eight_starts_cap", Q=8, Hq=4, Hkv=1, lengths=(32, 5, 13), starts=(17, 3, 13), soft_cap=2.0),
+        SMALL,
+        1,
+    ),
+    (OneChipCase("sixteen_bf16", Q=16, Hkv=1, P=16, lengths=(64, 7, 33), **BF16), BlockSizes(4, 1, 2), 1),
+    (OneChipCase("group_of_three", Q=3, Hq=6, P=16, lengths=(33, 2), **BF16), ONE_PAGE, 1),
+    (OneChipCase("packed", Q=2, D=64, P=16, lengths=(64, 1, 17), sliding_window=20), SMALL, 1),
+    (OneChipCase("packed_bf16", Q=5, Hkv=1, D=64, P=32, lengths=(100, 3), starts=(31, 0), **BF16), ONE_PAGE, 1),
+    (OneChipCase("head_dim_256", Q=3, D=256, lengths=(9, 2)), ONE_PAGE, 1),
+    (OneChipCase("default_sizes", Q=4, P=128, S=2, lengths=(256, 0, 130)), None, 1),
+    (OneChipCase("longer_than_the_table", Q=3, lengths=(32, 3), sliding_window=5), SMALL, 1),
+    (OneChipCase("one", Q=1, lengths=(32, 0, 3)), SMALL, 1),
+    (OneChipCase("int8", Q=4, P=128, lengths=(500, 2, 129), dtype=INT8, query_dtype="bfloat16"), SMALL, 1),
+    (OneChipCase("fp8_window", Q=3, Hkv=1, P=128, S=3, lengths=(300, 1), sliding_window=130, dtype=FP8), SMALL, 1),
+    (OneChipCase("int8_packed", Q=2, D=64, P=128, S=3, lengths=(300, 1, 129), dtype=INT8), SMALL, 1),
+    (
+        OneChipCase("int8_page_16_starts", Q=8, P=16, S=8, lengths=(128, 33), starts=(120, 26), dtype=INT8),
         BlockSizes(8, 1, 1),
         1,
     ),
@@ -76,7 +78,7 @@ def mark(case):
     [pytest.param(*x, id=x[0].name, marks=mark(x[0])) for x in CASES],
 )
 def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
-    check(case, *run(case, sizes, simulated(cores)))
+    check_queries(case, *run_queries(case, sizes, simulated(cores)))
     assert_no_races()
 
 
@@ -88,19 +90,19 @@ def test_kernel_equals_the_oracle_and_races_with_nothing(case, sizes, cores):
     ],
 )
 def test_xla_form_equals_the_oracle(case):
-    check(case, *run(case, None, None))
+    check_queries(case, *run_queries(case, None, None))
 
 
-def run(case: Case, sizes, interpret, *, seed=0, sinks=None):
+def run_queries(case: OneChipCase, sizes, interpret, *, seed=0, sinks=None):
     """The oracle's results, and the op's (output, lse), over layer 1 of poisoned pools."""
     scales = {}
     if case.dtype in (INT8, FP8):
-        (query, k, v, lengths, tables), scales, expected = make_quantized(case, seed)
+        (query, k, v, lengths, tables), scales, expected = quantized_arrays(case, seed)
         pools = [jnp.full((3, *x.shape), 77, x.dtype).at[1].set(x) for x in (k, v)]
         scales = {name: jnp.full((3, *x.shape), jnp.nan).at[1].set(x) for name, x in scales.items()}
     else:
-        (query, k, v, lengths, tables), expected = make(case, seed)
-        pools = [stack(x, max(128, case.D)) for x in (k, v)]
+        (query, k, v, lengths, tables), expected = poisoned_arrays(case, seed)
+        pools = [in_stacked_pools(x, max(128, case.D)) for x in (k, v)]
     if sinks is not None:
         k, v = (np.asarray(x) for x in (k, v))
         expected = attention_oracle(query, k, v, lengths, tables, starts=case.starts, sinks=sinks, **case.options)
@@ -118,10 +120,10 @@ def run(case: Case, sizes, interpret, *, seed=0, sinks=None):
 @pytest.mark.parametrize("D", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_sinks_join_each_query_s_denominator(D, interpret):
     """Those of -inf too, of queries that see nothing."""
-    case = Case("sinks", Q=3, Hq=8, P=16, D=D, lengths=(33, 0, 1))
+    case = OneChipCase("sinks", Q=3, Hq=8, P=16, D=D, lengths=(33, 0, 1))
     sinks = np.array([0.5, -1.0, 3.0, -np.inf, 0.0, 20.0, -30.0, 1.0], np.float32)
-    expected, output, lse = run(case, SMALL, interpret, sinks=sinks)
-    check(case, expected, output, lse)
+    expected, output, lse = run_queries(case, SMALL, interpret, sinks=sinks)
+    check_queries(case, expected, output, lse)
     np.testing.assert_array_equal(lse[1], np.broadcast_to(sinks, (3, 8)))
 
 
@@ -134,8 +136,8 @@ def on_context_shard(lengths, starts, tables, P, shards, shard):
 @pytest.mark.parametrize("form", ["kernel", "xla"])
 def test_parts_of_context_shards_with_queries_that_see_nothing_merge_to_the_whole(form):
     """Each query's own span: on a shard some queries of a sequence have no token where others do."""
-    case = Case("context", Q=4, Hq=2, Hkv=1, P=16, S=5, lengths=(80, 34, 3), sliding_window=14, **BF16)
-    (query, k, v, lengths, tables), expected = make(case)
+    case = OneChipCase("context", Q=4, Hq=2, Hkv=1, P=16, S=5, lengths=(80, 34, 3), sliding_window=14, **BF16)
+    (query, k, v, lengths, tables), expected = poisoned_arrays(case)
     ends, _ = causal_spans(lengths, None, case.Q, case.S * case.P)
     starts = np.maximum(np.asarray(ends) - case.sliding_window, 0)
     parts, hits = [], 0
@@ -150,7 +152,7 @@ def test_parts_of_context_shards_with_queries_that_see_nothing_merge_to_the_whol
             output, lse = decode_pages_pallas(query, k[None], v[None], jnp.asarray(n), jnp.asarray(table), **options)
             assert_no_races()
         assert (output.astype(jnp.bfloat16) != output).any()
-        check(case, alone, output, lse, "float32")
+        check_queries(case, alone, output, lse, "float32")
         empty = np.isneginf(alone[1])[..., 0]
         hits += (empty.any(axis=1) & ~empty.all(axis=1)).sum()
         parts.append((np.asarray(output, np.float64), np.asarray(lse, np.float64)))
@@ -171,7 +173,7 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     Hkv, G = int(rng.integers(1, 4)), int(rng.integers(1, 5))
     edges = [0, 1, Q - 1, Q, P - 1, P, P + 1, S * P]
     lengths = [int(min(rng.choice([*edges, rng.integers(0, S * P + 1)]), S * P)) for _ in range(rng.integers(1, 6))]
-    case = Case(
+    case = OneChipCase(
         "random",
         Q=Q,
         Hq=Hkv * G,
@@ -188,19 +190,19 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
     )
     sizes = BlockSizes(int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 4])), int(rng.integers(1, 4)))
     cores = int(rng.integers(1, 3)) if P < 128 else 1  # of two, each has less vector memory than sizes at random take
-    check(case, *run(case, sizes, simulated(cores), seed=seed))
+    check_queries(case, *run_queries(case, sizes, simulated(cores), seed=seed))
     assert_no_races()
 
 
 @pytest.mark.slow
 def test_new_tokens_that_do_not_fit_beside_each_other_take_several_launches(monkeypatch):
-    case = Case("split", Q=3, Hkv=1, S=2, lengths=(9, 2), sliding_window=6)
+    case = OneChipCase("split", Q=3, Hkv=1, S=2, lengths=(9, 2), sliding_window=6)
     launches, launch = [], pallas_call.launch_once
     monkeypatch.setattr(
         pallas_call, "launch_once", lambda plan, *x, **k: launches.append(plan.Q) or launch(plan, *x, **k)
     )
     monkeypatch.setattr(pallas_call, "fits", lambda plan: plan.Q <= 2)
-    check(case, *run(case, None, simulated()))
+    check_queries(case, *run_queries(case, None, simulated()))
     assert launches == [1, 2]
 
 
@@ -208,7 +210,7 @@ def test_new_tokens_that_do_not_fit_beside_each_other_take_several_launches(monk
 @pytest.mark.parametrize("starts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_new_token_is_the_plain_program(form, starts):
     """The kernel's whole program, and the XLA form's, but for axes of 1 at its ends."""
-    query, *pools, lengths, tables = shapes(B=3, Hq=16, Hkv=2, L=1)
+    query, *pools, lengths, tables = decode_shapes(B=3, Hq=16, Hkv=2, L=1)
     interpret = False if form == "kernel" else "xla"
 
     def program(query, lengths):
@@ -237,8 +239,8 @@ def _equations(jaxpr):
     "interpret", [pytest.param(simulated(), id="kernel", marks=pytest.mark.slow), pytest.param(None, id="xla")]
 )
 def test_an_output_in_f32_is_not_rounded(interpret):
-    case = Case("f32", Q=2, P=16, lengths=(33, 0), **BF16)
-    (query, k, v, lengths, tables), expected = make(case)
+    case = OneChipCase("f32", Q=2, P=16, lengths=(33, 0), **BF16)
+    (query, k, v, lengths, tables), expected = poisoned_arrays(case)
     ends, _ = causal_spans(lengths, None, 2, 64)
     attend = lambda dtype: decode_stored_pages(
         query, k[None], v[None], ends, tables, return_lse=False, output_dtype=dtype, interpret=interpret, sm_scale=0.1
@@ -264,14 +266,14 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "names"), BAD, ids=[f"{next(iter(x[0]))}{i}" for i, x in enumerate(BAD)])
 def test_bad_arguments_are_named(changes, names):
-    (query, k, v, lengths, tables), _ = make(Case("bad", Q=3, lengths=(8, 3)))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(OneChipCase("bad", Q=3, lengths=(8, 3)))
     given = dict(query=query, lengths=lengths) | changes
     with pytest.raises(ValueError, match=names):
         paged_decode_attention(given.pop("query"), k, v, given.pop("lengths"), tables, **given)
 
 
 def test_each_query_s_own_span_needs_lengths_and_starts_of_its_shape():
-    (query, k, v, lengths, tables), _ = make(Case("bad", Q=3, lengths=(8, 3)))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(OneChipCase("bad", Q=3, lengths=(8, 3)))
     with pytest.raises(ValueError, match=r"lengths\.shape=\(2,\).*must be \(2, 3\)"):
         attend_pages_xla(query, k[None], v[None], lengths, tables)
     spans = jnp.zeros((2, 3), jnp.int32)
@@ -318,44 +320,3 @@ def test_default_sizes_fit_all_new_tokens_but_where_they_are_rows_by_the_thousan
                         rows = plan_choice.rows_per_launch(plan)
                         part = dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
                         assert part.vmem_bytes <= plan_choice.vmem_limit(target.num_cores)
-
-
-ONE_HEAD = dict(Hq=8, Hkv=1, N=512)
-COMPILED = {
-    "four": (4, ONE_HEAD, {}),
-    "sixteen_of_sixteen_heads": (16, dict(Hq=16, Hkv=1, N=512), dict(return_lse=True)),
-    "gqa_window": (3, dict(), dict(sliding_window=1000)),
-    "gqa_sixteen": (16, dict(Hq=64), dict(return_lse=True)),
-    "packed_sinks": (5, dict(Hq=16, Hkv=2, D=64, R=64, N=512), dict(sinks=True)),
-    "head_dim_256_f32_query": (8, dict(Hq=16, Hkv=2, D=256, W=256, N=128, query_dtype="float32"), {}),
-    "many_heads": (2, dict(Hq=32, Hkv=32, N=32), {}),
-    "page_16": (4, dict(Hq=8, Hkv=1, R=16, S=256, N=4096), {}),
-    "int8": (4, dict(N=512, dtype=INT8), dict(scales=True)),
-    "fp8_sixteen": (16, dict(**ONE_HEAD, dtype=FP8), dict(scales=True)),
-    "fp8_sixteen_gqa": (16, dict(Hq=64, N=512, dtype=FP8), dict(scales=True)),
-}
-AT_ONCE = {"v4": "four", "v5e": "packed_sinks", "v5p": "sixteen_of_sixteen_heads", "v6e": "gqa_window", "v7x": "int8"}
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("chip", "name"),
-    [
-        pytest.param(chip, name, marks=() if name == AT_ONCE[chip] else pytest.mark.slow)
-        for chip in CHIP_TOPOLOGIES
-        for name in COMPILED
-    ],
-)
-def test_it_compiles_on_every_chip_and_no_pool_is_copied(chip, name):
-    Q, shape, options = COMPILED[name]
-    query, *arrays = shapes(**shape)
-    B, Hq, D = query.shape
-    query_bytes = Q * Hq * D * query.dtype.itemsize  # of a sequence; with more, a batch may take several launches
-    query = jax.ShapeDtypeStruct((B, Q, Hq, D), query.dtype)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = jax.ShapeDtypeStruct((Hq,), jnp.float32)
-    if options.pop("scales", False):
-        scales = jax.ShapeDtypeStruct(arrays[0].shape[:-1], jnp.float32)
-        options |= dict(key_scales=scales, value_scales=scales)
-    assert kernels(compiled_text(chip, (query, *arrays), **options)) == 1 or query_bytes > 1 << 16

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import Case as Pod
-from page_attention_cases import Case, make
+from one_chip_cases import OneChipCase, poisoned_arrays
+from pod_cases import PodCase
 from simulated import RACES, assert_no_races, simulated
 
 import paged_dist as pd
@@ -19,9 +19,9 @@ SLOW_KERNEL = pytest.mark.parametrize(
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def arrays(case: Case, scores):
+def arrays_of_scores(case: OneChipCase, scores):
     """The case's arrays with q . k equal to `scores` [B] at every live token, and V that tells the tokens apart."""
-    (query, k, v, lengths, tables), _ = make(case)
+    (query, k, v, lengths, tables), _ = poisoned_arrays(case)
     live = np.isfinite(np.asarray(k, np.float32))
     size = np.sqrt(np.abs(np.asarray(scores, np.float64)) / case.D)
     query = np.broadcast_to(size.reshape(-1, *(1,) * (query.ndim - 1)), query.shape)
@@ -33,10 +33,10 @@ def arrays(case: Case, scores):
 
 
 ONE_TOKEN = [
-    Case("f32", lengths=(1, 0, 1, 1), sm_scale=1.0),
-    Case("packed", D=64, P=16, lengths=(1, 0, 1, 1), sm_scale=1.0),
-    Case("queries", Q=3, lengths=(1, 0, 3, 2), sm_scale=1.0),
-    Case("bf16", P=16, dtype="bfloat16", query_dtype="bfloat16", lengths=(1, 0, 1, 1), sm_scale=1.0),
+    OneChipCase("f32", lengths=(1, 0, 1, 1), sm_scale=1.0),
+    OneChipCase("packed", D=64, P=16, lengths=(1, 0, 1, 1), sm_scale=1.0),
+    OneChipCase("queries", Q=3, lengths=(1, 0, 3, 2), sm_scale=1.0),
+    OneChipCase("bf16", P=16, dtype="bfloat16", query_dtype="bfloat16", lengths=(1, 0, 1, 1), sm_scale=1.0),
 ]
 SCORES = (-3.0e38, -3.0e38, -2.5e38, 3.0e38)  # the first and the third below DEFAULT_MASK_VALUE
 
@@ -55,7 +55,7 @@ SCORES = (-3.0e38, -3.0e38, -2.5e38, 3.0e38)  # the first and the third below DE
     ],
 )
 def test_equal_live_scores_far_from_zero_weigh_the_same(case, interpret):
-    query, k, v, lengths, tables = arrays(case, SCORES)
+    query, k, v, lengths, tables = arrays_of_scores(case, SCORES)
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -79,8 +79,8 @@ def test_equal_live_scores_far_from_zero_weigh_the_same(case, interpret):
 def test_scores_beyond_f32_count_as_its_ends(Q, interpret):
     """q . k is an infinity there; no output is NaN, and the lse is finite, for merges take -inf for empty."""
     scores = (-1e39, 1e39, 1.0, -1e39, 1e39)
-    case = Case("beyond", Q=Q, lengths=(1, 1, 0, 9, 9), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, scores)
+    case = OneChipCase("beyond", Q=Q, lengths=(1, 1, 0, 9, 9), sm_scale=1.0)
+    query, k, v, lengths, tables = arrays_of_scores(case, scores)
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -92,8 +92,8 @@ def test_scores_beyond_f32_count_as_its_ends(Q, interpret):
 
 @SLOW_KERNEL
 def test_the_largest_of_live_scores_takes_all_across_cells_and_sinks_join(interpret):
-    case = Case("across", Hq=4, Hkv=1, S=5, lengths=(40, 40), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (-3.3e38, -3.3e38))
+    case = OneChipCase("across", Hq=4, Hkv=1, S=5, lengths=(40, 40), sm_scale=1.0)
+    query, k, v, lengths, tables = arrays_of_scores(case, (-3.3e38, -3.3e38))
     k = k.at[:, tables[0, 3], 5].multiply(0.5)  # one token of sequence 0 at half the others' distance
     for sinks in (None, np.array([-1.0, -3.4e38, -np.inf, -2e38], np.float32)):
         output, lse = paged_decode_attention(
@@ -106,8 +106,8 @@ def test_the_largest_of_live_scores_takes_all_across_cells_and_sinks_join(interp
 
 @SLOW_KERNEL
 def test_a_soft_cap_bounds_them(interpret):
-    case = Case("cap", lengths=(1, 9), soft_cap=30.0, sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (-1e39, 1e39))
+    case = OneChipCase("cap", lengths=(1, 9), soft_cap=30.0, sm_scale=1.0)
+    query, k, v, lengths, tables = arrays_of_scores(case, (-1e39, 1e39))
     output, lse = paged_decode_attention(
         query, k, v, lengths, tables, soft_cap=30.0, return_lse=True, block_sizes=SMALL, interpret=interpret
     )
@@ -120,7 +120,7 @@ def test_a_soft_cap_bounds_them(interpret):
 @pytest.mark.parametrize("implementation", [None, pytest.param(RACES, marks=pytest.mark.slow)], ids=["xla", "kernel"])
 def test_context_shards_merge_them(implementation, sinks):
     """Two shards hold tokens, a third and a fourth none."""
-    case = Pod((1, 16, 3, 0), context=4)
+    case = PodCase((1, 16, 3, 0), context=4)
     size = np.sqrt(3.0e38 / 128)
     for name, value in (("query", size), ("key", -size)):
         case.arrays[name] = np.where(np.isnan(case.arrays[name]), np.nan, value).astype(np.float32)
@@ -158,7 +158,7 @@ SEED = {
     ],
 )
 def test_the_seeds_op_too_whatever_its_mask_value(form, case, mask_value):
-    given = arrays(case, SCORES)
+    given = arrays_of_scores(case, SCORES)
     options = {} if mask_value is None else dict(mask_value=mask_value)
     if form == "reference":
         output = ref_paged_attention(*given, **options)
@@ -169,8 +169,8 @@ def test_the_seeds_op_too_whatever_its_mask_value(form, case, mask_value):
 
 @SLOW_KERNEL
 def test_nan_in_a_live_key_is_not_hidden(interpret):
-    case = Case("nan", lengths=(9, 9), sm_scale=1.0)
-    query, k, v, lengths, tables = arrays(case, (1.0, 1.0))
+    case = OneChipCase("nan", lengths=(9, 9), sm_scale=1.0)
+    query, k, v, lengths, tables = arrays_of_scores(case, (1.0, 1.0))
     k = k.at[:, tables[0, 0], 2].set(jnp.nan)
     output = paged_decode_attention(query, k, v, lengths, tables, block_sizes=SMALL, interpret=interpret)
     assert np.isnan(output[0]).all() and np.isfinite(output[1]).all()
@@ -178,6 +178,6 @@ def test_nan_in_a_live_key_is_not_hidden(interpret):
 
 @pytest.mark.parametrize("name", ["sm_scale", "soft_cap"])
 def test_options_beyond_f32_are_refused(name):
-    given, _ = make(Case("bad", lengths=(8, 3)))
+    given, _ = poisoned_arrays(OneChipCase("bad", lengths=(8, 3)))
     with pytest.raises(ValueError, match=rf"{name}=1e\+39"):
         jax.eval_shape(lambda *x: paged_decode_attention(*x, **{name: 1e39}), *given)

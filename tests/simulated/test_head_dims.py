@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import pod
+from array_bits import array_bits
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from live_pages import check_moved, fill_live_pages, row_contents
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
-from test_move import check as check_moved
-from test_move import contents
-from test_move import fill as fill_live_pages
 
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
@@ -42,7 +41,7 @@ def test_a_head_is_stored_in_64_lanes_or_in_whole_rows_and_bytes_are_those(head_
     assert sum(x.size * x.dtype.itemsize for x in arrays) == int8.bytes_total == 8 * int8.bytes_per_chip(mesh)
 
 
-def pages_of(dtype: str, head_dim: int, page_size: int, layers: int | None = None):
+def pages_of_head_dim(dtype: str, head_dim: int, page_size: int, layers: int | None = None):
     """Pages [.., 4, N, P, D] of `dtype`, and of 8-bit ones their scales."""
     rng = np.random.default_rng(head_dim)
     shape = (*([layers] if layers else []), 4, max(16, 4096 // page_size), page_size, head_dim)
@@ -53,14 +52,10 @@ def pages_of(dtype: str, head_dim: int, page_size: int, layers: int | None = Non
     return [keys, values, key_scales, value_scales]
 
 
-def bits(x) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(x)).view(np.uint8)
-
-
 def lanes_behind(spec: pd.CacheSpec, pool) -> np.ndarray:
     """The bits that a stored pool [.., rows, lanes] has behind the D elements of each token."""
     tokens = np.asarray(pool).reshape(*pool.shape[:-2], spec.page_size, spec.stored_head_dim)
-    return bits(tokens[..., spec.head_dim :])
+    return array_bits(tokens[..., spec.head_dim :])
 
 
 @pytest.mark.parametrize(
@@ -73,15 +68,15 @@ def lanes_behind(spec: pd.CacheSpec, pool) -> np.ndarray:
     ],
 )
 def test_pages_go_in_and_come_out_with_the_models_head_dim(dtype, head_dim, page_size, layers, kind):
-    arrays = pages_of(dtype, head_dim, page_size, layers)
-    for mesh in (pod(2, 2, 2, kind), None):
+    arrays = pages_of_head_dim(dtype, head_dim, page_size, layers)
+    for mesh in (simulated_pod(2, 2, 2, kind), None):
         cache = pd.PagedKVCache.from_pages(*arrays, mesh=mesh)
         assert cache.spec == pd.CacheSpec(4, head_dim, arrays[0].shape[-3], page_size, dtype, layers)
         for pool in (cache.key_pages, cache.value_pages):
             assert pool.shape == cache.spec.pool_shape and not lanes_behind(cache.spec, pool).any()
         for got, want in zip(cache.to_pages(), arrays, strict=True):
             assert got.dtype == want.dtype
-            np.testing.assert_array_equal(bits(got), bits(want))
+            np.testing.assert_array_equal(array_bits(got), array_bits(want))
         assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache.spec.bytes_total
 
 
@@ -195,7 +190,7 @@ DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 )
 def test_writes_and_attention_are_those_of_the_models_head_dim(dtype, head_dim, page_size, shape, new, layers):
     """Over pools that held NaN in every lane, those of the padding too: no score, no scale and no token knows."""
-    mesh = pod(*shape)
+    mesh = simulated_pod(*shape)
     batch = Batch.make(dtype, head_dim, mesh, page_size=page_size, new=new, layers=layers)
     cache = batch.filled(mesh)
     batch.check_written(cache)
@@ -213,7 +208,7 @@ def test_writes_and_attention_are_those_of_the_models_head_dim(dtype, head_dim, 
     ],
 )
 def test_the_kernels_read_and_write_padded_heads(dtype, head_dim, page_size, shape, new):
-    mesh = pod(*shape)
+    mesh = simulated_pod(*shape)
     lengths = (5, 2, 17, 9) if page_size < 128 else (130, 2, 3, 5)
     batch = Batch.make(dtype, head_dim, mesh, page_size=page_size, lengths=lengths, new=new)
     cache = batch.filled(mesh, RACES)
@@ -223,7 +218,7 @@ def test_the_kernels_read_and_write_padded_heads(dtype, head_dim, page_size, sha
 
 
 def test_8_bit_caches_are_quantised_over_the_models_channels():
-    mesh = pod(1, 1, 1)
+    mesh = simulated_pod(1, 1, 1)
     spec = pd.CacheSpec(2, 96, 8, 128, "int8")
     rng = np.random.default_rng(0)
     key, value = (rng.standard_normal((1, 5, 2, 96)).astype(np.float32) for _ in "kv")
@@ -238,7 +233,7 @@ def test_8_bit_caches_are_quantised_over_the_models_channels():
 
 
 def test_inside_a_shard_map_heads_have_the_models_size():
-    mesh = pod(2, 2, 2)
+    mesh = simulated_pod(2, 2, 2)
     batch = Batch.make("float32", 96, mesh, page_size=8)
     cache = pd.PagedKVCache.create(batch.spec, mesh)
     pools, rows = cache.partition_specs(), P("data")
@@ -264,11 +259,11 @@ def test_inside_a_shard_map_heads_have_the_models_size():
 @pytest.mark.parametrize("name", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_pages_keep_their_head_dim_through_resize_reshard_and_save(tmp_path, name):
     size = 16 if name == "bfloat16" else 128
-    spec, mesh = pd.CacheSpec(4, 96, 512 * 128 // size // 8, size, name, 2), pod(2, 2, 2)
+    spec, mesh = pd.CacheSpec(4, 96, 512 * 128 // size // 8, size, name, 2), simulated_pod(2, 2, 2)
     cache, pages = fill_live_pages(spec, mesh, 8, 4)
-    before = contents(cache, pages)
+    before = row_contents(cache, pages)
     assert before[0][0].shape[-1] == 96 * np.dtype(jnp.dtype(name)).itemsize
-    more, new = 2 * spec.num_pages, pod(1, 2, 4)
+    more, new = 2 * spec.num_pages, simulated_pod(1, 2, 4)
     pd.save(tmp_path / "saved", cache, pages)
     for moved, there in (
         pd.resize(cache, more, pages),
@@ -280,7 +275,7 @@ def test_pages_keep_their_head_dim_through_resize_reshard_and_save(tmp_path, nam
 
 
 def test_a_padded_query_and_padded_keys_are_refused():
-    mesh = pod(1, 1, 1)
+    mesh = simulated_pod(1, 1, 1)
     cache = pd.PagedKVCache.create(pd.CacheSpec(2, 96, 4, 128), mesh)
     lengths, tables, wide = np.ones(1, np.int32), np.zeros((1, 2), np.int32), jnp.zeros((1, 2, 128))
     with pytest.raises(ValueError, match=r"query\.shape=\(1, 2, 128\): head_dim must be the cache's 96"):
@@ -299,7 +294,7 @@ def test_the_kernel_level_names_the_cache_that_pads_and_the_scale_to_keep():
 
 
 def test_a_mesh_is_described_with_the_head_dim_that_is_stored():
-    mesh = pod(2, 2, 2)
+    mesh = simulated_pod(2, 2, 2)
     text = pd.describe_mesh(mesh, pd.CacheSpec(4, 96, 64, num_layers=2), num_q_heads=8, batch=4)
     assert "4.19 MB a device in bfloat16, head_dim 96 stored as 128, 2 layers" in text
     assert "[2, 4, 96]" in text  # padding crosses no link

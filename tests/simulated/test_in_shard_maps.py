@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from context_cases import Case
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pod_cases import PodCase
 
 import paged_dist as pd
-from paged_dist.mesh.topology import topology_devices
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*page_size=")
 SCALE = 128**-0.5
@@ -35,7 +32,7 @@ def local_arguments(case, rows=2):
 
 @pytest.mark.parametrize("form", LOCAL)
 def test_local_forms_outside_a_shard_map_are_refused(form):
-    case = Case(**SHAPE)
+    case = PodCase(**SHAPE)
     cache = case.cache(case.mesh())
     with pytest.raises(ValueError, match=r"axes\.data='data': the shard_maps around this call split \(\);.*_local"):
         LOCAL[form](cache, *local_arguments(case))
@@ -44,7 +41,7 @@ def test_local_forms_outside_a_shard_map_are_refused(form):
 @pytest.mark.parametrize("form", LOCAL)
 def test_local_forms_want_the_part_of_the_cache_that_its_specs_give(form):
     """Replicated pools, or pools not split over context, hold pages under other ids: numbers would be wrong."""
-    case = Case(**SHAPE)
+    case = PodCase(**SHAPE)
     mesh = case.mesh()
     cache = case.cache(mesh)
     rest = local_arguments(case)
@@ -61,7 +58,7 @@ def test_local_forms_want_the_part_of_the_cache_that_its_specs_give(form):
 
 
 def test_local_forms_name_an_axis_that_the_shard_map_leaves_whole():
-    case = Case(**SHAPE)
+    case = PodCase(**SHAPE)
     mesh = case.mesh()
     cache = case.cache(mesh)
     run = jax.shard_map(
@@ -77,7 +74,7 @@ def test_local_forms_name_an_axis_that_the_shard_map_leaves_whole():
 
 
 def test_local_forms_over_no_axis_need_no_shard_map():
-    case = Case(lengths=(5, 17), context=1)
+    case = PodCase(lengths=(5, 17), context=1)
     cache = pd.PagedKVCache.from_pages(*(jnp.asarray(case.arrays[k]) for k in ("key", "value")))
     query, lengths, tables = case.arguments
     whole = pd.MeshAxes(None, None, None)
@@ -90,7 +87,7 @@ def staged(case, kind=AxisType.Auto) -> Mesh:
     return Mesh(devices, ("stage", "data", "context", "model"), axis_types=(kind,) * 4)
 
 
-def step(cache, query, key, value, lengths, tables):
+def append_and_attend(cache, query, key, value, lengths, tables):
     cache = pd.append_kv(cache, key, value, lengths - 1, tables)
     return pd.sharded_paged_attention(query, cache, lengths, tables, sm_scale=SCALE), cache
 
@@ -99,7 +96,7 @@ def step(cache, query, key, value, lengths, tables):
 @pytest.mark.parametrize("shape", [dict(data=1), dict(context=1)], ids=["context", "data"])
 def test_sharded_ops_inside_a_shard_map_over_another_axis(shape, kind):
     """Each stage appends and attends to its own sequences' tokens, of its own cache."""
-    case = Case(**(SHAPE | shape))
+    case = PodCase(**(SHAPE | shape))
     mesh = staged(case, kind)
     pools = [jnp.asarray(case.arrays[k]) for k in ("key", "value")]
     cache = pd.PagedKVCache.from_pages(*pools, mesh=mesh)
@@ -108,7 +105,7 @@ def test_sharded_ops_inside_a_shard_map_over_another_axis(shape, kind):
     put = lambda x: jax.device_put(x, NamedSharding(mesh, P("stage")))
 
     def stage(cache, query, new, lengths, tables):
-        output, cache = step(cache, query[0], new[0, 0], new[0, 1], lengths, tables)
+        output, cache = append_and_attend(cache, query[0], new[0, 0], new[0, 1], lengths, tables)
         return output[None], cache.to_pages()[0][None]
 
     whole = jax.tree.map(lambda _: P(), cache)
@@ -121,7 +118,7 @@ def test_sharded_ops_inside_a_shard_map_over_another_axis(shape, kind):
     )
     outputs, _ = map(np.asarray, jax.jit(run)(cache, put(jnp.stack([query, query])), put(new), lengths, tables))
     for s in range(2):
-        own = Case(**(SHAPE | shape))
+        own = PodCase(**(SHAPE | shape))
         for pool, tokens in zip(("key", "value"), new[s], strict=True):
             for b, length in enumerate(case.lengths):
                 page = own.arrays["block_tables"][b, (length - 1) // 8]
@@ -130,7 +127,7 @@ def test_sharded_ops_inside_a_shard_map_over_another_axis(shape, kind):
 
 
 def test_a_shard_map_of_another_mesh_or_over_the_ops_axes_is_refused():
-    case = Case(**(SHAPE | dict(data=1)))
+    case = PodCase(**(SHAPE | dict(data=1)))
     mesh, other = staged(case), case.mesh()
     query, lengths, tables = case.arguments
 
@@ -146,27 +143,3 @@ def test_a_shard_map_of_another_mesh_or_over_the_ops_axes_is_refused():
         call(case.cache(mesh), {"stage", "model"})
     with pytest.raises(ValueError, match=r"mesh=.*split by a shard_map already.*_local form"):
         call(case.cache(mesh), set(mesh.axis_names))
-
-
-@needs_libtpu
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", pytest.param("v6e:8x8", marks=pytest.mark.slow)])
-def test_a_pods_program_inside_a_shard_map_over_stages_is_in_place(topology):
-    devices = np.array(topology_devices(topology)[:32]).reshape(2, 2, 4, 2)
-    mesh = Mesh(devices, ("stage", "data", "context", "model"))
-    spec = pd.CacheSpec(2, 128, 256 * 8)
-    caches = pd.PagedKVCache.abstract(spec, mesh)
-    run = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(jax.tree.map(lambda _: P(), caches), *(P(),) * 5),
-        out_specs=(P("stage"), jax.tree.map(lambda _: P("stage"), caches)),
-        axis_names={"stage"},
-        check_vma=False,
-    )
-    split = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-    heads = lambda count: split((16, count, 128), jnp.bfloat16, "data", "model")
-    args = caches, heads(16), heads(2), heads(2), split((16,), jnp.int32, "data"), split((16, 16), jnp.int32, "data")
-    compiled = aot.compile_on(mesh, run, *args, donate_argnums=0)
-    assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2) == []
-    assert [c.kind for c in aot.collectives(compiled.as_text())] == ["all-reduce"] * 2
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

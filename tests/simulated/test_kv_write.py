@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIP_TOPOLOGIES, needs_libtpu
+from array_bits import array_bits
 from jax.sharding import AxisType
+from pod_cases import shard_tables
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
 from paged_dist.kernels import write_kv_pages
-from paged_dist.kernels.cache_update.kernel import ITEMS_PER_LAUNCH
 from paged_dist.kernels.cache_update.tiles import VMEM_BUDGET, choose_tile_rows, pool_shape, tile_bytes
 
 
@@ -30,11 +30,6 @@ def write_in_numpy(pool, new, starts, ends, tables, layer, page_size):
             if 0 <= page < pages:
                 written[layer, :, page, position % page_size] = new[b, t]
     return written.reshape(pool.shape)
-
-
-def bits(x) -> np.ndarray:
-    """Bytes, so that NaN equals itself."""
-    return np.ascontiguousarray(np.asarray(x)).view(np.uint8)
 
 
 # head_dim, page_size, new tokens, dtype, kv heads
@@ -71,7 +66,9 @@ def test_written_tokens_are_where_the_table_says_and_nothing_else_moved(
     ends[0] = min(ends[0], page_size + 3)
     out = jax.jit(lambda *a: write_kv_pages(*a, jnp.int32(1), interpret=interpret))(*pools, *new, starts, ends, tables)
     for got, pool, x in zip(out, pools, new, strict=True):
-        np.testing.assert_array_equal(bits(got), bits(write_in_numpy(pool, x, starts, ends, tables, 1, page_size)))
+        np.testing.assert_array_equal(
+            array_bits(got), array_bits(write_in_numpy(pool, x, starts, ends, tables, 1, page_size))
+        )
     if interpret is RACES:
         assert_no_races()
 
@@ -111,63 +108,6 @@ def test_positions_outside_the_table_write_nothing(start, tokens, interpret):
         assert (np.asarray(pages) == 1).all()
 
 
-# kv heads, pages, page_size, head_dim, dtype, batch, new tokens
-COMPILED = [
-    (8, 512, 128, 128, "bfloat16", 32, 1),
-    (1, 4096, 8, 128, "bfloat16", 256, 1),
-    (2, 2048, 16, 64, "bfloat16", 32, 1),
-    (1, 512, 128, 256, "float32", 32, 4),
-    (8, 512, 128, 128, "bfloat16", 4, 1024),
-    (32, 512, 256, 256, "bfloat16", 4, 700),
-]
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("chip", "heads", "pages", "page_size", "head_dim", "dtype", "batch", "tokens"),
-    [
-        pytest.param(chip, *shape, marks=pytest.mark.slow if (i + j) % 2 else ())
-        for i, chip in enumerate(CHIP_TOPOLOGIES)
-        for j, shape in enumerate(COMPILED)
-    ],
-)
-def test_compiled_write_is_in_place(chip, heads, pages, page_size, head_dim, dtype, batch, tokens):
-    lanes = max(128, head_dim)
-    shape = (2, heads, pages, page_size * head_dim // lanes, lanes)
-    pool = jax.ShapeDtypeStruct(shape, dtype)
-    new = jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), dtype)
-    int32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
-    args = (pool, pool, new, new, int32(batch), int32(batch), int32(batch, 16), int32())
-    compiled = aot.compile_on(aot.one_chip_mesh(chip), write_kv_pages, *args, donate_argnums=(0, 1))
-    layer_pool = int(np.prod(shape[1:])) * jnp.dtype(dtype).itemsize
-    assert "tpu_custom_call" in compiled.as_text()
-    assert aot.values_as_large_as(compiled.as_text(), layer_pool) == []
-    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * layer_pool
-
-
-@needs_libtpu
-@pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
-def test_a_lone_write_into_a_pool_that_would_fit_vmem_stays_in_hbm(chip):
-    pool = jax.ShapeDtypeStruct((2, 1, 64, 128, 128), jnp.bfloat16)
-    new = jax.ShapeDtypeStruct((4, 2048, 1, 128), jnp.bfloat16)
-    int32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
-    args = (pool, pool, new, new, int32(4), int32(4), int32(4, 16), int32())
-    compiled = aot.compile_on(aot.one_chip_mesh(chip), write_kv_pages, *args, donate_argnums=(0, 1))
-    assert [v for v in aot.values_as_large_as(compiled.as_text(), 2**21) if "64,128,128]" in v] == []
-
-
-@needs_libtpu
-def test_more_tiles_than_scalar_memory_holds_become_several_launches():
-    batch, tokens, page_size = 256, 2048, 8
-    pool = jax.ShapeDtypeStruct((1, 1, 80000, page_size, 128), jnp.bfloat16)
-    new = jax.ShapeDtypeStruct((batch, tokens, 1, 128), jnp.bfloat16)
-    int32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
-    args = (pool, pool, new, new, int32(batch), int32(batch), int32(batch, tokens // page_size + 1))
-    compiled = aot.compile_on(aot.one_chip_mesh("v6e"), write_kv_pages, *args, donate_argnums=(0, 1))
-    tiles = batch * (tokens // page_size + 1)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == -(-tiles // ITEMS_PER_LAUNCH)
-
-
 @pytest.mark.parametrize("tokens", [1, 16, 4096])
 @pytest.mark.parametrize("heads", [1, 8, 128])
 def test_tiles_divide_a_page_and_fit_vmem(heads, tokens):
@@ -182,22 +122,11 @@ def test_tiles_divide_a_page_and_fit_vmem(heads, tokens):
 # ---------------------------------------------------------------------------------------------- the sharded ops
 
 
-def pod(kind=AxisType.Auto, shape=(2, 1, 4), names=("data", "context", "model")):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-
-
-def shard_tables(rng, data: int, pages: int, batch: int) -> np.ndarray:
-    """[batch, pages / batch] page ids, each data shard's rows owning pages of its own range."""
-    per_shard = pages // data
-    ids = [d * per_shard + rng.permutation(per_shard) for d in range(data)]
-    return np.concatenate(ids).reshape(batch, -1).astype(np.int32)
-
-
 @pytest.mark.parametrize("implementation", [None, RACES], ids=["xla", "simulated"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_append_kv_writes_each_row_on_its_own_shard(head_dim, kind, implementation):
-    mesh, rng = pod(kind), np.random.default_rng(3)
+    mesh, rng = simulated_pod(2, 1, 4, kind), np.random.default_rng(3)
     tables = shard_tables(rng, 2, 16, 4)
     pages = [jnp.asarray(rng.standard_normal((2, 4, 16, 64, head_dim)), jnp.bfloat16) for _ in "kv"]
     before = [np.asarray(p) for p in pages]
@@ -211,11 +140,11 @@ def test_append_kv_writes_each_row_on_its_own_shard(head_dim, kind, implementati
         expected = old.copy()
         expected[1, :, tables[0, 0], 3] = x[0]
         expected[1, :, tables[2, 1], 6] = x[2]
-        np.testing.assert_array_equal(bits(got), bits(expected))
+        np.testing.assert_array_equal(array_bits(got), array_bits(expected))
 
 
 def test_ids_of_another_data_shard_are_not_written():
-    mesh = pod()
+    mesh = simulated_pod(2, 1, 4)
     cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16, 64), mesh)
     tables = np.array([[8], [0], [0], [15]], np.int32)  # rows 0, 1 live on pages 0..7, rows 2, 3 on 8..15
     new = jnp.ones((4, 4, 128), jnp.bfloat16)
@@ -225,7 +154,7 @@ def test_ids_of_another_data_shard_are_not_written():
 
 
 def test_append_of_several_tokens_a_row_crosses_pages():
-    mesh, rng = pod(), np.random.default_rng(5)
+    mesh, rng = simulated_pod(2, 1, 4), np.random.default_rng(5)
     cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16, 64, dtype="float32"), mesh)
     tables = shard_tables(rng, 2, 16, 4)
     new = rng.standard_normal((4, 3, 4, 128)).astype(np.float32)
@@ -249,7 +178,7 @@ def test_append_of_several_tokens_a_row_crosses_pages():
     ],
 )
 def test_prefill_in_chunks_of_some_rows_equals_all_at_once(implementation, kind):
-    mesh, rng = pod(kind), np.random.default_rng(9)
+    mesh, rng = simulated_pod(2, 1, 4, kind), np.random.default_rng(9)
     spec = pd.CacheSpec(4, 128, 16, 64, dtype="float32", num_layers=2)
     tables = jnp.asarray(shard_tables(rng, 2, 16, 4))
     lengths = np.array([200, 0, 64, 129], np.int32)
@@ -278,7 +207,7 @@ def test_prefill_in_chunks_of_some_rows_equals_all_at_once(implementation, kind)
 
 
 def test_eager_write_takes_the_cache_over():
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), pod())
+    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), simulated_pod(2, 1, 4))
     address = cache.key_pages.addressable_shards[0].data.unsafe_buffer_pointer()
     new, zeros = jnp.ones((2, 4, 128), jnp.bfloat16), jnp.zeros(2, jnp.int32)
     after = pd.append_kv(cache, new, new, zeros, jnp.zeros((2, 1), jnp.int32))
@@ -306,7 +235,7 @@ GOOD = dict(
     ],
 )
 def test_bad_appends_are_refused_before_anything_compiles(changes, names):
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), pod())
+    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), simulated_pod(2, 1, 4))
     options = {k: v for k, v in changes.items() if k not in GOOD}
     arrays = {k: jnp.zeros(*v) for k, v in (GOOD | {k: v for k, v in changes.items() if k in GOOD}).items()}
     with pytest.raises(ValueError, match=names):
@@ -315,7 +244,7 @@ def test_bad_appends_are_refused_before_anything_compiles(changes, names):
 
 
 def test_batch_that_does_not_divide_over_data_is_refused():
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), pod())
+    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), simulated_pod(2, 1, 4))
     new = jnp.zeros((3, 4, 128))
     with pytest.raises(ValueError, match=r"key\.shape\[0\]=3.*multiple of the mesh's data size 2"):
         pd.append_kv(cache, new, new, jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), jnp.int32))

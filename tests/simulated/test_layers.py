@@ -3,80 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
-import pathlib
-import sys
 
-import aot
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from context_cases import lay_tables
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from slices import crossings, groups_along, partitions
-from test_distributed import free_port, run_processes
+from example_layers import BOTH_EXAMPLES
+from pod_cases import lay_tables
 
 import paged_dist as pd
-from paged_dist.ops.collectives import attention_collectives
-
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @functools.cache
-def example(name: str):
-    """The module of examples/, which is no package."""
-    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-class PlainJax:
-    """What the tests need: `step(x, cache, positions, lengths, block_tables)`, and the weights under plain names."""
-
-    module = example("plain_jax_layer")
-
-    def __init__(self, config, mesh):
-        self.weights = self.module.init_weights(config, mesh)
-        self.step = functools.partial(self.module.decode_step, self.weights)
-
-    @classmethod
-    def abstract_step(cls, config, mesh):
-        return cls.module.decode_step, (cls.module.abstract_weights(config, mesh),)
-
-
-class FlaxNnx:
-    module = example("flax_nnx_layer")
-
-    def __init__(self, config, mesh):
-        with jax.set_mesh(mesh):
-            graph, params = nnx.split(self.module.stacked_layers(config))
-        self.step = functools.partial(self.module.decode_step, graph, params)
-        self.weights = {name: params[name]["scale"][...] for name in ("attention_norm", "mlp_norm")}
-        self.weights |= {name: params[name]["kernel"][...] for name in ("wq", "wk", "wv", "wo")}
-        self.weights |= {f"w_{name}": params[name]["kernel"][...] for name in ("gate", "up", "down")}
-
-    @classmethod
-    def abstract_step(cls, config, mesh):
-        graph, params = nnx.get_abstract_model(lambda: cls.module.stacked_layers(config), mesh)
-        return functools.partial(cls.module.decode_step, graph), (params,)
-
-
-@functools.cache
-def built(layers, dtype: str):
+def built_model(layers, dtype: str):
     """(model, mesh, config) on eight simulated devices."""
     mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
     assert dict(mesh.shape) == {"data": 2, "context": 2, "model": 2}
     config = layers.module.Config(width=128, hidden=256, dtype=dtype)
     return layers(config, mesh), mesh, config
-
-
-BOTH = pytest.mark.parametrize("layers", [PlainJax, FlaxNnx])
 
 
 def reference_layer(w, x, keys, values):
@@ -117,14 +60,14 @@ PROMPTS = np.array([0, 37, -STEPS, 15, 1, 64, 30, 48])  # tokens of each row bef
 WAITS = 4  # this row is held and gets no token in the middle step: another's row may share its page
 
 
-@BOTH
+@BOTH_EXAMPLES
 @pytest.mark.filterwarnings("ignore:.*page_size=16")
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", 2e-5), pytest.param("bfloat16", 4e-2, marks=pytest.mark.slow)]
 )
 def test_decode_steps_through_stacked_layers_are_those_of_one_device(layers, dtype, bound):
     """Prompts over both context shards, then steps: the layer's output and what it leaves in the cache."""
-    model, mesh, config = built(layers, dtype)
+    model, mesh, config = built_model(layers, dtype)
     rng = np.random.default_rng(0)
     tables, num_pages = lay_tables(rng, PROMPTS + STEPS, PAGE, 8, data=2, context=2)
     spec = pd.CacheSpec(2, 128, num_pages, PAGE, dtype=dtype, num_layers=config.num_layers)
@@ -165,127 +108,19 @@ def test_decode_steps_through_stacked_layers_are_those_of_one_device(layers, dty
                 np.testing.assert_allclose(stored.swapaxes(0, 1), np.reshape(row or [], (-1, 2, 128)), atol=2 * bound)
 
 
-@needs_libtpu
-@BOTH
-@pytest.mark.parametrize(
-    ("topology", "num_slices"),
-    [("v5p:4x4x4", 1), ("v5e:4x8", 2), pytest.param("tpu7x:4x4x2", 2, marks=pytest.mark.slow)],
-)
-def test_a_pods_program_of_the_layers_talks_where_it_should_and_copies_no_pool(layers, topology, num_slices):
-    """Attention over context only, one sum over (model, context) for each of wo and w_down, and nothing else."""
-    mesh = pd.make_pod_mesh(num_kv_heads=8, model_parallelism=32, topology=topology, num_slices=num_slices)
-    config = layers.module.Config(width=1024, num_q_heads=64, num_kv_heads=8, hidden=4096, num_layers=4)
-    spec = pd.CacheSpec(8, 128, 256 * mesh.shape["data"] * mesh.shape["context"], num_layers=4)
-    rows, place = 16, lambda *axes: NamedSharding(mesh, P(*axes))
-    batch = rows * mesh.shape["data"]
-    step, weights = layers.abstract_step(config, mesh)
-    compiled = aot.compile_on(
-        mesh,
-        step,
-        *weights,
-        jax.ShapeDtypeStruct((batch, config.width), jnp.bfloat16, sharding=place("data", None)),
-        pd.PagedKVCache.abstract(spec, mesh),
-        *(jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=place("data")) for _ in ("positions", "lengths")),
-        jax.ShapeDtypeStruct((batch, 32), jnp.int32, sharding=place("data", None)),
-        donate_argnames="cache",
-    )
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2  # append and attend, for all layers
-    assert partitions(text) == mesh.size // num_slices and crossings(text) == []
-
-    groups = lambda one: frozenset(map(frozenset, one.groups))
-    over = {names: groups_along(mesh, names, num_slices) for names in (("context",), ("model", "context"))}
-    found = aot.collectives(text)
-    attention = [one for one in found if groups(one) == over["context",]]
-    projections = [one for one in found if groups(one) == over["model", "context"]]
-    assert len(attention) + len(projections) == len(found)
-    assert [(one.kind, one.arrays) for one in projections] == [("all-reduce", (f"bf16[{rows},{config.width}]",))] * 2
-    predicted = attention_collectives(spec, mesh, batch, config.num_q_heads, output_heads="scattered")
-    assert sorted(one.kind for one in attention) == sorted(one.kind for one in predicted)
-    assert sum(one.bytes for one in attention) == sum(one.bytes for one in predicted)
-
-    layer_pool = spec.bytes_per_chip(mesh) // 2 // 4
-    assert aot.values_as_large_as(text, layer_pool) == []
-    assert memory.temp_size_in_bytes < layer_pool
-    assert memory.alias_size_in_bytes >= spec.bytes_per_chip(mesh)
-
-
-@BOTH
+@BOTH_EXAMPLES
 def test_every_weight_is_split_over_the_chips_that_read_it(layers):
     """Heads of wq, wk and wv over model; wo and the MLP over model x context, so that none of them is held twice."""
-    model, *_ = built(layers, "float32")
+    model, *_ = built_model(layers, "float32")
     chips = {name: w.size // w.addressable_shards[0].data.size for name, w in model.weights.items()}
     assert {name for name, n in chips.items() if n == 1} == {"attention_norm", "mlp_norm"}
     assert {name for name, n in chips.items() if n == 2} == {"wq", "wk", "wv"}
     assert {name for name, n in chips.items() if n == 4} == {"wo", "w_gate", "w_up", "w_down"}
 
 
-@BOTH
+@BOTH_EXAMPLES
 @pytest.mark.parametrize("model_parallelism", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_examples_run_as_they_are(layers, model_parallelism, capsys):
     out = layers.module.main(steps=2, model_parallelism=model_parallelism)
     assert out.shape == (4 * 8 // model_parallelism, 256) and np.isfinite(np.asarray(out, np.float32)).all()
     assert f"step 1: {out.shape} bfloat16" in capsys.readouterr().out
-
-
-ON_TWO_PROCESSES = """
-import importlib.util, sys
-import numpy as np
-import jax
-from jax.experimental import multihost_utils
-
-import paged_dist as pd
-
-pd.initialize_distributed({address!r}, 2, {index})
-
-def compared(*_, **__):
-    raise AssertionError("arrays were compared across processes")
-
-multihost_utils.assert_equal = multihost_utils.process_allgather = compared
-mesh = pd.make_pod_mesh(model=2)
-try:
-    jax.device_put(np.zeros(8), jax.NamedSharding(mesh, jax.P("data")))
-except AssertionError:
-    print("device_put compares", flush=True)
-for name in {names!r}:
-    found = importlib.util.spec_from_file_location(name, {folder!r} + "/" + name + ".py")
-    sys.modules[name] = module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    if {index} == 0:  # alone: the other process would have to hear of it
-        rows = module.put_rows(mesh, np.arange(8.0))
-        assert [float(s.data[0]) for s in rows.addressable_shards] == [0, 0, 2, 2], rows.addressable_shards
-    {then}
-"""
-
-
-def on_two_processes(names, then):
-    """What two processes of four devices print that put arrays as the examples do, and `then`."""
-    address = f"127.0.0.1:{free_port()}"
-    scripts = [
-        ON_TWO_PROCESSES.format(address=address, index=i, names=names, folder=str(EXAMPLES), then=then) for i in (0, 1)
-    ]
-    results = run_processes(scripts, 200, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    for code, _, err in results:
-        assert code == 0, err
-    return [out for _, out, _ in results]
-
-
-def test_the_inputs_of_a_step_are_not_compared_across_processes():
-    for out in on_two_processes(["plain_jax_layer"], "pass"):
-        assert "device_put compares" in out
-    # The other example puts them in the same way, and neither has another way.
-    sources = [inspect.getsource(layers.module.put_rows) for layers in (PlainJax, FlaxNnx)]
-    assert sources[0] == sources[1]
-    for layers in (PlainJax, FlaxNnx):
-        assert inspect.getsource(layers.module).count("device_put") == 1  # in put_rows' docstring
-    assert not [file for file in (EXAMPLES.parent / "launch").glob("*.py") if "device_put" in file.read_text()]
-
-
-@pytest.mark.slow
-def test_an_example_gives_on_two_processes_what_it_gives_on_one(capsys):
-    steps = lambda out: [line for line in out.splitlines() if line.startswith("step")]
-    example("plain_jax_layer").main(steps=2)
-    alone = steps(capsys.readouterr().out)
-    assert len(alone) == 2
-    for out in on_two_processes(["plain_jax_layer"], "module.main(steps=2)"):
-        assert steps(out) == alone

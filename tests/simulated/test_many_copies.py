@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import pod
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
@@ -50,7 +49,7 @@ def test_pairs_go_through_scalar_memory_in_parts(monkeypatch, count, interpret):
 
 def test_eager_copies_of_any_number_are_one_program(monkeypatch):
     monkeypatch.setattr(page_copies, "PAIRS_PER_LAUNCH", 4)
-    spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), pod(2, 1, 1)
+    spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), simulated_pod(2, 1, 1)
     program = page_copies._copy_sharded.jitted
     before = program._cache_size()
     for as_array in (np.int64, np.ndarray.tolist, jnp.asarray):
@@ -65,7 +64,7 @@ def test_eager_copies_of_any_number_are_one_program(monkeypatch):
 
 def test_pools_of_any_number_of_live_pages_are_resized_by_one_program(monkeypatch):
     monkeypatch.setattr(resize, "RESIZE_COPIES", 2)
-    spec, mesh = pd.CacheSpec(1, 128, 16, 128, "float32"), pod(1, 1, 1)
+    spec, mesh = pd.CacheSpec(1, 128, 16, 128, "float32"), simulated_pod(1, 1, 1)
     before = staging.copy_chunk._cache_size()
     for live in (1, 2, 5):
         pages = pd.PageAllocator(spec, mesh, 2, 8)
@@ -82,37 +81,3 @@ def test_chunks_of_moves_and_saves_have_few_sizes():
     sizes = {staging.power_of_two(live) for live in range(1, 1000)}
     assert sizes == {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024}
     assert all(staging.power_of_two(live) >= live for live in range(1, 1000))
-
-
-@aot.needs_libtpu
-def test_the_program_of_a_resize_compiles_for_a_tpu_with_pools_of_any_number_of_live_pages():
-    """Its pairs have one shape; a chip's pools hold some 140,000 pages here."""
-    mesh, axes = aot.one_chip_mesh("v6e"), pd.MeshAxes(None, None, None)
-    caches = [
-        pd.PagedKVCache.abstract(pd.CacheSpec(1, 128, n, 128, "int8"), mesh, axes=axes) for n in (150_000, 140_000)
-    ]
-    pairs = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, resize.RESIZE_COPIES, 2), (1,))]
-    run = functools.partial(staging.copy_chunk, axes=axes, implementation=None)
-    compiled = aot.compile_on(mesh, run, *caches, *pairs, donate_argnums=0)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    assert compiled.memory_analysis().alias_size_in_bytes >= caches[0].spec.bytes_total
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
-
-
-@aot.needs_libtpu
-@pytest.mark.parametrize(
-    "chip", ["v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in aot.CHIP_TOPOLOGIES if chip != "v6e")]
-)
-def test_more_pairs_than_scalar_memory_holds_compile_as_one_launch(chip):
-    """1.1 MiB of pairs. They come flat: making 140,000 of [M, 2] flat takes XLA half a minute."""
-    pool = jax.ShapeDtypeStruct((1, 1, 150_000, 128, 128), jnp.int8)
-    scales = jax.ShapeDtypeStruct((1, 1, 150_000, 128), jnp.float32)
-    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    def run(pools, flat, count):
-        return copy_stored_pages(pools, flat.reshape(-1, 2), count, page_size=128)
-
-    operands = (pool, pool, scales, scales), int32(280_000), int32()
-    compiled = aot.compile_on(aot.one_chip_mesh(chip), run, *operands, donate_argnums=0)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
-    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 150_000 * 128 * 128

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import pod
 from jax.sharding import AxisType, NamedSharding
+from pod_meshes import simulated_pod
 
 import paged_dist as pd
 from paged_dist.ops import append
@@ -43,7 +43,7 @@ def writes(pages: pd.PageAllocator, layer=None) -> dict:
     }
 
 
-def allocator(spec, mesh) -> pd.PageAllocator:
+def allocator_of_five_tokens_a_row(spec, mesh) -> pd.PageAllocator:
     pages = pd.PageAllocator(spec, mesh, ROWS, 4)
     for row in range(ROWS):
         pages.allocate(row, 5)
@@ -64,9 +64,9 @@ def allocator(spec, mesh) -> pd.PageAllocator:
     ],
 )
 def test_a_write_leaves_the_smoothing_to_those_who_share_it(op, kind, layers):
-    mesh = pod(2, 1, 1, kind)
+    mesh = simulated_pod(2, 1, 1, kind)
     spec, smoothing = spec_of(2, layers), smoothing_of(layers)
-    pages, before = allocator(spec, mesh), np.array(smoothing)
+    pages, before = allocator_of_five_tokens_a_row(spec, mesh), np.array(smoothing)
     one, other = (pd.PagedKVCache.create(spec, mesh, key_smoothing=smoothing) for _ in "ab")
     shared = jax.tree.map(jnp.copy, one).with_smoothing(one.key_smoothing)
     old = one.key_pages
@@ -82,8 +82,8 @@ def test_a_write_leaves_the_smoothing_to_those_who_share_it(op, kind, layers):
 
 @pytest.mark.parametrize("op", ["append", *(pytest.param(op, marks=pytest.mark.slow) for op in ("prefill", "copy"))])
 def test_a_users_jit_that_donates_a_whole_cache_takes_no_smoothing_of_the_callers(op):
-    mesh = pod(1, 1, 1)
-    spec, pages = spec_of(1), allocator(spec_of(1), pod(1, 1, 1))
+    mesh = simulated_pod(1, 1, 1)
+    spec, pages = spec_of(1), allocator_of_five_tokens_a_row(spec_of(1), simulated_pod(1, 1, 1))
     smoothing = jax.device_put(
         smoothing_of(), pd.PagedKVCache.shardings(spec, mesh, key_smoothing=True).key_smoothing
     )  # where it will be: nothing asks for a copy of it
@@ -98,8 +98,11 @@ def test_a_users_jit_that_donates_a_whole_cache_takes_no_smoothing_of_the_caller
 
 
 def test_a_resized_or_resharded_cache_and_the_old_one_do_not_take_from_each_other():
-    mesh, spec = pod(2, 1, 1), spec_of(2)
-    pages, step = allocator(spec, mesh), jax.jit(lambda c: writes(pages)["append"](c), donate_argnums=0)
+    mesh, spec = simulated_pod(2, 1, 1), spec_of(2)
+    pages, step = (
+        allocator_of_five_tokens_a_row(spec, mesh),
+        jax.jit(lambda c: writes(pages)["append"](c), donate_argnums=0),
+    )
     for move in (
         lambda c: pd.resize(c, 32, pages),
         lambda c: pd.reshard(c, pages, mesh),
@@ -113,7 +116,7 @@ def test_a_resized_or_resharded_cache_and_the_old_one_do_not_take_from_each_othe
 
 
 def test_what_the_caller_has_of_numpy_may_change_afterwards():
-    mesh, host = pod(1, 1, 1), np.ones((HEADS, DIM), np.float32)
+    mesh, host = simulated_pod(1, 1, 1), np.ones((HEADS, DIM), np.float32)
     cache = pd.PagedKVCache.create(spec_of(1), mesh, key_smoothing=host)
     host[:] = 7
     assert (np.asarray(cache.key_smoothing) == 1).all()
@@ -121,8 +124,8 @@ def test_what_the_caller_has_of_numpy_may_change_afterwards():
 
 def test_the_jitted_write_aliases_pools_and_scales_and_not_the_smoothing():
     """Read in the lowered program: each of the four arrays is the argument that it comes from, the fifth is none."""
-    mesh = pod(1, 1, 1)
-    spec, pages = spec_of(1), allocator(spec_of(1), pod(1, 1, 1))
+    mesh = simulated_pod(1, 1, 1)
+    spec, pages = spec_of(1), allocator_of_five_tokens_a_row(spec_of(1), simulated_pod(1, 1, 1))
     cache = pd.PagedKVCache.abstract(spec, mesh, key_smoothing=True)
     key, value = new_tokens()
     at = (jnp.asarray(pages.lengths - 1), jnp.asarray(pages.block_tables))

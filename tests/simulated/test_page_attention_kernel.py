@@ -1,7 +1,5 @@
 """The Pallas kernel bodies in TPU interpret mode with race detection, against the float64 oracle."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,31 +7,30 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
-from page_attention_cases import Case, assert_close, make, stack
+from one_chip_cases import OneChipCase, assert_close_to_oracle, in_stacked_pools, poisoned_arrays
+from seed_launchers import SEED_BODIES, launch_seed_body
 from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import (
-    DEFAULT_MASK_VALUE,
     MultiPageAsyncCopyDescriptor,
     page_attention,
-    paged_flash_attention_kernel,
     paged_flash_attention_kernel_inline_seq_dim,
 )
 from paged_dist.kernels.seed import pallas_call as launch_module
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
 
 CASES = [
-    (Case("gqa"), 2),
-    (Case("mqa_odd_table", Hq=3, Hkv=1, S=5, lengths=(40, 0, 0, 33, 1)), 2),
-    (Case("bf16_page_16", P=16, dtype="bfloat16", query_dtype="bfloat16", lengths=(0, 17, 64)), 3),
-    (Case("head_dim_256", Hq=8, Hkv=1, D=256, lengths=(9, 31)), 1),
-    (Case("packed_head_dim_64", D=64, P=16, lengths=(0, 1, 17, 64)), 2),
-    (Case("packed_window_and_cap", D=64, P=16, lengths=(64, 20, 3), sliding_window=7, soft_cap=2.0), 2),
-    (Case("window_under_a_page", sliding_window=3, lengths=(0, 1, 8, 9, 32)), 2),
-    (Case("window_of_two_pages", sliding_window=16, S=5, lengths=(40, 15, 0, 17)), 2),
-    (Case("window_of_several_blocks", sliding_window=25, S=7, lengths=(56, 50)), 1),
-    (Case("soft_cap_table_in_one_block", soft_cap=1.5, lengths=(0, 12, 32)), 9),
-    (Case("all_empty", lengths=(0, 0)), 2),
+    (OneChipCase("gqa"), 2),
+    (OneChipCase("mqa_odd_table", Hq=3, Hkv=1, S=5, lengths=(40, 0, 0, 33, 1)), 2),
+    (OneChipCase("bf16_page_16", P=16, dtype="bfloat16", query_dtype="bfloat16", lengths=(0, 17, 64)), 3),
+    (OneChipCase("head_dim_256", Hq=8, Hkv=1, D=256, lengths=(9, 31)), 1),
+    (OneChipCase("packed_head_dim_64", D=64, P=16, lengths=(0, 1, 17, 64)), 2),
+    (OneChipCase("packed_window_and_cap", D=64, P=16, lengths=(64, 20, 3), sliding_window=7, soft_cap=2.0), 2),
+    (OneChipCase("window_under_a_page", sliding_window=3, lengths=(0, 1, 8, 9, 32)), 2),
+    (OneChipCase("window_of_two_pages", sliding_window=16, S=5, lengths=(40, 15, 0, 17)), 2),
+    (OneChipCase("window_of_several_blocks", sliding_window=25, S=7, lengths=(56, 50)), 1),
+    (OneChipCase("soft_cap_table_in_one_block", soft_cap=1.5, lengths=(0, 12, 32)), 9),
+    (OneChipCase("all_empty", lengths=(0, 0)), 2),
 ]
 
 
@@ -55,7 +52,7 @@ IN_BOTH_FORMS = ("gqa", "packed_window_and_cap", "window_of_two_pages", "all_emp
     ],
 )
 def test_kernel_equals_the_oracle_in_stacked_pools(case, pages, inline):
-    (query, k, v, *rest), expected = make(case)
+    (query, k, v, *rest), expected = poisoned_arrays(case)
     width = max(128, case.D)
     attend = jax.jit(
         lambda q, k, v, n, t, layer: attend_pages_pallas(
@@ -71,9 +68,9 @@ def test_kernel_equals_the_oracle_in_stacked_pools(case, pages, inline):
             **case.options,
         )
     )
-    output, lse = attend(query, stack(k, width), stack(v, width), *rest, 1)
+    output, lse = attend(query, in_stacked_pools(k, width), in_stacked_pools(v, width), *rest, 1)
     assert output.dtype == case.query_dtype
-    assert_close(case, expected, output, lse)
+    assert_close_to_oracle(case, expected, output, lse)
     assert_no_races()
 
 
@@ -87,8 +84,8 @@ def test_kernel_equals_the_oracle_in_stacked_pools(case, pages, inline):
     ],
 )
 def test_two_cores_equal_the_oracle_and_do_not_race(mode, inline):
-    case = Case("megacore", Hq=8, Hkv=4, lengths=(0, 9, 0, 32, 17, 1), sliding_window=20)
-    arrays, expected = make(case)
+    case = OneChipCase("megacore", Hq=8, Hkv=4, lengths=(0, 9, 0, 32, 17, 1), sliding_window=20)
+    arrays, expected = poisoned_arrays(case)
     output = page_attention(
         *arrays,
         pages_per_compute_block=2,
@@ -97,42 +94,42 @@ def test_two_cores_equal_the_oracle_and_do_not_race(mode, inline):
         interpret=simulated(cores=2),
         **case.page_attention_options,
     )
-    assert_close(case, expected, output)
+    assert_close_to_oracle(case, expected, output)
     assert_no_races()
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("head_dim_64_page_8", D=64, lengths=(32, 0, 7)),
-        Case("head_dim_64_page_16", D=64, P=16, lengths=(33, 15)),
-        Case("head_dim_128", dtype="bfloat16", lengths=(12, 0)),
+        OneChipCase("head_dim_64_page_8", D=64, lengths=(32, 0, 7)),
+        OneChipCase("head_dim_64_page_16", D=64, P=16, lengths=(33, 15)),
+        OneChipCase("head_dim_128", dtype="bfloat16", lengths=(12, 0)),
     ],
     ids=lambda c: c.name,
 )
 def test_page_attention_simulated_equals_the_oracle(case):
-    arrays, expected = make(case)
-    assert_close(case, expected, page_attention(*arrays, interpret=True, **case.page_attention_options))
+    arrays, expected = poisoned_arrays(case)
+    assert_close_to_oracle(case, expected, page_attention(*arrays, interpret=True, **case.page_attention_options))
 
 
 def test_copies_may_land_at_once_or_when_waited_for():
     case = CASES[0][0]
-    arrays, expected = make(case)
+    arrays, expected = poisoned_arrays(case)
     output = page_attention(
         *arrays,
         interpret=simulated(dma_execution_mode="eager"),
         pages_per_compute_block=1,
         **case.page_attention_options,
     )
-    assert_close(case, expected, output)
+    assert_close_to_oracle(case, expected, output)
     assert_no_races()
 
 
 def test_one_core_can_run_both_halves_of_a_megacore_grid():
     """What a chip without megacore does with such a launch: the seed's kernel waits there for ever."""
-    case = Case("halves", Hq=4, Hkv=2, lengths=(9, 0, 32, 1))
-    arrays, expected = make(case)
-    output = drive(
+    case = OneChipCase("halves", Hq=4, Hkv=2, lengths=(9, 0, 32, 1))
+    arrays, expected = poisoned_arrays(case)
+    output = launch_seed_body(
         paged_flash_attention_kernel_inline_seq_dim,
         *arrays,
         pages=2,
@@ -140,20 +137,20 @@ def test_one_core_can_run_both_halves_of_a_megacore_grid():
         megacore_mode="kv_head",
         interpret=simulated(cores=1),
     )
-    assert_close(case, expected, output)
+    assert_close_to_oracle(case, expected, output)
 
 
 def test_a_batch_over_scalar_memory_is_split(monkeypatch):
-    case = Case("split", lengths=(9, 0, 32, 1, 8))
-    (query, k, v, *rest), expected = make(case)
+    case = OneChipCase("split", lengths=(9, 0, 32, 1, 8))
+    (query, k, v, *rest), expected = poisoned_arrays(case)
     monkeypatch.setattr(launch_module, "rows_per_launch", lambda problem, multiple: 2)
     output, lse = attend_pages_pallas(query, k[None], v[None], *rest, interpret=simulated(), **case.options)
-    assert_close(case, expected, output, lse)
+    assert_close_to_oracle(case, expected, output, lse)
 
 
 def test_kernel_in_a_shard_map_that_checks_types():
-    case = Case("sharded", Hq=2, Hkv=2, lengths=(9, 0))
-    (q, k, v, lengths, tables), expected = make(case)
+    case = OneChipCase("sharded", Hq=2, Hkv=2, lengths=(9, 0))
+    (q, k, v, lengths, tables), expected = poisoned_arrays(case)
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def shard(*arrays):
@@ -167,108 +164,29 @@ def test_kernel_in_a_shard_map_that_checks_types():
             in_specs=(P(None, "model"), P(None, "model"), P(None, "model"), P(), P()),
             out_specs=(P(None, "model"),) * 2,
         )
-    )(q, stack(k, 128), stack(v, 128), lengths, tables)
-    assert_close(case, expected, output, lse)
+    )(q, in_stacked_pools(k, 128), in_stacked_pools(v, 128), lengths, tables)
+    assert_close_to_oracle(case, expected, output, lse)
 
 
 # Code written for ejkernel's kernels: four scalars, [G, D] blocks for all outputs, m and l of width 1.
 
 
-def drive(
-    body,
-    query,
-    k_pages,
-    v_pages,
-    lengths,
-    tables,
-    *,
-    pages,
-    scale=1.0,
-    sliding_window=None,
-    megacore_mode=None,
-    interpret=False,
-):
-    """A launcher by hand, as users have them: the output, cast and reshaped by its caller."""
-    B, Hq, D = query.shape
-    Hkv, _, page_size, _ = k_pages.shape
-    G, S = Hq // Hkv, tables.shape[1]
-    cores = 1 if megacore_mode is None else 2
-    inline = body is paged_flash_attention_kernel_inline_seq_dim
-    grid = (cores, B // cores if megacore_mode == "batch" else B, Hkv // cores if megacore_mode == "kv_head" else Hkv)
-    if G % 8:  # one row a head, so that XLA picks a layout the block fits
-        q, block, tail = query.reshape(B, Hq, 1, D).astype(jnp.float32), (None, G, None, D), (0, 0)
-    else:
-        q, block, tail = query, (None, G, D), (0,)
-
-    def at(core, b, h, *_):
-        return (
-            b * cores + core if megacore_mode == "batch" else b,
-            h * cores + core if megacore_mode == "kv_head" else h,
-            *tail,
-        )
-
-    spec = pl.BlockSpec(block, at)
-    buffer = pltpu.VMEM((2, pages, page_size, D), k_pages.dtype)
-    output, _, _ = pl.pallas_call(
-        functools.partial(
-            body,
-            batch_size=B,
-            pages_per_compute_block=pages,
-            pages_per_sequence=S,
-            mask_value=DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None,
-            megacore_mode=megacore_mode,
-            sliding_window=sliding_window,
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=grid if inline else (*grid, -(-S // pages)),
-            in_specs=[spec, pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[spec, spec, spec],
-            scratch_shapes=(buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))),
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) + ("arbitrary",) * (2 if inline else 3)),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32),
-            jax.ShapeDtypeStruct((*q.shape[:-1], 1), jnp.float32),
-        ],
-        interpret=interpret,
-    )(
-        jnp.asarray(lengths),
-        jnp.asarray(tables).reshape(-1),
-        jnp.zeros((1,), jnp.int32),
-        jnp.ones((1,), jnp.int32),
-        (q * scale).astype(q.dtype),
-        k_pages,
-        v_pages,
-    )
-    return output.reshape(B, Hq, D).astype(query.dtype)
-
-
-BODIES = pytest.mark.parametrize(
-    "body",
-    [paged_flash_attention_kernel, paged_flash_attention_kernel_inline_seq_dim],
-    ids=["blocks_in_grid", "inline"],
-)
-
-
-@BODIES
+@SEED_BODIES
 @pytest.mark.parametrize(
     "case",
     [
-        Case("rows", lengths=(0, 1, 32, 9)),
-        Case("blocks", Hq=8, Hkv=1, lengths=(17, 0)),
-        Case("window", lengths=(32, 0, 9), sliding_window=11),
+        OneChipCase("rows", lengths=(0, 1, 32, 9)),
+        OneChipCase("blocks", Hq=8, Hkv=1, lengths=(17, 0)),
+        OneChipCase("window", lengths=(32, 0, 9), sliding_window=11),
     ],
     ids=lambda c: c.name,
 )
 def test_a_launcher_written_for_ejkernel_drives_the_bodies(case, body):
-    arrays, expected = make(case)
-    output = drive(
+    arrays, expected = poisoned_arrays(case)
+    output = launch_seed_body(
         body, *arrays, pages=2, scale=case.sm_scale, sliding_window=case.sliding_window, interpret=simulated()
     )
-    assert_close(case, expected, output)
+    assert_close_to_oracle(case, expected, output)
     assert_no_races()
 
 

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from pod_cases import shard_tables
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
-from test_kv_write import shard_tables
 
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
 
 LENGTHS = np.array([150, 0, 64, 201], np.int32)
-
-
-def pod(kind=AxisType.Auto):
-    return jax.make_mesh((2, 1, 4), ("data", "context", "model"), axis_types=(kind,) * 3)
 
 
 def filled(dtype: str, head_dim: int, page_size: int, mesh, *, smoothed: bool, layers: int = 2):
@@ -64,7 +61,9 @@ def filled(dtype: str, head_dim: int, page_size: int, mesh, *, smoothed: bool, l
     ],
 )
 def test_append_and_attend_equal_the_oracle(dtype, head_dim, page_size, smoothed, kind, implementation):
-    cache, tables, (key, value), exact = filled(dtype, head_dim, page_size, pod(kind), smoothed=smoothed)
+    cache, tables, (key, value), exact = filled(
+        dtype, head_dim, page_size, simulated_pod(2, 1, 4, kind), smoothed=smoothed
+    )
     query = np.random.default_rng(2).standard_normal((4, 8, head_dim)).astype(np.float32)
     options = dict(sm_scale=0.02, soft_cap=5.0, sliding_window=170)
     cache = pd.append_kv(cache, *map(jnp.asarray, (key, value, LENGTHS - 1)), tables, layer=1)
@@ -88,7 +87,7 @@ def test_append_and_attend_equal_the_oracle(dtype, head_dim, page_size, smoothed
 @pytest.mark.filterwarnings("ignore:.*page_size=")
 def test_local_forms_inside_a_callers_shard_map():
     """The caller's own `shard_map`, vma checked, gives what the sharded ops give, scales and smoothing included."""
-    mesh = pod()
+    mesh = simulated_pod(2, 1, 4)
     cache, tables, (key, value), _ = filled("int8", 128, 128, mesh, smoothed=True)
     query = jnp.asarray(np.random.default_rng(2).standard_normal((4, 8, 128)), jnp.bfloat16)
     heads, rows = P("data", "model", None), P("data")

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from array_bits import array_bits
+from jax.sharding import AxisType
+from pod_cases import shard_tables
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
-from test_composed import PODS, loop_arguments, pod_mesh
-from test_kv_write import bits, pod, shard_tables
 
 import paged_dist as pd
 from paged_dist.kernels import write_kv_pages
 from paged_dist.kernels.cache_update.tiles import choose_tile_rows, pool_shape
 from paged_dist.kernels.scale_layout import pack_scales, unpack_scales
-from paged_dist.launch.planning.hlo_text import ops_around_kernels
 
 
-def write_in_numpy(arrays, new, starts, ends, tables, layer=0):
+def write_quantized_in_numpy(arrays, new, starts, ends, tables, layer=0):
     """arrays: pages [L, Hkv, N, P, D] of K and V and their scales [L, Hkv, N, P], with `new` written by token."""
     written = [np.array(x) for x in arrays]
     page_size, pages = arrays[0].shape[3], arrays[0].shape[2]
@@ -57,13 +54,13 @@ def stored(arrays, interpret, head_dim):
     return pools, dict(zip(("key_scales", "value_scales"), scales, strict=True))
 
 
-def check(written, expected, head_dim):
+def check_written(written, expected, head_dim):
     page_size = expected[0].shape[-2]
     for got, want in zip(written[:2], expected[:2], strict=True):
-        np.testing.assert_array_equal(bits(got).reshape(-1), bits(want).reshape(-1))
+        np.testing.assert_array_equal(array_bits(got).reshape(-1), array_bits(want).reshape(-1))
     for got, want in zip(written[2:], expected[2:], strict=True):
         got = unpack_scales(got, page_size, max(1, 128 // head_dim))
-        np.testing.assert_array_equal(bits(got), bits(want))
+        np.testing.assert_array_equal(array_bits(got), array_bits(want))
 
 
 # head_dim, page_size, new tokens, kv heads, dtype
@@ -119,8 +116,8 @@ def test_tokens_and_scales_are_where_the_table_says_and_nothing_else_moved(
     (key, key_scales), (value, value_scales) = (
         pd.quantize_kv(x, dtype, smoothing=s) for x, s in zip(new, (smoothing, None), strict=True)
     )
-    expected = write_in_numpy(arrays, (key, value, key_scales, value_scales), starts, ends, tables, layer=1)
-    check(got, expected, head_dim)
+    expected = write_quantized_in_numpy(arrays, (key, value, key_scales, value_scales), starts, ends, tables, layer=1)
+    check_written(got, expected, head_dim)
     if interpret is RACES:
         assert_no_races()
 
@@ -141,8 +138,8 @@ def test_rounds_of_writes_of_more_sequences_than_a_step_takes_agree_with_numpy(i
         scales = dict(key_scales=key_scales, value_scales=value_scales)
         made = [pd.quantize_kv(jnp.asarray(x), "int8") for x in new]
         ends = np.minimum(ends, starts + tokens)
-        arrays = write_in_numpy(arrays, [m[0] for m in made] + [m[1] for m in made], starts, ends, tables)
-        check((*pools, *scales.values()), arrays, 128)
+        arrays = write_quantized_in_numpy(arrays, [m[0] for m in made] + [m[1] for m in made], starts, ends, tables)
+        check_written((*pools, *scales.values()), arrays, 128)
 
 
 @pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
@@ -158,7 +155,7 @@ def test_odd_vectors_are_stored_as_quantize_kv_makes_them(dtype, interpret):
     got = write_kv_pages(*pools, new, -new, starts, starts + 1, tables, **scales, interpret=interpret)
     (key, key_scales), (value, value_scales) = pd.quantize_kv(new, dtype), pd.quantize_kv(-new, dtype)
     made = (key, value, key_scales, value_scales)
-    check(got, write_in_numpy(arrays, made, starts, starts + 1, tables), 128)
+    check_written(got, write_quantized_in_numpy(arrays, made, starts, starts + 1, tables), 128)
 
 
 POOL = ((1, 2, 8, 128, 128), "int8")
@@ -196,7 +193,7 @@ def test_a_tile_of_8_rows_serves_8_bit_pools_too(page_size):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_the_xla_form_widens_no_pool(dtype):
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 256, dtype=dtype), pod(shape=(1, 1, 1)))
+    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 256, dtype=dtype), simulated_pod(1, 1, 1))
     new, int32 = jnp.ones((2, 4, 128)), jnp.zeros(2, jnp.int32)
     append = jax.jit(pd.append_kv, donate_argnums=0)
     memory = append.lower(cache, new, new, int32, int32[:, None]).compile().memory_analysis()
@@ -214,7 +211,7 @@ def test_the_xla_form_widens_no_pool(dtype):
 )
 @pytest.mark.parametrize(("head_dim", "page_size", "dtype"), [(128, 128, "float8_e4m3fn"), (64, 16, "int8")])
 def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtype, kind, implementation):
-    mesh, rng, pages = pod(kind), np.random.default_rng(3), max(16, 2048 // page_size)
+    mesh, rng, pages = simulated_pod(2, 1, 4, kind), np.random.default_rng(3), max(16, 2048 // page_size)
     tables = shard_tables(rng, 2, pages, 4)
     arrays = arrays_of(rng, 2, 4, pages, page_size, head_dim, dtype)
     smoothing = np.exp(rng.standard_normal((2, 4, head_dim))).astype(np.float32)
@@ -229,9 +226,9 @@ def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtyp
         for x, s in zip(new, (smoothing[1], None), strict=True)
     )
     made = (key, value, key_scales, value_scales)
-    expected = write_in_numpy(arrays, made, positions, positions + 1, tables, layer=1)
+    expected = write_quantized_in_numpy(arrays, made, positions, positions + 1, tables, layer=1)
     for got, want in zip(cache.to_pages(), expected, strict=True):
-        np.testing.assert_array_equal(bits(got), bits(want))
+        np.testing.assert_array_equal(array_bits(got), array_bits(want))
     np.testing.assert_array_equal(cache.key_smoothing, smoothing)
 
 
@@ -240,7 +237,7 @@ def test_append_kv_quantises_each_row_on_its_own_shard(head_dim, page_size, dtyp
     "implementation", [None, pytest.param("pallas_interpret", marks=pytest.mark.slow)], ids=["xla", "simulated"]
 )
 def test_prompts_in_chunks_of_some_rows_equal_all_at_once(implementation):
-    mesh, rng = pod(), np.random.default_rng(9)
+    mesh, rng = simulated_pod(2, 1, 4), np.random.default_rng(9)
     spec = pd.CacheSpec(4, 128, 32, 64, dtype="int8", num_layers=2)
     tables = jnp.asarray(shard_tables(rng, 2, 32, 4))
     lengths = np.array([150, 0, 64, 129], np.int32)
@@ -260,77 +257,10 @@ def test_prompts_in_chunks_of_some_rows_equal_all_at_once(implementation):
         pd.quantize_kv(jnp.asarray(x), "int8", smoothing=s) for x, s in ((key, jnp.float32(3.0)), (value, None))
     )
     made = (key, value, key_scales, value_scales)
-    expected = write_in_numpy(empty, made, np.zeros(4, np.int32), lengths, np.asarray(tables), layer=1)
+    expected = write_quantized_in_numpy(empty, made, np.zeros(4, np.int32), lengths, np.asarray(tables), layer=1)
     for cache in (whole, parts):
         for got, want in zip(cache.to_pages(), expected, strict=True):
             np.testing.assert_array_equal(got, want)
 
 
 # ------------------------------------------------------------------------------------- compiled for absent chips
-
-
-def append_loop(cache, key, value, lengths, tables):
-    """Eight steps of appends to every layer."""
-
-    def layer(carry, index):
-        cache, lengths = carry
-        return (pd.append_kv(cache, key, value, lengths - 1, tables, layer=index), lengths), None
-
-    def step(_, carry):
-        layers = cache.spec.num_layers
-        carry = layer(carry, None)[0] if layers is None else jax.lax.scan(layer, carry, jnp.arange(layers))[0]
-        return carry[0], carry[1] + 1
-
-    return jax.lax.fori_loop(0, 8, step, (cache, lengths))
-
-
-def assert_in_place(compiled, spec: pd.CacheSpec, mesh) -> None:
-    """No value as large as a layer's scales on a chip is made, no shard talks, and the whole cache is aliased."""
-    scales = 4 * spec.num_kv_heads * spec.num_pages * spec.page_size // mesh.size
-    assert aot.values_as_large_as(compiled.as_text(), scales) == []
-    assert aot.collectives(compiled.as_text()) == []
-    assert compiled.memory_analysis().alias_size_in_bytes >= spec.bytes_per_chip(mesh)
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("head_dim", "page_size", "heads", "layers", "dtype"),
-    [(128, 128, 8, 4, "int8"), pytest.param(64, 64, 1, None, "float8_e4m3fn", marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize(("topology", "data", "model"), PODS, ids=[p[0] for p in PODS])
-def test_appends_copy_neither_pool_nor_scales(topology, data, model, head_dim, page_size, heads, layers, dtype):
-    mesh = pod_mesh(topology, data, model)
-    spec = pd.CacheSpec(heads * model, head_dim, 4096 * data, page_size, dtype=dtype, num_layers=layers)
-    cache = pd.PagedKVCache.abstract(spec, mesh, key_smoothing=True)
-    compiled = aot.compile_on(mesh, append_loop, cache, *loop_arguments(spec, mesh)[2:], donate_argnums=0)
-    assert_in_place(compiled, spec, mesh)
-
-
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("head_dim", "page_size", "heads", "dtype"),
-    [(128, 128, 8, "float8_e4m3fn"), pytest.param(64, 16, 1, "int8", marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("chip", aot.CHIP_TOPOLOGIES)
-def test_prompts_copy_neither_pool_nor_scales(chip, head_dim, page_size, heads, dtype):
-    mesh = pod_mesh(aot.CHIP_TOPOLOGIES[chip], 1, 1)
-    spec = pd.CacheSpec(heads, head_dim, 2**22 // (page_size * heads), page_size, dtype=dtype, num_layers=2)
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
-    new, cache = of("bfloat16", 2, 300, heads, head_dim), pd.PagedKVCache.abstract(spec, mesh)
-    write = lambda *a: pd.write_prefill_kv(*a, layer=1)
-    compiled = aot.compile_on(mesh, write, cache, new, new, of("int32", 2), of("int32", 2, 32), donate_argnums=0)
-    assert_in_place(compiled, spec, mesh)
-
-
-@needs_libtpu
-@pytest.mark.parametrize("head_dim", [128, 64])
-def test_one_token_quantised_takes_no_more_xla_ops_than_bf16(head_dim):
-    """The hot path: a step of many layers feels every microsecond beside the kernel."""
-    mesh, ops = pod_mesh("v6e:2x2", 1, 1), {}
-    for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
-        spec = pd.CacheSpec(8, head_dim, 512, 128, dtype=dtype)
-        cache = pd.PagedKVCache.abstract(spec, mesh)
-        args = loop_arguments(spec, mesh)[2:]
-        compiled = aot.compile_on(mesh, pd.append_kv, cache, *args, donate_argnums=0)
-        ops[dtype] = len(ops_around_kernels(compiled.as_text()))
-    assert ops["int8"] == ops["float8_e4m3fn"] == ops["bfloat16"]

@@ -5,31 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import CHIP_TOPOLOGIES, needs_libtpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
-from paged_dist._compat import lowering_for
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.kernels.decode.api import add_sinks
-from paged_dist.mesh.topology import topology_devices
-
-NAMES = ("data", "context", "model")
-
-
-def pod(kind=AxisType.Auto, shape=(2, 1, 4), names=NAMES) -> Mesh:
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+from paged_dist.mesh.axes import AXIS_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class FourRows:
     """A batch over a cache: 4 kv heads, G = 2, four rows on two data shards."""
 
     head_dim: int = 128
@@ -110,17 +102,17 @@ OPTIONS = [
             marks=pytest.mark.slow if implementation and (kind is not AxisType.Auto or name != "d128") else (),
         )
         for name, case in {
-            "d128": Case(),
-            "d64": Case(64),
-            "layers": Case(64, dtype="float32", layers=2),
-            "d256": Case(256, 8, lengths=(3, 0, 17, 32)),
+            "d128": FourRows(),
+            "d64": FourRows(64),
+            "layers": FourRows(64, dtype="float32", layers=2),
+            "d256": FourRows(256, 8, lengths=(3, 0, 17, 32)),
         }.items()
         for kind in (AxisType.Auto, AxisType.Explicit)
         for implementation in (None, RACES)
     ],
 )
 def test_sharded_attention_is_the_oracle(case, kind, implementation):
-    mesh = pod(kind)
+    mesh = simulated_pod(2, 1, 4, kind)
     layer = None if case.layers is None else jnp.int32(case.layers - 1)
     sinks = np.array([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, -np.inf, 4.0], np.float32)
     output, lse = pd.sharded_paged_attention(
@@ -147,16 +139,23 @@ def test_sharded_attention_is_the_oracle(case, kind, implementation):
     ],
 )
 def test_options_of_sharded_attention(options, implementation):
-    case = Case(lengths=(33, 5, 48, 64), seed=2)
+    case = FourRows(lengths=(33, 5, 48, 64), seed=2)
     output = pd.sharded_paged_attention(
-        case.query, case.cache(pod()), *case.rest, sm_scale=SCALE, implementation=implementation, **options
+        case.query,
+        case.cache(simulated_pod(2, 1, 4)),
+        *case.rest,
+        sm_scale=SCALE,
+        implementation=implementation,
+        **options,
     )
     case.check(output, sm_scale=SCALE, **options)
 
 
 def test_empty_sequences_give_zero_and_minus_infinity():
-    case = Case(lengths=(0, 0, 0, 0))
-    run = functools.partial(pd.sharded_paged_attention, case.query, case.cache(pod()), *case.rest, return_lse=True)
+    case = FourRows(lengths=(0, 0, 0, 0))
+    run = functools.partial(
+        pd.sharded_paged_attention, case.query, case.cache(simulated_pod(2, 1, 4)), *case.rest, return_lse=True
+    )
     output, lse = run()
     assert not np.asarray(output).any()
     assert (np.asarray(lse) == -np.inf).all()
@@ -179,7 +178,7 @@ def test_sinks_join_the_denominator_only():
     "spec", [P(), P("model"), P(None, None, "data"), P(("data", "model"))][:3], ids=["replicated", "rows", "channels"]
 )
 def test_arguments_in_another_sharding_are_resharded(spec, kind):
-    case, mesh = Case(), pod(kind)
+    case, mesh = FourRows(), simulated_pod(2, 1, 4, kind)
     query = jax.device_put(case.query, NamedSharding(mesh, spec))
     lengths, tables = (jax.device_put(x, NamedSharding(mesh, P())) for x in case.rest)
     step = jax.jit(functools.partial(pd.sharded_paged_attention, sm_scale=SCALE))
@@ -201,7 +200,7 @@ RENAMED = [
     ids=lambda v: "x".join(v) if isinstance(v, tuple) and isinstance(v[0], str) else None,
 )
 def test_meshes_with_other_axes(names, shape, axes):
-    case = Case()
+    case = FourRows()
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     mesh = Mesh(devices, names)
     cache = case.cache(mesh, axes)
@@ -216,7 +215,7 @@ def test_meshes_with_other_axes(names, shape, axes):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_local_forms_inside_a_callers_shard_map_with_check_vma(kind):
     """A caller's own shard_map appends, attends and projects; the oracle sees the appended token."""
-    case, mesh = Case(dtype="float32"), pod(kind)
+    case, mesh = FourRows(dtype="float32"), simulated_pod(2, 1, 4, kind)
     cache = case.cache(mesh)
     rng = np.random.default_rng(4)
     key, value = (rng.standard_normal((4, 4, 128)).astype(np.float32) for _ in "kv")
@@ -248,7 +247,7 @@ def test_local_forms_inside_a_callers_shard_map_with_check_vma(kind):
 
 def test_decode_loop_of_jitted_steps_compiles_once():
     """The returned cache has the sharding of the one passed in, so the next step finds its program."""
-    case, mesh = Case(lengths=(3, 5, 17, 40)), pod()
+    case, mesh = FourRows(lengths=(3, 5, 17, 40)), simulated_pod(2, 1, 4)
     compiles = []
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -269,7 +268,7 @@ def test_decode_loop_of_jitted_steps_compiles_once():
 
 @pytest.mark.filterwarnings("ignore:.*page_size=16")
 def test_shapes_can_be_evaluated_without_devices_work():
-    case, mesh = Case(layers=2), pod()
+    case, mesh = FourRows(layers=2), simulated_pod(2, 1, 4)
     spec = pd.CacheSpec(4, 128, 16, 16, num_layers=2)
     cache = jax.eval_shape(lambda: pd.PagedKVCache.create(spec, mesh))
     assert cache.spec == spec
@@ -284,13 +283,13 @@ def test_shapes_can_be_evaluated_without_devices_work():
 
 
 def test_mesh_in_scope_and_abstract_mesh():
-    case, mesh = Case(), pod()
+    case, mesh = FourRows(), simulated_pod(2, 1, 4)
     cache = dataclasses.replace(case.cache(mesh), mesh=None)
     with pytest.raises(ValueError, match=r"mesh=None.*none is in scope"):
         pd.sharded_paged_attention(case.query, cache, *case.rest)
     with jax.set_mesh(mesh):
         case.check(pd.sharded_paged_attention(case.query, cache, *case.rest, sm_scale=SCALE), sm_scale=SCALE)
-    abstract = AbstractMesh((2, 1, 4), NAMES)
+    abstract = AbstractMesh((2, 1, 4), AXIS_NAMES)
     run = jax.jit(lambda *a: pd.sharded_paged_attention(*a, sm_scale=SCALE, mesh=abstract))
     case.check(run(case.query, cache, *case.rest), sm_scale=SCALE)
 
@@ -298,7 +297,7 @@ def test_mesh_in_scope_and_abstract_mesh():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("layers", [None, 3])
 def test_pages_round_trip_through_the_cache(head_dim, layers):
-    rng, mesh = np.random.default_rng(1), pod()
+    rng, mesh = np.random.default_rng(1), simulated_pod(2, 1, 4)
     shape = (4, 16, 16, head_dim) if layers is None else (layers, 4, 16, 16, head_dim)
     key, value = (rng.standard_normal(shape).astype("bfloat16") for _ in "kv")
     cache = pd.PagedKVCache.from_pages(jnp.asarray(key), jnp.asarray(value), mesh=mesh)
@@ -311,7 +310,7 @@ def test_pages_round_trip_through_the_cache(head_dim, layers):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_create_allocates_each_shard_where_it_lives(dtype):
-    mesh, spec = pod(), pd.CacheSpec(4, 128, 32, dtype=dtype, num_layers=2)
+    mesh, spec = simulated_pod(2, 1, 4), pd.CacheSpec(4, 128, 32, dtype=dtype, num_layers=2)
     cache = pd.PagedKVCache.create(spec, mesh)
     for pool in jax.tree.leaves(cache):
         assert pool.sharding == NamedSharding(mesh, P(None, ("model",), ("data", "context"), None, None))
@@ -323,73 +322,10 @@ def test_create_allocates_each_shard_where_it_lives(dtype):
 
 def test_small_pages_are_warned_of():
     with pytest.warns(UserWarning, match=r"page_size=16.*128 is the default"):
-        pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16, 16), pod())
+        pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16, 16), simulated_pod(2, 1, 4))
 
 
 # ---------------------------------------------------------------------------------------------- absent chips
-
-
-def absent_mesh(chip: str, data: int = 2, model: int = 2) -> Mesh:
-    return Mesh(np.array(topology_devices(CHIP_TOPOLOGIES[chip])[: data * model]).reshape(data, 1, model), NAMES)
-
-
-@needs_libtpu
-@pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_local_forms_compile_for_every_chip(chip, check_vma):
-    mesh = absent_mesh(chip)
-    spec = pd.CacheSpec(4, 128, 256, num_layers=2)
-    cache = pd.PagedKVCache.abstract(spec, mesh)
-    heads, pools = P("data", "model", None), cache.partition_specs()
-
-    def step(query, cache, new, lengths, tables):
-        cache = pd.append_kv_local(cache, new, new, lengths - 1, tables, layer=1)
-        cache = pd.write_prefill_kv_local(cache, new[:, None], new[:, None], lengths, tables, layer=0)
-        return pd.paged_attention_local(query, cache, lengths, tables, layer=1, sliding_window=300), cache
-
-    step = jax.shard_map(
-        step,
-        mesh=mesh,
-        in_specs=(heads, pools, heads, P("data"), P("data")),
-        out_specs=(heads, pools),
-        check_vma=check_vma,
-    )
-
-    def shape(*dims, dtype=jnp.int32, spec):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
-
-    rows, bf16 = P("data"), jnp.bfloat16
-    args = (shape(8, 16, 128, dtype=bf16, spec=heads), cache, shape(8, 4, 128, dtype=bf16, spec=heads))
-    args += (shape(8, spec=rows), shape(8, 16, spec=rows))
-    compiled = aot.compile_on(mesh, step, *args, donate_argnums=1)
-    layer_pool = spec.bytes_per_chip(mesh) // 4
-    assert aot.collectives(compiled.as_text()) == []
-    assert aot.values_as_large_as(compiled.as_text(), layer_pool) == []
-
-
-@needs_libtpu
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_op_compiles_for_a_pod_with_either_axis_type(kind):
-    mesh = pd.make_pod_mesh(topology="v5p:8x8x8", model=8, axis_types=kind)
-    spec = pd.CacheSpec(8, 128, 64 * 256)
-    query = jax.ShapeDtypeStruct((256, 64, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("data", "model", None)))
-    int32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32, sharding=NamedSharding(mesh, P("data")))
-    run = functools.partial(pd.sharded_paged_attention, sm_scale=SCALE, return_lse=True)
-    compiled = aot.compile_on(mesh, run, query, pd.PagedKVCache.abstract(spec, mesh), int32(256), int32(256, 64))
-    assert aot.collectives(compiled.as_text()) == []
-    assert aot.values_as_large_as(compiled.as_text(), spec.bytes_per_chip(mesh) // 2) == []
-
-
-@needs_libtpu
-@pytest.mark.parametrize("chip", ["v4", "v5p", "v5e", "v6e", "v7x"])
-def test_both_cores_of_a_megacore_chip_work(chip):
-    mesh = absent_mesh(chip)
-    cache = pd.PagedKVCache.abstract(pd.CacheSpec(4, 128, 64), mesh)
-    query = jax.ShapeDtypeStruct((6, 32, 128), jnp.bfloat16)
-    int32 = lambda *dims: jax.ShapeDtypeStruct((6, *dims), jnp.int32)
-    with lowering_for(mesh):
-        jaxpr = str(jax.make_jaxpr(pd.sharded_paged_attention)(query, cache, int32(), int32(8)))
-    assert ("paged_decode_attention_on_two_cores" in jaxpr) == (chip in ("v4", "v5p"))
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -422,7 +358,7 @@ def test_bad_calls_are_refused_before_anything_compiles(changes, names):
     arrays = dict(query=((4, 8, 128), "bfloat16"), lengths=((4,), "int32"), block_tables=((4, 4), "int32"))
     options = {k: v for k, v in changes.items() if k not in arrays}
     arrays = {k: jnp.zeros(*v) for k, v in (arrays | {k: v for k, v in changes.items() if k in arrays}).items()}
-    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), pod())
+    cache = pd.PagedKVCache.create(pd.CacheSpec(4, 128, 16), simulated_pod(2, 1, 4))
     with pytest.raises(ValueError, match=names):
         pd.sharded_paged_attention(arrays["query"], cache, arrays["lengths"], arrays["block_tables"], **options)
 
@@ -460,11 +396,11 @@ def test_bad_specs_are_refused(arguments, names):
 )
 def test_specs_that_do_not_divide_over_the_mesh_are_refused(spec, names):
     with pytest.raises(ValueError, match=names):
-        pd.PagedKVCache.create(spec, pod())
+        pd.PagedKVCache.create(spec, simulated_pod(2, 1, 4))
 
 
 def test_the_sharded_op_inside_a_shard_map_names_the_local_form():
-    case, mesh = Case(), pod()
+    case, mesh = FourRows(), simulated_pod(2, 1, 4)
     cache = case.cache(mesh)
     step = jax.shard_map(
         lambda q, c, n, t: pd.sharded_paged_attention(q, c, n, t), mesh=mesh,
@@ -478,11 +414,11 @@ def test_the_sharded_op_inside_a_shard_map_names_the_local_form():
 @pytest.mark.parametrize("page_size", [pytest.param(64, marks=pytest.mark.slow), 16])
 def test_a_wrong_id_in_a_live_entry_reads_a_page_of_the_pool(page_size):
     """Such a table is the caller's fault; what comes out is finite, and other rows are untouched."""
-    case = Case(lengths=(33, 5, 48, 64), page_size=page_size, dtype="float32")
+    case = FourRows(lengths=(33, 5, 48, 64), page_size=page_size, dtype="float32")
     tables = np.array(case.arrays["block_tables"])
     tables[0, :2] = [2**30, -5]
     cache = pd.PagedKVCache.from_pages(
-        *(jnp.nan_to_num(jnp.asarray(case.arrays[k])) for k in ("key", "value")), mesh=pod()
+        *(jnp.nan_to_num(jnp.asarray(case.arrays[k])) for k in ("key", "value")), mesh=simulated_pod(2, 1, 4)
     )
     args = (case.query, cache, case.rest[0], jnp.asarray(tables))
     for implementation in (None, "pallas_interpret"):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from context_cases import pod
+from pod_meshes import simulated_pod
 
 import paged_dist as pd
 from paged_dist import kernels as K
@@ -39,11 +36,11 @@ CASES = {
 }
 
 
-class Case:
+class StrictCase:
     """A mesh, an allocator with sequences, and inputs, of NumPy."""
 
     def __init__(self, head_dim, page_size, dtype, layers, context):
-        self.mesh = pod(2, context, 1)
+        self.mesh = simulated_pod(2, context, 1)
         self.spec = pd.CacheSpec(HEADS, head_dim, 32 * 2 * context, page_size, dtype, layers)
         self.layer = None if layers is None else 1
         self.pages = pd.PageAllocator(self.spec, self.mesh, ROWS, 4)
@@ -62,7 +59,7 @@ class Case:
         return pd.PagedKVCache.create(self.spec, self.mesh, key_smoothing=smoothing)
 
 
-def written(case: Case, implementation=None) -> pd.PagedKVCache:
+def cache_after_writes(case: StrictCase, implementation=None) -> pd.PagedKVCache:
     """The case's cache after every op that writes."""
     lengths, tables, how = case.pages.lengths, case.pages.block_tables, dict(implementation=implementation)
     how |= dict(layer=case.layer)
@@ -77,7 +74,7 @@ def written(case: Case, implementation=None) -> pd.PagedKVCache:
     return pd.copy_pages(cache, copies, implementation=implementation)
 
 
-def attended(case: Case, cache, implementation=None) -> list:
+def attended(case: StrictCase, cache, implementation=None) -> list:
     """What every form of the attention op gives."""
     lengths, tables = case.pages.lengths, case.pages.block_tables
     ask = functools.partial(
@@ -110,8 +107,8 @@ def attended(case: Case, cache, implementation=None) -> list:
 def test_every_op_can_be_traced(name, x64):
     """In all forms, the TPU's kernel among them, which is a branch of the program; nothing is compiled."""
     with strict(x64):
-        case = Case(*CASES[name])
-        made = jax.eval_shape(lambda: attended(case, written(case)))
+        case = StrictCase(*CASES[name])
+        made = jax.eval_shape(lambda: attended(case, cache_after_writes(case)))
     head_dim = case.spec.head_dim
     assert [x.shape for x in made] == [(4, 4, head_dim), (4, 4, head_dim), (4, 4), (4, 3, 4, head_dim), (4, 3, 4)]
     assert {x.dtype for x in made} == {np.dtype(np.float32)}
@@ -120,7 +117,7 @@ def test_every_op_can_be_traced(name, x64):
 @pytest.mark.slow  # the launcher below is held to its oracle
 def test_a_step_gives_the_same_numbers():
     def step():
-        case = Case(*CASES["int8_context"])
+        case = StrictCase(*CASES["int8_context"])
         at = (case.pages.lengths, case.pages.block_tables)
         cache = pd.append_kv(case.cache(), *case.new(ROWS), at[0] - 1, at[1], layer=1)
         return pd.sharded_paged_attention(case.query(ROWS), cache, *at, layer=1)
@@ -189,38 +186,10 @@ def test_every_write_kernel_can_be_traced_also_as_its_simulation(dtype, x64):
 
 @pytest.mark.slow  # its parts, the copies, are traced above
 def test_moves_and_saves_work(tmp_path):
-    case = Case(*CASES["int8_context"])
+    case = StrictCase(*CASES["int8_context"])
     with strict(True):
-        cache, pages = pd.resize(written(case), 256, case.pages)
-        cache, pages = pd.reshard(cache, pages, pod(1, 4, 2))
+        cache, pages = pd.resize(cache_after_writes(case), 256, case.pages)
+        cache, pages = pd.reshard(cache, pages, simulated_pod(1, 4, 2))
         pd.save(tmp_path / "saved", cache, pages)
         cache, pages = pd.restore(tmp_path / "saved", case.mesh)
     assert pages.lengths.tolist() == case.pages.lengths.tolist()
-
-
-DECODE = ("--cpu_devices=2", "--num_requests=2", "--length_scale=0.02", "--layers=1", "--context=2", "--model=1")
-
-
-def decode(program: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
-    command = [sys.executable, "-P", "-c", program, *DECODE]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-
-
-def test_the_decode_launcher_works():
-    done = decode("from paged_dist.launch import decode; decode.cli()")
-    assert done.returncode == 0, done.stderr
-    assert "oracle" in done.stdout and "ok" in done.stdout
-
-
-def test_an_error_that_jax_raises_is_no_flags_fault():
-    program = """
-import jax.numpy as jnp
-from paged_dist.launch import decode
-from paged_dist.launch.serving import engine
-engine.prefill_chunks = lambda *_: lambda cache, chunks, tables: jnp.zeros((2, 3)) + jnp.zeros(3)
-decode.cli()
-"""
-    done = decode(program)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" in done.stderr and "rank_promotion" in done.stderr

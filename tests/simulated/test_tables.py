@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from context_cases import Case
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from page_attention_cases import Case as OneChip
-from page_attention_cases import make
+from one_chip_cases import OneChipCase, poisoned_arrays
+from pod_cases import PodCase
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 
-POD = Case((33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
+POD = PodCase((33, 0, 20, 64), data=2, context=2, model=2, kv_heads=2, group=4)
 WRONG = {
     "beyond": ((2, 1), 999, "block_tables[2, 1]=999: must be a page id in [0, 32), for the row has 20 tokens"),
     "negative": ((3, 2), -5, "block_tables[3, 2]=-5: must be a page id in [0, 32), for the row has 64 tokens"),
@@ -102,7 +101,7 @@ SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 @pytest.mark.parametrize("interpret", [pytest.param(RACES, id="kernel"), pytest.param(None, id="xla")])
 def test_live_ids_and_a_layer_outside_the_pool_read_inside_it(interpret):
     """Pages of 8, on one chip; the simulation raises where a copy leaves an array."""
-    (query, k, v, lengths, tables), _ = make(OneChip("wrong", lengths=(32, 9, 20)))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(OneChipCase("wrong", lengths=(32, 9, 20)))
     k, v = (jnp.nan_to_num(x, nan=1.0)[None].repeat(2, axis=0) for x in (k, v))
     right = np.clip(tables, 0, k.shape[2] - 1)
     right[1, 1] = 0

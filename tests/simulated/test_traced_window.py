@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 
-import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import needs_libtpu
-from context_cases import Case as Pod
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from page_attention_cases import Case, make
+from one_chip_cases import OneChipCase, poisoned_arrays
+from pod_cases import PodCase
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
@@ -26,18 +24,18 @@ from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attentio
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 WINDOWS = (3, 0, 17, 2**31 - 1, -5)  # of five layers
 CASES = [
-    Case("gqa", lengths=(0, 1, 9, 32, 31)),
-    Case("starts", lengths=(32, 31, 9, 8), starts=(9, 30, 0, -4)),
-    Case("packed", D=64, P=16, lengths=(64, 20, 3)),
-    Case("queries", Q=3, lengths=(32, 1, 17, 24)),
-    Case("queries_and_starts", Q=2, lengths=(32, 17), starts=(12, 16)),
+    OneChipCase("gqa", lengths=(0, 1, 9, 32, 31)),
+    OneChipCase("starts", lengths=(32, 31, 9, 8), starts=(9, 30, 0, -4)),
+    OneChipCase("packed", D=64, P=16, lengths=(64, 20, 3)),
+    OneChipCase("queries", Q=3, lengths=(32, 1, 17, 24)),
+    OneChipCase("queries_and_starts", Q=2, lengths=(32, 17), starts=(12, 16)),
 ]
 
 
-def of_windows(case: Case, windows=WINDOWS):
+def of_windows(case: OneChipCase, windows=WINDOWS):
     """(query, stacked keys and values, lengths, table, starts), and the oracle's (output, lse) of each layer."""
     as_window = lambda w: w if 0 < w < 2**30 else None
-    made = [make(Case(**{**vars(case), "sliding_window": as_window(w)})) for w in windows]
+    made = [poisoned_arrays(OneChipCase(**{**vars(case), "sliding_window": as_window(w)})) for w in windows]
     (query, _, _, lengths, _), _ = made[0]
     tables = made[windows.index(0)][0][4]
     k, v = (jnp.stack([arrays[i] for arrays, _ in made]) for i in (1, 2))
@@ -101,7 +99,7 @@ SHARDED = [
     ids=str,
 )
 def test_windows_and_starts_over_a_pod_are_the_oracle_s(shape, window):
-    case, scale = Pod(**shape), 0.1
+    case, scale = PodCase(**shape), 0.1
     cache = case.cache(case.mesh(AxisType.Explicit if shape.get("num_queries") else AxisType.Auto))
     query, lengths, tables = case.arguments
     starts = jnp.asarray(np.arange(len(case.lengths)) * 9 - 3, jnp.int32)
@@ -115,7 +113,7 @@ def test_windows_and_starts_over_a_pod_are_the_oracle_s(shape, window):
 
 @pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_window_that_is_an_array_needs_no_starts(x64):
-    case = Pod(**SHARDED[2])
+    case = PodCase(**SHARDED[2])
     query, lengths, tables = case.arguments
     with jax.enable_x64(x64):
         made = pd.sharded_paged_attention(
@@ -127,7 +125,7 @@ def test_a_window_that_is_an_array_needs_no_starts(x64):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHARDED[0], SHARDED[3]], ids=str)
 def test_the_kernel_on_simulated_shards_too(shape):
-    case = Pod(**shape)
+    case = PodCase(**shape)
     query, lengths, tables = case.arguments
     starts = jnp.array([30, 0, -1, 3], jnp.int32)
     attend = jax.jit(lambda w: pd.sharded_paged_attention(
@@ -139,7 +137,7 @@ def test_the_kernel_on_simulated_shards_too(shape):
 
 
 def test_the_local_form_in_a_shard_map_that_checks_types():
-    case = Pod(**SHARDED[0])
+    case = PodCase(**SHARDED[0])
     mesh = case.mesh()
     cache, heads, rows = case.cache(mesh), P("data", "model"), P("data")
 
@@ -169,51 +167,19 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "names"), BAD, ids=range(len(BAD)))
 def test_bad_windows_and_starts_are_named(options, names):
-    case = Pod((8, 3))
+    case = PodCase((8, 3))
     query, lengths, tables = case.arguments
     attend = functools.partial(pd.sharded_paged_attention, query, case.cache(case.mesh()), lengths, tables)
     with pytest.raises(ValueError, match=names):
         attend(**options)
-    (query, k, v, lengths, tables), _ = make(Case("bad", lengths=(8, 3)))
+    (query, k, v, lengths, tables), _ = poisoned_arrays(OneChipCase("bad", lengths=(8, 3)))
     with pytest.raises(ValueError, match=names):
         jax.eval_shape(lambda: paged_decode_attention(query, k, v, lengths, tables, **options))
 
 
 def test_page_attention_says_which_op_takes_a_traced_window():
-    arrays, _ = make(Case("bad", lengths=(8, 3)))
+    arrays, _ = poisoned_arrays(OneChipCase("bad", lengths=(8, 3)))
     with pytest.raises(
         ValueError, match=r"sliding_window=.*static_argnames; paged_decode_attention takes a traced one"
     ):
         jax.eval_shape(lambda w: page_attention(*arrays, sliding_window=w), jnp.int32(3))
-
-
-@needs_libtpu
-@pytest.mark.parametrize("Q", [None, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("context", [2, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("topology", ["v5e:4x4", pytest.param("tpu7x:2x2x2", marks=pytest.mark.slow)])
-def test_a_scan_of_windows_compiles_for_a_pod_and_copies_no_layer(topology, context, Q):
-    """One kernel for all layers, and the merge's collectives alone."""
-    mesh = pd.make_pod_mesh(topology=topology, context=context, model=4)
-    spec, batch = pd.CacheSpec(4, 128, 512 * mesh.shape["data"], num_layers=3), 8 * mesh.shape["data"]
-    place = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-    queries = () if Q is None else (Q,)
-    query = place((batch, *queries, 32, 128), jnp.bfloat16, "data", *(None for _ in queries), "model")
-    int32 = lambda *shape: place(shape, jnp.int32, "data")
-
-    def step(query, cache, lengths, tables, starts, windows):
-        def one(x, layer_and_window):
-            layer, window = layer_and_window
-            attend = functools.partial(pd.sharded_paged_attention, layer=layer, sliding_window=window, starts=starts)
-            return attend(x, cache, lengths, tables), None
-
-        return jax.lax.scan(one, query, (jnp.arange(3), windows))[0]
-
-    args = query, pd.PagedKVCache.abstract(spec, mesh), int32(batch), int32(batch, 32), int32(batch)
-    compiled = aot.compile_on(mesh, step, *args, place((3,), jnp.int32))
-    text = compiled.as_text()
-    layer = spec.bytes_per_chip(mesh) // 2 // 3
-    assert text.count('custom_call_target="tpu_custom_call"') == 1
-    assert aot.values_as_large_as(text, layer) == []
-    assert compiled.memory_analysis().temp_size_in_bytes < layer
-    merged = 8 * 8 * (Q or 1) * (128 + 2) * 4 if context > 1 else 0  # maximum, sums and outputs of a device in f32
-    assert sum(c.bytes for c in aot.collectives(text)) == merged  # XLA may join two all-reduces into one

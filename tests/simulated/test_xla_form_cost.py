@@ -18,7 +18,7 @@ B, HQ, HKV, D, P, N = 16, 8, 4, 128, 64, 8
 CHUNK_PAGES = 256 // P  # what a step takes of a sequence: gathers are counted in whole ones
 
 
-def arrays(columns: int, dtype="bfloat16"):
+def arrays_of_shared_pages(columns: int, dtype="bfloat16"):
     """(query, key_pages, value_pages, tables) whose rows share the pages of a pool smaller than all tables together."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
@@ -36,7 +36,7 @@ def largest_value(compiled) -> int:
 def test_no_value_holds_what_the_tables_name(dtype):
     columns = 32
     everything = B * columns * P * HKV * D
-    query, keys, values, tables = arrays(columns, dtype)
+    query, keys, values, tables = arrays_of_shared_pages(columns, dtype)
     lengths = jnp.full(B, columns * P, jnp.int32)
     assert everything > 32 * keys.size, "the pool must not be what is found"
 
@@ -75,7 +75,7 @@ def pages_gathered(monkeypatch):
 @pytest.mark.parametrize("chunks", [0, 1, 2])
 def test_gathered_are_live_pages_whatever_the_tables_hold(pages_gathered, columns, chunks):
     live = chunks * CHUNK_PAGES
-    assert pages_gathered(*arrays(columns), live * P) == B * live
+    assert pages_gathered(*arrays_of_shared_pages(columns), live * P) == B * live
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_gathered_are_live_pages_whatever_the_tables_hold(pages_gathered, column
     ],
 )
 def test_pages_before_a_start_or_a_window_are_not_gathered(pages_gathered, lengths, options, pages):
-    assert pages_gathered(*arrays(16), lengths, **options) == B * pages
+    assert pages_gathered(*arrays_of_shared_pages(16), lengths, **options) == B * pages
 
 
 def test_a_long_sequence_among_short_ones_costs_its_group_only(pages_gathered):
     lengths = np.full(B, CHUNK_PAGES * P, np.int32)
     lengths[5] = 64 * P
-    query, keys, values, tables = arrays(64)
+    query, keys, values, tables = arrays_of_shared_pages(64)
     _, rows = xla._step_shape(xla.check_pools(query, keys[None], values[None], lengths, tables))
     assert rows < B
     assert pages_gathered(query, keys, values, tables, lengths) == (B - rows) * CHUNK_PAGES + rows * 64

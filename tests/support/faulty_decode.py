@@ -12,7 +12,7 @@ kind, process, step = os.environ["FAULT"].split(":")
 dispatch = Engine.dispatch
 
 
-def faulty(self, plan, tables):
+def dispatch_with_fault(self, plan, tables):
     import jax
 
     if jax.process_index() == int(process) and len(self.measured.step_seconds) == int(step):
@@ -54,5 +54,5 @@ if kind == "compile":
     Engine.compile = lambda _: signal.raise_signal(signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background has it ignored
-Engine.dispatch = faulty
+Engine.dispatch = dispatch_with_fault
 decode.cli()

@@ -19,3 +19,10 @@ def flagsaver(**values):
         yield
     finally:
         absl_flagsaver.restore_flag_values(saved, FLAGS)
+
+
+def launcher_flags(launcher, **values):
+    """The flags as the console script of `launcher` sets them, and `values`; afterwards all are as they were before."""
+    if not FLAGS.is_parsed():
+        FLAGS(["test"])
+    return flagsaver(**{**launcher._DEFAULTS, **values})

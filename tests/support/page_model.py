@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-P = 8  # tokens a page
+PAGE_TOKENS = 8  # tokens a page
 POISON = -1  # what lies in a page that nobody may read
 
 
@@ -34,7 +34,7 @@ class Model:
         self.tokens: dict[int, list[int]] = {}
         self.pages: dict[int, list[int]] = {}
         self.unwritten: dict[int, int] = {}
-        self.pool = np.full((pages, P), POISON)
+        self.pool = np.full((pages, PAGE_TOKENS), POISON)
         self.known: dict[int, tuple[bytes, int, tuple[int, ...]]] = {}
         self.cached: list[int] = []
         self.copies: dict[int, int] = {}
@@ -76,7 +76,7 @@ class Model:
     # What can be found.
 
     def key(self, namespace: bytes, page0: int, tokens: Sequence[int], index: int) -> tuple:
-        return namespace, page0 // self.each % self.context, tuple(tokens[: (index + 1) * P])
+        return namespace, page0 // self.each % self.context, tuple(tokens[: (index + 1) * PAGE_TOKENS])
 
     def twins_of(self, page: int) -> list[int]:
         per = self.each * self.context
@@ -88,8 +88,8 @@ class Model:
         for shard in range(self.data):
             for first in range(self.context):
                 pages: list[int] = []
-                for i in range(min(len(tokens) // P, self.columns)):
-                    key = namespace, first, tuple(tokens[: (i + 1) * P])
+                for i in range(min(len(tokens) // PAGE_TOKENS, self.columns)):
+                    key = namespace, first, tuple(tokens[: (i + 1) * PAGE_TOKENS])
                     same = [p for p, k in self.known.items() if k == key and p // self.each // self.context == shard]
                     if not same:
                         break
@@ -100,7 +100,7 @@ class Model:
 
     def begin(self, shard: int, num_tokens: int, chains: list[tuple[int, list[int]]]) -> list[int] | None:
         """The cached pages with which a new row of a data shard begins; None where it has no room."""
-        count = -(-num_tokens // P)
+        count = -(-num_tokens // PAGE_TOKENS)
         for pages in [pages for d, pages in chains if d == shard]:
             asked = [page // self.each for page in pages if page in self.cached]
             if self.has(asked + self.turn(pages[0] // self.each, count, len(pages))):
@@ -123,23 +123,23 @@ class Model:
 
     def allocate(self, row: int, tokens: list[int], shared: list[int], given: list[int]) -> None:
         """`given`: the pages that the row has now, of which the model takes the first one's shard."""
-        count = -(-len(tokens) // P)
+        count = -(-len(tokens) // PAGE_TOKENS)
         assert given[: len(shared)] == shared and len(given) == count
         self.cached = [page for page in self.cached if page not in shared]
         self.pages[row], self.tokens[row] = list(shared), list(tokens)
         for shard in self.turn(given[0] // self.each, count, len(shared)) if given else ():
             assert shard // self.context == self.data_shard(row)
             self.take(row, shard)
-        if len(tokens) > len(shared) * P:
-            self.unwritten[row] = len(shared) * P
+        if len(tokens) > len(shared) * PAGE_TOKENS:
+            self.unwritten[row] = len(shared) * PAGE_TOKENS
 
     def may_grow(self, rows: Sequence[int], num_tokens: int) -> bool:
         """Whether the pages are there. A row without pages may be the last one only: it is free where to begin."""
         asked, holders = [], {p: len(self.holders(p)) for row in rows for p in self.pages[row]}
         for row in rows if num_tokens else ():
             pages, old = self.pages[row], len(self.tokens[row])
-            count = -(-(old + num_tokens) // P)
-            if old % P and holders[pages[-1]] > 1:
+            count = -(-(old + num_tokens) // PAGE_TOKENS)
+            if old % PAGE_TOKENS and holders[pages[-1]] > 1:
                 holders[pages[-1]] -= 1
                 asked.append(pages[-1] // self.each)
             if pages:
@@ -156,20 +156,20 @@ class Model:
             pages, old = self.pages[row], len(self.tokens[row])
             if not tokens:
                 continue
-            if old % P:
+            if old % PAGE_TOKENS:
                 if len(self.holders(pages[-1])) > 1:
                     end = pages.pop()
                     self.copies[self.take(row, end // self.each)] = end
                 else:
                     self.known.pop(pages[-1], None)
             first = (pages or now)[0] // self.each
-            for shard in self.turn(first, -(-(old + len(tokens)) // P), len(pages)):
+            for shard in self.turn(first, -(-(old + len(tokens)) // PAGE_TOKENS), len(pages)):
                 self.take(row, shard)
             self.tokens[row] += tokens
             self.unwritten[row] = min(old, self.unwritten.get(row, old))
 
     def truncate(self, row: int, num_tokens: int) -> None:
-        while len(self.pages[row]) > -(-num_tokens // P):
+        while len(self.pages[row]) > -(-num_tokens // PAGE_TOKENS):
             self.let_go(self.pages[row].pop())
         del self.tokens[row][num_tokens:]
         if self.unwritten.get(row, -1) >= num_tokens:
@@ -184,7 +184,7 @@ class Model:
 
     def cache_prefix(self, row: int, num_tokens: int, namespace: bytes) -> None:
         pages = self.pages[row]
-        for i, page in enumerate(pages[: num_tokens // P]):
+        for i, page in enumerate(pages[: num_tokens // PAGE_TOKENS]):
             if page in self.known:
                 continue
             self.known[page] = self.key(namespace, pages[0], self.tokens[row], i)
@@ -210,10 +210,10 @@ class Model:
                 self.retire(source)
         for row, start in self.unwritten.items():
             for t in range(start, len(self.tokens[row])):
-                page = self.pages[row][t // P]
+                page = self.pages[row][t // PAGE_TOKENS]
                 assert self.holders(page) == [row], f"row {row} writes token {t} into {page} of {self.holders(page)}"
                 assert page not in self.known, f"row {row} writes into page {page}, which others may find"
-                self.pool[page, t % P] = self.tokens[row][t]
+                self.pool[page, t % PAGE_TOKENS] = self.tokens[row][t]
         self.unwritten.clear()
         return made
 
@@ -235,7 +235,7 @@ class Model:
             new.pool[to] = self.pool[page]
             if page in self.known:
                 namespace, _, tokens = self.known[page]
-                first = (to // new.each - len(tokens) // P + 1) % context
+                first = (to // new.each - len(tokens) // PAGE_TOKENS + 1) % context
                 new.known[to] = namespace, first, tokens
         new.cached = cached
         assert sorted(cached) == [to for to in came_from if not new.holders(to)]
@@ -297,8 +297,8 @@ class Model:
             shown = [token for page in self.pages[row] for token in self.shown(page)]
             assert shown[: len(written)] == written, f"row {row}"
         for page, (_, first, tokens) in self.known.items():
-            assert self.pool[page].tolist() == list(tokens[-P:]), f"page {page}"
-            assert page // self.each % self.context == (first + len(tokens) // P - 1) % self.context
+            assert self.pool[page].tolist() == list(tokens[-PAGE_TOKENS:]), f"page {page}"
+            assert page // self.each % self.context == (first + len(tokens) // PAGE_TOKENS - 1) % self.context
 
     def shown(self, page: int) -> list[int]:
         return self.pool[self.copies.get(page, page)].tolist()

@@ -1,22 +1,21 @@
-"""One process of a pod that saves, restores or reshards: FOLDER ADDRESS PROCESSES INDEX STEPS. Run by test_store.py."""
+"""One process of a pod that saves, restores or reshards (test_store_pods.py): FOLDER ADDRESS PROCESSES INDEX STEPS."""
 
 import hashlib
 import os
 import signal
 import sys
 
+import numpy as np
+from jax.experimental import multihost_utils
+from live_pages import MOVED_SPECS, fill_live_pages
+from pod_meshes import simulated_pod
+
+import paged_dist as pd
+
 folder, address, processes, index, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "simulated"))
-import numpy as np  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
-from test_move import SPECS, fill, on  # noqa: E402
-
-import paged_dist as pd  # noqa: E402
-
 if processes > 1:
     pd.initialize_distributed(address, processes, index)
-SPEC = pd.CacheSpec(**dict(num_kv_heads=4, head_dim=128, num_pages=512) | SPECS["int8"])
+SAVED_SPEC = pd.CacheSpec(**dict(num_kv_heads=4, head_dim=128, num_pages=512) | MOVED_SPECS["int8"])
 
 
 def tell(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> None:
@@ -25,7 +24,7 @@ def tell(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> None:
     whole = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True) if processes > 1 else x)
     for x in (*cache.to_pages(), cache.key_smoothing):
         x = whole(x)
-        if x.shape == SPEC.key_smoothing_shape:
+        if x.shape == SAVED_SPEC.key_smoothing_shape:
             h.update(x.tobytes())
             continue
         for row in pages.block_tables:
@@ -35,14 +34,14 @@ def tell(cache: pd.PagedKVCache, pages: pd.PageAllocator) -> None:
 
 for step in steps.split(","):
     if step == "restore":
-        tell(*pd.restore(os.path.join(folder, "saved"), on((4, 1, 2))))
+        tell(*pd.restore(os.path.join(folder, "saved"), simulated_pod(4, 1, 2)))
         continue
-    cache, pages = fill(SPEC, on((2, 2, 2)), 8, 4)
+    cache, pages = fill_live_pages(SAVED_SPEC, simulated_pod(2, 2, 2), 8, 4)
     if step == "save":
         pd.save(os.path.join(folder, "saved"), cache, pages)
         tell(cache, pages)
     elif step == "reshard":
-        tell(*pd.reshard(cache, pages, on((1, 4, 2)), chunk_bytes=1 << 20))
+        tell(*pd.reshard(cache, pages, simulated_pod(1, 4, 2), chunk_bytes=1 << 20))
     elif step.startswith("die"):
         pages.free(0)
         tell(cache, pages)

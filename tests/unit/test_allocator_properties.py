@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from jax.sharding import AbstractMesh
-from page_model import Model, P
+from page_model import PAGE_TOKENS, Model
 
 from paged_dist.cache import CacheSpec
 from paged_dist.pages import OutOfPages, PageAllocator
 
-SHARED = [[random.Random(i).randrange(50) for _ in range(8 * P)] for i in range(2)]  # prompts share their beginnings
+SHARED = [
+    [random.Random(i).randrange(50) for _ in range(8 * PAGE_TOKENS)] for i in range(2)
+]  # prompts share their beginnings
 NAMESPACES = [b"", b"", b"", b"adapter"]
 CALLS = dict(
     allocate=8, grow=10, truncate=4, free=5, fork=6, cache_prefix=10, forget=1, flush=3, save_and_load=3, move=1
@@ -39,7 +41,7 @@ class Geometry:
 
     @property
     def spec(self) -> CacheSpec:
-        return CacheSpec(1, 128, self.data * self.context * self.pages, P)
+        return CacheSpec(1, 128, self.data * self.context * self.pages, PAGE_TOKENS)
 
     @property
     def mesh(self) -> AbstractMesh:
@@ -119,7 +121,7 @@ class Machine(RuleBasedStateMachine):
         rng = self.rng
         row = None if rng.random() < 0.6 else self.free_row(range(self.m.rows))  # None: place() says
         how = rng.choice(["without", "without", "with", "with", "with", "with one of before"])
-        tokens = rng.choice(SHARED)[: rng.randrange(4 * P)] + self.fresh(rng.randrange(P))
+        tokens = rng.choice(SHARED)[: rng.randrange(4 * PAGE_TOKENS)] + self.fresh(rng.randrange(PAGE_TOKENS))
         if self.m.tokens and rng.random() < 0.3:  # the tokens of another row
             tokens = self.m.tokens[self.held()]
         tokens, ns = tokens[: self.a.max_tokens], rng.choice(NAMESPACES)
@@ -156,19 +158,19 @@ class Machine(RuleBasedStateMachine):
             with self.refused(OutOfPages, f"^row {row} on data shard {self.m.data_shard(row)}"):
                 self.a.allocate(row, len(tokens), match)
         else:
-            assert self.a.allocate(row, len(tokens), match) == len(begin) * P
+            assert self.a.allocate(row, len(tokens), match) == len(begin) * PAGE_TOKENS
             self.m.allocate(row, tokens, begin, self.row(row))
             self.seen["matched"] += bool(begin)
 
     def check_match(self, match, chains, tokens):
         shard, pages = chains[0] if chains else (None, [])
-        assert (match.data_shard, match.pages, match.num_tokens) == (shard, tuple(pages), len(pages) * P)
-        assert self.m.pool[pages].ravel().tolist() == tokens[: len(pages) * P]
+        assert (match.data_shard, match.pages, match.num_tokens) == (shard, tuple(pages), len(pages) * PAGE_TOKENS)
+        assert self.m.pool[pages].ravel().tolist() == tokens[: len(pages) * PAGE_TOKENS]
 
     def grow(self):
         rows = sorted(self.m.tokens)
         rows = self.rng.sample(rows, self.rng.randint(1, len(rows)))
-        count = self.rng.choice([0, 1, 1, 1, 1, 3, P, 2 * P + 1])
+        count = self.rng.choice([0, 1, 1, 1, 1, 3, PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
         empty = [row for row in rows if not self.m.pages[row]]
         rows = [row for row in rows if self.m.pages[row]] + empty[:1]  # see Model.may_grow
         starts = {row: len(self.m.tokens[row]) for row in rows}
@@ -230,7 +232,7 @@ class Machine(RuleBasedStateMachine):
         row = max(self.held(), self.held(), key=lambda row: len(self.m.pages[row]))
         tokens, pages = list(self.m.tokens[row]), self.m.pages[row]
         ns = self.m.known[pages[0]][0] if pages and pages[0] in self.m.known else self.rng.choice(NAMESPACES)
-        known = [self.m.known.get(page) for page in pages[: len(tokens) // P]]
+        known = [self.m.known.get(page) for page in pages[: len(tokens) // PAGE_TOKENS]]
         if self.rng.random() < 0.2 and known and known[0]:  # what it was not cached with
             if self.rng.random() < 0.5:
                 ns = b"adapter" if ns == b"" else b""
@@ -240,11 +242,11 @@ class Machine(RuleBasedStateMachine):
             with self.refused(ValueError, "cached"):
                 self.a.cache_prefix(row, tokens, ns)
             return
-        if any(page in self.m.copies for page in pages[: len(tokens) // P]):
+        if any(page in self.m.copies for page in pages[: len(tokens) // PAGE_TOKENS]):
             with self.refused(ValueError, "copies are due first"):
                 self.a.cache_prefix(row, tokens, ns)
         self.flush()
-        assert self.a.cache_prefix(row, tokens, ns) == len(tokens) // P * P
+        assert self.a.cache_prefix(row, tokens, ns) == len(tokens) // PAGE_TOKENS * PAGE_TOKENS
         self.m.cache_prefix(row, len(tokens), ns)
 
     def forget(self):
@@ -348,7 +350,7 @@ HAPPENS_ALSO = {
 }
 
 
-def run(geometry: Geometry, examples: int, steps: int) -> collections.Counter:
+def run_calls(geometry: Geometry, examples: int, steps: int) -> collections.Counter:
     """What happened. A failure is shown as it was found: Phase.shrink would shorten it, for minutes."""
     seen: collections.Counter = collections.Counter()
     fixed = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -361,13 +363,13 @@ def run(geometry: Geometry, examples: int, steps: int) -> collections.Counter:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_calls_do_what_the_model_does_and_are_refused_where_it_says(geometry):
-    seen = run(geometry, 35, 60)
+    seen = run_calls(geometry, 35, 60)
     assert {what for what in HAPPENS if not seen[what]} == set(), seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", SLOW, ids=str)
 def test_many_calls_do_what_the_model_does_and_are_refused_where_it_says(geometry):
-    seen = run(geometry, 100, 100)
+    seen = run_calls(geometry, 100, 100)
     assert {what for what in HAPPENS | HAPPENS_ALSO if not seen[what]} == set(), seen
     assert geometry.data == 1 or seen["placed elsewhere"]

@@ -4,53 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from compared_rows import DECODE_ROW, as_json_lines, decode_rows, printed_line
 
 from paged_dist.launch import compare
 from paged_dist.launch.comparison import rank_statistics, record
-
-MODULE = [sys.executable, "-P", "-m", "paged_dist.launch.compare"]
-LIMIT = 60  # seconds
-
-ROW = {
-    "benchmark": "decode",
-    "settings": {"layers": 2, "head_dim": 128, "dtype": "bfloat16", "soft_cap": None, "seed": 0},
-    "mesh": {"data": 4, "context": 1, "model": 4},
-    "devices": {"TPU v5e": 16},
-    "processes": 4,
-    "workload": "the built-in workload",
-    "requests": 96,
-    "pool_pages": 512,
-    "tokens": 9000,
-    "prefill_tokens": 70000,
-    "versions": {"python": "3.11", "jax": "0.10.2", "jaxlib": "0.10.2"},
-    "git_commit": "aaaa",
-    "time": "2025-01-01T00:00:00",
-    "checksum": "00112233aabbccdd",
-    "step_ms_p25": 9.0,
-    "step_ms_p50": 10.0,
-    "step_ms_p75": 12.0,
-    "step_ms_p99": 20.0,
-    "tokens_per_s": 1000.0,
-    "tokens_per_s_per_chip": 62.5,
-    "prefill_s": 3.0,
-    "compile_s": 7.0,
-}
-
-
-def rows(values, **changes):
-    """A run for each of `values`, its tokens/s."""
-    return [ROW | {"tokens_per_s": float(v)} | changes for v in values]
-
-
-def lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
@@ -59,7 +19,7 @@ def run(tmp_path, capsys, monkeypatch):
 
     def call(a, b, *options):
         for name, content in (("a.jsonl", a), ("b.jsonl", b)):
-            text = content if isinstance(content, str | bytes) else lines(content)
+            text = content if isinstance(content, str | bytes) else as_json_lines(content)
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         try:
             code = compare.main(["a.jsonl", "b.jsonl", *options])
@@ -70,12 +30,6 @@ def run(tmp_path, capsys, monkeypatch):
         return code, out, err
 
     return call
-
-
-def line_of(out, start):
-    """The one line that starts with the word `start`, its words a space apart."""
-    (found,) = (" ".join(line.split()) for line in out.splitlines() if line.split()[:1] == [start])
-    return found
 
 
 # Statistics
@@ -201,7 +155,7 @@ def test_interval_holds_the_true_ratio_and_goes_with_the_test(n_a, n_b):
 def test_ten_percent_are_found_in_six_runs_of_two_percent_noise(direction):
     rng = np.random.default_rng(3)
     for _ in range(50):
-        noisy = lambda centre: [ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)]
+        noisy = lambda centre: [DECODE_ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)]
         r = record.compare_metric("step_ms_p50", noisy(10.0), noisy(10 * 1.1**direction))
         assert r["verdict"] == ("slower" if direction == 1 else "faster")
         assert r["ratio"] == pytest.approx(1.1**direction, rel=0.04)
@@ -253,12 +207,12 @@ def test_the_better_direction_follows_the_unit(metric, above, below):
 
 
 def test_a_difference_reads_in_one_line_and_comes_out_as_json(run, tmp_path):
-    a, b = rows([1000, 1010, 990, 1005]), rows([1100, 1120, 1090, 1110])
+    a, b = decode_rows([1000, 1010, 990, 1005]), decode_rows([1100, 1120, 1090, 1110])
     code, out, err = run(a, b, "--metrics=tokens_per_s,step_ms_p50,tokens_per_s_per_chip", "--output=new/out.jsonl")
     assert (code, err) == (0, "")
-    assert line_of(out, "tokens_per_s") == "tokens_per_s 4+4 1002.5 1105 1.102 1.079..1.131 faster 0.029"
-    assert line_of(out, "step_ms_p50") == "step_ms_p50 4+4 10 10 1.000 1.000..1.000 noise 1.000"
-    assert line_of(out, "4+4") == "4+4 62.5 62.5 1.000 1.000..1.000 noise 1.000"  # below a long name
+    assert printed_line(out, "tokens_per_s") == "tokens_per_s 4+4 1002.5 1105 1.102 1.079..1.131 faster 0.029"
+    assert printed_line(out, "step_ms_p50") == "step_ms_p50 4+4 10 10 1.000 1.000..1.000 noise 1.000"
+    assert printed_line(out, "4+4") == "4+4 62.5 62.5 1.000 1.000..1.000 noise 1.000"  # below a long name
     assert "settings.layers=2" in out and "checksum same: 00112233aabbccdd" in out
     assert "only in" not in out and "differs" not in out
     record = json.loads((tmp_path / "new" / "out.jsonl").read_text())
@@ -278,45 +232,45 @@ def test_a_difference_reads_in_one_line_and_comes_out_as_json(run, tmp_path):
 
 
 def test_three_runs_each_are_too_few_however_far_apart(run):
-    _, out, _ = run(rows([1, 2, 3]), rows([101, 102, 103]), "--metrics=tokens_per_s")
-    assert line_of(out, "tokens_per_s").endswith(" [33.667..103] too few runs")
+    _, out, _ = run(decode_rows([1, 2, 3]), decode_rows([101, 102, 103]), "--metrics=tokens_per_s")
+    assert printed_line(out, "tokens_per_s").endswith(" [33.667..103] too few runs")
     assert "3+3 runs are too few for a verdict: 4+4 are needed" in out
 
 
 def test_one_run_each_shows_the_spread_of_its_steps_as_within_run(run):
     slower = {"step_ms_p25": 18.0, "step_ms_p50": 20.0, "step_ms_p75": 27.0}
-    _, out, _ = run(rows([1000]), rows([500], **slower), "--metrics=tokens_per_s,step_ms_p50")
-    assert line_of(out, "step_ms_p50").endswith(" 2.000 - too few runs")
+    _, out, _ = run(decode_rows([1000]), decode_rows([500], **slower), "--metrics=tokens_per_s,step_ms_p50")
+    assert printed_line(out, "step_ms_p50").endswith(" 2.000 - too few runs")
     after = out[out.index("step_ms_p50") :].splitlines()[1]
     assert after == "    within-run, quartiles of the steps: 1.500..3.000"  # 18 / 12 and 27 / 9
-    assert line_of(out, "tokens_per_s").endswith(" 0.500 - too few runs")
-    for other in (rows([500] * 2, **slower), rows([500], **slower | {"step_ms_p25": None})):
-        assert "within-run" not in run(rows([1000]), other, "--metrics=step_ms_p50")[1]
+    assert printed_line(out, "tokens_per_s").endswith(" 0.500 - too few runs")
+    for other in (decode_rows([500] * 2, **slower), decode_rows([500], **slower | {"step_ms_p25": None})):
+        assert "within-run" not in run(decode_rows([1000]), other, "--metrics=step_ms_p50")[1]
 
 
 @pytest.mark.parametrize("bad", [None, "fast", True, [1], float("nan"), float("inf"), 1e300, 10**400, "absent"])
 def test_a_value_that_is_none_is_shown_as_a_dash(run, bad):
-    b = rows([1000] * 5, peak_share=bad)
+    b = decode_rows([1000] * 5, peak_share=bad)
     if bad == "absent":
-        b = rows([1000] * 5)
-    code, out, _ = run(rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl")
+        b = decode_rows([1000] * 5)
+    code, out, _ = run(decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl")
     assert code == 0
-    assert line_of(out, "peak_share") == "peak_share 5+0 0.5 - - - -"
+    assert printed_line(out, "peak_share") == "peak_share 5+0 0.5 - - - -"
     b[0] = b[0] | {"peak_share": 0.25}
-    out = run(rows([1000] * 5, peak_share=0.5), b, "--metrics=peak_share")[1]
-    assert line_of(out, "peak_share").startswith("peak_share 5+1 0.5 0.25 0.500 ")
+    out = run(decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=peak_share")[1]
+    assert printed_line(out, "peak_share").startswith("peak_share 5+1 0.5 0.25 0.500 ")
 
 
 def test_zeros_and_negative_values_have_a_verdict_and_no_ratio(run):
-    a, b = ([ROW | {"x": v - i} for i in range(4)] for v in (0, 100))
-    assert line_of(run(a, b, "--metrics=x")[1], "x") == "x 4+4 -1.5 98.5 - - higher 0.029"
+    a, b = ([DECODE_ROW | {"x": v - i} for i in range(4)] for v in (0, 100))
+    assert printed_line(run(a, b, "--metrics=x")[1], "x") == "x 4+4 -1.5 98.5 - - higher 0.029"
 
 
 def test_extreme_numbers_and_names_stay_within_eighty_columns(run):
     """Checked by `run`; here that nothing is lost to it."""
     rng = np.random.default_rng(0)
     extreme = lambda n: [
-        ROW | {"tokens_per_s": 10.0 ** rng.uniform(-140, 140), "step_ms_p50": -(10.0 ** rng.uniform(90, 140))}
+        DECODE_ROW | {"tokens_per_s": 10.0 ** rng.uniform(-140, 140), "step_ms_p50": -(10.0 ** rng.uniform(90, 140))}
         for _ in range(n)
     ]
     for n in (1, 3, 4, 30, 150):
@@ -324,12 +278,12 @@ def test_extreme_numbers_and_names_stay_within_eighty_columns(run):
         a, b = ([r | name | {"w" * 100: 1.5} for r in extreme(n)] for _ in "ab")
         code, out, _ = run(a, b, f"--metrics=tokens_per_s,step_ms_p50,{'w' * 100}")
         assert code == 0 and out.replace("\n", "").replace(" ", "").count("w" * 100) == 1
-        assert f"{n}+{n}" in line_of(out, "tokens_per_s")
+        assert f"{n}+{n}" in printed_line(out, "tokens_per_s")
 
 
 def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
-    odd = {"workload": "a\x1b[31m\nb", "settings": ROW["settings"] | {"soft_cap": float("nan"), "x": 1.0}}
-    text = lines(rows([1000] * 4, **odd)).replace('"x": 1.0', '"x": 1e999')
+    odd = {"workload": "a\x1b[31m\nb", "settings": DECODE_ROW["settings"] | {"soft_cap": float("nan"), "x": 1.0}}
+    text = as_json_lines(decode_rows([1000] * 4, **odd)).replace('"x": 1.0', '"x": 1e999')
     code, out, _ = run(text, text, "--output=out.jsonl")
     assert code == 0 and "a\\u001b[31m\\nb" in out and "\x1b" not in out
     work = json.loads((tmp_path / "out.jsonl").read_text())["groups"][0]["work"]
@@ -342,8 +296,8 @@ def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"settings": ROW["settings"] | {"head_dim": 256}}, ["settings.head_dim: 128 | 256"]),
-        ({"settings": ROW["settings"] | {"soft_cap": 30.0}}, ["settings.soft_cap: - | 30.0"]),
+        ({"settings": DECODE_ROW["settings"] | {"head_dim": 256}}, ["settings.head_dim: 128 | 256"]),
+        ({"settings": DECODE_ROW["settings"] | {"soft_cap": 30.0}}, ["settings.soft_cap: - | 30.0"]),
         ({"mesh": {"data": 2, "context": 2, "model": 4}}, ["mesh.context: 1 | 2", "mesh.data: 4 | 2"]),
         ({"devices": {"TPU v4": 16}}, ["devices.TPU v5e: 16 | -", "devices.TPU v4: - | 16"]),
         ({"benchmark": "other"}, ["benchmark: decode | other"]),
@@ -359,8 +313,8 @@ def test_nan_and_control_characters_in_a_row_do_no_harm(run, tmp_path):
 )
 def test_other_work_is_not_compared_and_what_differs_is_named(run, change, told):
     """Of the nearest: b's first row differs in all of that and in one thing more."""
-    nearest = rows([1000] * 4, **change)
-    code, out, err = run(rows([1000] * 4), [nearest[0] | {"requests": 1, "mode": "far"}, *nearest])
+    nearest = decode_rows([1000] * 4, **change)
+    code, out, err = run(decode_rows([1000] * 4), [nearest[0] | {"requests": 1, "mode": "far"}, *nearest])
     assert (code, out) == (1, "")
     first, *rest = err.splitlines()
     assert first == "paged-dist-compare: error: no work is in both; the nearest two, a | b:"
@@ -368,13 +322,13 @@ def test_other_work_is_not_compared_and_what_differs_is_named(run, change, told)
 
 
 def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
-    a = rows([1000] * 4, flags={"output": "x/a.jsonl", "profile_dir": None})
+    a = decode_rows([1000] * 4, flags={"output": "x/a.jsonl", "profile_dir": None})
     later = {"versions": {"python": "3.11", "jax": "0.11.0", "libtpu": "1"}, "git_commit": "bbbb", "time": "later"}
-    b = rows([1000] * 3, **later, flags={"output": "y/b.jsonl", "profile_dir": "traces"})
-    older = {k: v for k, v in ROW["settings"].items() if k != "soft_cap"}  # which is null in the others
-    b += rows([1000], **later | {"git_commit": "cccc"}, projected=False, mode=None, settings=older)
+    b = decode_rows([1000] * 3, **later, flags={"output": "y/b.jsonl", "profile_dir": "traces"})
+    older = {k: v for k, v in DECODE_ROW["settings"].items() if k != "soft_cap"}  # which is null in the others
+    b += decode_rows([1000], **later | {"git_commit": "cccc"}, projected=False, mode=None, settings=older)
     code, out, _ = run(a, b)
-    assert code == 0 and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+    assert code == 0 and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
     told = out[out.index("differs, a | b") :].split("\n\n")[0].splitlines()[1:]
     assert sorted(told) == [
         "flags.profile_dir: - | -, traces",
@@ -386,15 +340,15 @@ def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
 
 
 def test_flags_as_a_list_are_told_one_by_one():
-    a, b = ([ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"])))
+    a, b = ([DECODE_ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"])))
     assert record.differences(a, b) == {"flags.nocheck": [["-"], [""]]}
-    assert record.differences(rows([1], flags="-x"), rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
+    assert record.differences(decode_rows([1], flags="-x"), decode_rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
 
 
 def test_groups_are_told_apart_and_those_of_one_file_listed(run):
-    seed = lambda n, **more: {"settings": ROW["settings"] | {"seed": n}, **more}
-    a = rows([1000] * 4) + rows([10, 11, 12, 13], **seed(1)) + rows([5], **seed(2))
-    b = rows([20, 21, 22, 23], **seed(1, git_commit="bbbb")) + rows([1000] * 4) + rows([5, 5], projected=True)
+    seed = lambda n, **more: {"settings": DECODE_ROW["settings"] | {"seed": n}, **more}
+    a = decode_rows([1000] * 4) + decode_rows([10, 11, 12, 13], **seed(1)) + decode_rows([5], **seed(2))
+    b = decode_rows([20, 21, 22, 23], **seed(1, git_commit="bbbb")) + decode_rows([1000] * 4) + decode_rows([5, 5], projected=True)
     code, out, _ = run(a, b, "--metrics=tokens_per_s")
     assert code == 0
     whole, *parts = out.split("\nsettings.seed=")
@@ -402,25 +356,25 @@ def test_groups_are_told_apart_and_those_of_one_file_listed(run):
     same, other, only_a, only_b = parts
     assert same.startswith("0; projected=false\ndiffers, a | b: nothing\n") and "noise 1.000" in same
     assert other.startswith("1; projected=false\ndiffers, a | b\ngit_commit: aaaa | bbbb\n")
-    assert line_of(other, "tokens_per_s") == "tokens_per_s 4+4 11.5 21.5 1.870 1.538..2.300 faster 0.029"
+    assert printed_line(other, "tokens_per_s") == "tokens_per_s 4+4 11.5 21.5 1.870 1.538..2.300 faster 0.029"
     assert other.rstrip().endswith("only in a")
     assert only_a.startswith("2; projected=false: 1 run\n") and only_a.rstrip().endswith("only in b")
     assert only_b.startswith("0; projected=true: 2 runs\n")
 
 
 def test_partial_runs_are_left_out_with_a_note(run):
-    a = rows([1000] * 4) + rows([1] * 2, partial=True, tokens=3)
-    b = rows([1000] * 4, partial=False, oracle_passed=False)
+    a = decode_rows([1000] * 4) + decode_rows([1] * 2, partial=True, tokens=3)
+    b = decode_rows([1000] * 4, partial=False, oracle_passed=False)
     code, out, _ = run(a, b)
-    assert code == 0 and line_of(out, "tokens_per_s").startswith("tokens_per_s 4+4 1000 1000 ")
+    assert code == 0 and printed_line(out, "tokens_per_s").startswith("tokens_per_s 4+4 1000 1000 ")
     assert "a  a.jsonl: 4 runs, 2 partial left out\nb  b.jsonl: 4 runs, 4 with oracle_passed false\n" in out
     assert "only in" not in out
-    code, out, err = run(rows([1] * 4, partial=True), b)
+    code, out, err = run(decode_rows([1] * 4, partial=True), b)
     assert (code, out) == (1, "") and err == "paged-dist-compare: error: a.jsonl: every run is partial\n"
 
 
 def test_no_metric_in_common_is_nothing_comparable(run):
-    code, out, err = run(rows([1] * 4), rows([1] * 4), "--metrics=tokens_a_second,x")
+    code, out, err = run(decode_rows([1] * 4), decode_rows([1] * 4), "--metrics=tokens_a_second,x")
     assert (code, out) == (1, "") and "no row of both files has a value of tokens_a_second, x" in err
 
 
@@ -436,32 +390,32 @@ DIFFERS = "checksum differs: OUTPUTS ARE NOT THE SAME"
         ({"checksum": None}, 0, None),
         ({"checksum": "ff"}, 1, f"{DIFFERS}\n    00112233aabbccdd | ff\n"),
         ({"checksum": "ff", "git_commit": "bbbb"}, 1, DIFFERS),
-        ({"checksum": "ff", "versions": ROW["versions"] | {"python": "3.12"}}, 1, DIFFERS),
+        ({"checksum": "ff", "versions": DECODE_ROW["versions"] | {"python": "3.12"}}, 1, DIFFERS),
         (
-            {"checksum": "ff", "versions": ROW["versions"] | {"jax": "0.11.0"}},
+            {"checksum": "ff", "versions": DECODE_ROW["versions"] | {"jax": "0.11.0"}},
             0,
             "checksum differs, and so do versions",
         ),
-        ({"checksum": "ff", "versions": ROW["versions"] | {"libtpu": "1"}}, 0, "checksum differs, and so do versions"),
+        ({"checksum": "ff", "versions": DECODE_ROW["versions"] | {"libtpu": "1"}}, 0, "checksum differs, and so do versions"),
     ],
 )
 def test_other_checksums_of_the_same_work_fail_unless_the_compiler_is_another(run, change, code, told):
-    got, out, _ = run(rows([1000] * 4), rows([1000] * 4, **change))
+    got, out, _ = run(decode_rows([1000] * 4), decode_rows([1000] * 4, **change))
     assert got == code
     assert ("OUTPUTS ARE NOT THE SAME" in out) == (code == 1)
     assert told in out if told else "checksum" not in out
 
 
 def test_a_file_whose_own_runs_disagree_is_not_excused_by_another_compiler(run):
-    newer = {"versions": ROW["versions"] | {"jax": "0.11.0"}}
-    b = rows([1000], **newer, checksum="ff") + rows([1000], **newer, checksum="ee")
-    code, out, _ = run(rows([1000]), b)
+    newer = {"versions": DECODE_ROW["versions"] | {"jax": "0.11.0"}}
+    b = decode_rows([1000], **newer, checksum="ff") + decode_rows([1000], **newer, checksum="ee")
+    code, out, _ = run(decode_rows([1000]), b)
     assert code == 1 and f"{DIFFERS}\n    00112233aabbccdd | ee, ff\n" in out
 
 
 def test_checksums_of_other_work_are_not_compared(run):
-    other = rows([1000], settings=ROW["settings"] | {"seed": 5}, checksum="ff")
-    code, out, _ = run(rows([1000]), rows([1000]) + other)
+    other = decode_rows([1000], settings=DECODE_ROW["settings"] | {"seed": 5}, checksum="ff")
+    code, out, _ = run(decode_rows([1000]), decode_rows([1000]) + other)
     assert code == 0 and "OUTPUTS" not in out
 
 
@@ -474,20 +428,20 @@ def test_checksums_of_other_work_are_not_compared(run):
 @pytest.mark.parametrize("where", [0, 2, 4])
 def test_a_broken_line_is_left_out_with_a_warning(run, tail, where):
     tail = tail if isinstance(tail, bytes) else tail.encode()
-    a = rows([1000] * 4)
-    text = lines(a).encode().splitlines(keepends=True)
+    a = decode_rows([1000] * 4)
+    text = as_json_lines(a).encode().splitlines(keepends=True)
     code, out, err = run(b"".join([*text[:where], tail.rstrip(), b"\n", *text[where:]]), a)
-    assert code == 0 and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+    assert code == 0 and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
     assert err == f"paged-dist-compare: warning: a.jsonl: line {where + 1}: not JSON (half-written?), left out\n"
 
 
 def test_a_last_line_without_its_newline_counts_and_blank_lines_do_not(run):
-    a = rows([1000] * 4)
-    code, out, err = run("\n" + lines(a).replace("\n", "\r\n\r\n").rstrip(), a)
-    assert (code, err) == (0, "") and "tokens_per_s 4+4 " in line_of(out, "tokens_per_s")
+    a = decode_rows([1000] * 4)
+    code, out, err = run("\n" + as_json_lines(a).replace("\n", "\r\n\r\n").rstrip(), a)
+    assert (code, err) == (0, "") and "tokens_per_s 4+4 " in printed_line(out, "tokens_per_s")
 
 
-GOOD = lines(rows([1]))
+GOOD = as_json_lines(decode_rows([1]))
 
 
 @pytest.mark.parametrize(
@@ -520,55 +474,3 @@ def test_bad_usage_is_one_line_and_exit_code_2(run, tmp_path, options, says):
     code, out, err = run(GOOD, GOOD, *options)
     assert (code, out) == (2, "") and err.startswith("paged-dist-compare: error: ") and says in err
     assert err.count("\n") == 1 and (tmp_path / "b.jsonl").read_text() == GOOD
-
-
-# As a program
-
-
-def program(folder, *arguments):
-    done = subprocess.run([*MODULE, *arguments], cwd=folder, capture_output=True, text=True, timeout=LIMIT)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_exit_codes_of_the_program(tmp_path):
-    contents = {"a": rows([1000] * 4), "b": rows([1200, 1201, 1202, 1203]), "other": rows([1], requests=1)}
-    for name, content in contents.items():
-        (tmp_path / f"{name}.jsonl").write_text(lines(content))
-    code, out, err = program(tmp_path, "a.jsonl", "b.jsonl", "--output=out.jsonl")
-    assert (code, err) == (0, "") and "faster" in line_of(out, "tokens_per_s")
-    assert json.loads((tmp_path / "out.jsonl").read_text())["groups"][0]["metrics"][0]["verdict"] == "faster"
-    code, out, err = program(tmp_path, "a.jsonl", "other.jsonl")
-    assert (code, out) == (1, "") and "requests: 96 | 1" in err
-    code, out, err = program(tmp_path, "a.jsonl", "none.jsonl")
-    assert (code, out) == (2, "") and err == (
-        "paged-dist-compare: error: none.jsonl: cannot be read: No such file or directory\n"
-    )
-
-
-TREE = pathlib.Path(compare.__file__).resolve().parent.parent
-
-
-def test_its_own_modules_import_neither_jax_nor_the_package_unless_it_writes(tmp_path):
-    """As `launch.compare`, for the package `paged_dist` imports jax, whatever is imported from it."""
-    (tmp_path / "few.jsonl").write_text(lines(rows([1000] * 3)))
-    (tmp_path / "a.jsonl").write_text(lines(rows([1000] * 4)))
-    script = f"""
-import sys
-sys.path.insert(0, {str(TREE)!r})
-from launch.compare import main
-loaded = lambda *names: print("loaded", [name for name in names if name in sys.modules])
-assert main(["few.jsonl", "few.jsonl"]) == 0
-loaded("jax", "jaxlib", "absl", "paged_dist", "scipy")
-assert main(["a.jsonl", "a.jsonl"]) == 0
-loaded("jax", "jaxlib", "absl", "paged_dist", "scipy")
-assert main(["a.jsonl", "a.jsonl", "--output=out.jsonl"]) == 0
-loaded("jax", "paged_dist")
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("loaded")]
-    assert told == ["loaded []", "loaded ['scipy']", "loaded ['jax', 'paged_dist']"]
-    tree = [sys.executable, "-m", "launch.compare", str(tmp_path / "few.jsonl"), str(tmp_path / "a.jsonl")]
-    assert subprocess.run(tree, cwd=TREE, capture_output=True, timeout=LIMIT).returncode == 0

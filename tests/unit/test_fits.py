@@ -72,7 +72,7 @@ def test_memory_that_nothing_fits_into_is_told_what_makes_a_page_smaller(monkeyp
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpu:
+class GpuWithMemory:
     """A stand-in for a GPU that tells its memory, or does not."""
 
     id: int
@@ -89,7 +89,7 @@ def test_a_device_that_tells_its_memory_is_taken_at_its_word(trace):
     with flagsaver.flagsaver():
         FLAGS(["decode", trace((1_000_000, 5))])
         model, requests = run_setup.model_from_flags(), workload_flags.requests_from_flags()
-        mesh = lambda limit: make_pod_mesh(devices=[Gpu(i, limit) for i in range(4)], model=4)
+        mesh = lambda limit: make_pod_mesh(devices=[GpuWithMemory(i, limit) for i in range(4)], model=4)
         for limit in (None, 2 * 10**9):
             run_setup.prepare_run(model, *requests, mesh(limit))
         with pytest.raises(ValueError, match=r"a cache of 1\.0 GB a device, where a device has 1\.0 GB; --num_pages=5"):

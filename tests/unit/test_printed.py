@@ -6,9 +6,8 @@ import dataclasses
 
 import flagsaver
 import pytest
-from aot import needs_libtpu
 
-from paged_dist.launch import accuracy, decode, kernel_report, plan, xla_report
+from paged_dist.launch import accuracy, decode, kernel_report, xla_report
 from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
@@ -137,15 +136,6 @@ def test_every_setting_of_xla_report_and_accuracy_is_printed():
     for name in s._fields:
         other = s._replace(**{name: (256,) if name == "lengths" else 3 * getattr(s, name)})
         assert table(other) != table(s), name
-
-
-@needs_libtpu
-def test_a_plan_prints_what_its_attention_does():
-    arguments = ["--topology=v5e:2x2", "--layers=1", "--soft_cap=30", "--sliding_window=512", "--hbm_gib=1"]
-    with flagsaver.flagsaver():
-        FLAGS(["plan", *arguments])
-        text = plan_table(plan_record(plan.plan_settings()))
-    assert "cache bfloat16, soft cap 30, window 512" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("more", [", lengths x 0.5", ", prompts of at most 9", ", 2 without prompt or answer left out"])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from small_allocators import small_allocator
 
 from paged_dist.cache import CacheSpec
 from paged_dist.launch.serving.row_schedule import Pool, RowSchedule
@@ -14,13 +15,8 @@ from paged_dist.pages import OutOfPages, PageAllocator
 P = 8  # tokens a page
 
 
-def allocator(data=1, context=1, rows=4, columns=4, pages=16, page_size=P):
-    mesh = AbstractMesh((data, context, 1), ("data", "context", "model"))
-    return PageAllocator(CacheSpec(1, 128, pages, page_size), mesh, rows, columns)
-
-
 def test_a_sequences_pages_go_round_the_context_shards():
-    a = allocator(data=2, context=2, rows=4, columns=6, pages=24)  # 6 pages a shard
+    a = small_allocator(data=2, context=2, rows=4, columns=6, pages=24)  # 6 pages a shard
     a.allocate(0, 5 * P)
     a.allocate(3, 3 * P)
     np.testing.assert_array_equal(a.block_tables[0], [0, 6, 1, 7, 2, -1])
@@ -35,7 +31,7 @@ def test_a_sequences_pages_go_round_the_context_shards():
 
 
 def test_out_of_pages_names_the_context_shard():
-    a = allocator(context=2, rows=2, columns=10, pages=8)
+    a = small_allocator(context=2, rows=2, columns=10, pages=8)
     a.allocate(0, 7 * P)
     with pytest.raises(OutOfPages, match=r"row 0 on data shard 0, context shard 0: 1 more.*, 0 of its 4 are free") as e:
         a.grow(0, 3 * P)
@@ -69,7 +65,7 @@ def test_the_fullest_context_shard_stays_near_the_mean_on_a_workload(data, batch
 
 
 def test_a_fork_takes_no_page_until_it_writes_into_a_page_that_is_not_full():
-    a = allocator()
+    a = small_allocator()
     a.allocate(0, 14)
     a.fork(0, 1)
     a.fork(0, 2)
@@ -88,7 +84,7 @@ def test_a_fork_takes_no_page_until_it_writes_into_a_page_that_is_not_full():
 
 
 def test_full_pages_are_shared_for_good():
-    a = allocator()
+    a = small_allocator()
     a.allocate(0, 2 * P)
     a.fork(0, 1)
     a.grow_all([0, 1])
@@ -96,7 +92,7 @@ def test_full_pages_are_shared_for_good():
 
 
 def test_what_a_copy_will_read_is_kept_until_it_is_taken():
-    a = allocator(rows=3, pages=4)
+    a = small_allocator(rows=3, pages=4)
     a.allocate(0, 2)
     a.fork(0, 1)
     a.grow(1)  # into page 1, a copy of page 0
@@ -110,7 +106,7 @@ def test_what_a_copy_will_read_is_kept_until_it_is_taken():
 
 def test_a_row_is_forked_when_its_copy_is_made_and_none_is_made_for_who_is_gone():
     """Before, what the row has grown by is not written: a fork that grew would begin with a page that lacks it."""
-    a = allocator(rows=4, pages=8)
+    a = small_allocator(rows=4, pages=8)
     a.allocate(0, 2)
     a.fork(0, 1)
     a.grow(1)
@@ -127,7 +123,7 @@ def test_a_row_is_forked_when_its_copy_is_made_and_none_is_made_for_who_is_gone(
 
 
 def test_copies_stay_on_their_shard():
-    a = allocator(data=2, context=2, rows=4, columns=4, pages=16)
+    a = small_allocator(data=2, context=2, rows=4, columns=4, pages=16)
     a.allocate(2, P + 2)
     a.fork(2, 3)
     a.grow(3)
@@ -139,7 +135,7 @@ def test_copies_stay_on_their_shard():
 
 
 def test_a_prompt_begins_with_the_full_pages_of_another():
-    a = allocator(rows=2, pages=8)
+    a = small_allocator(rows=2, pages=8)
     prompt = list(range(2 * P + 3))
     a.allocate(0, 2 * P + 3)
     assert a.prefix_match(prompt).num_tokens == 0
@@ -160,7 +156,7 @@ def test_a_prompt_begins_with_the_full_pages_of_another():
 
 
 def test_the_least_recently_used_goes_first_and_a_prompts_end_before_its_beginning():
-    a = allocator(rows=2, columns=8, pages=8)
+    a = small_allocator(rows=2, columns=8, pages=8)
     one, two = [1] * 3 * P, [2] * 3 * P
     for prompt in (one, two):
         a.allocate(0, 3 * P)
@@ -178,7 +174,7 @@ def test_the_least_recently_used_goes_first_and_a_prompts_end_before_its_beginni
 
 
 def test_a_row_that_writes_into_a_page_takes_it_from_those_that_can_be_found():
-    a = allocator()
+    a = small_allocator()
     a.allocate(0, 2 * P)
     a.cache_prefix(0, range(2 * P))
     a.truncate(0, 2 * P - 2)
@@ -192,7 +188,7 @@ def test_a_row_that_writes_into_a_page_takes_it_from_those_that_can_be_found():
 
 def test_prompts_that_begin_on_other_context_shards_do_not_share_pages():
     """Page 1 of a prompt that begins on shard 1 is on shard 0: no page 1 of one that begins on shard 0."""
-    a = allocator(context=2, rows=4, columns=4, pages=16)
+    a = small_allocator(context=2, rows=4, columns=4, pages=16)
     a.allocate(0, P)
     a.allocate(1, 2 * P)
     first = [int(a.block_tables[r, 0]) // 8 for r in (0, 1)]
@@ -206,7 +202,7 @@ def test_prompts_that_begin_on_other_context_shards_do_not_share_pages():
 
 
 def test_a_match_says_on_which_data_shard_and_place_finds_a_row_there():
-    a = allocator(data=2, rows=4, pages=16)
+    a = small_allocator(data=2, rows=4, pages=16)
     a.allocate(2, P)
     a.cache_prefix(2, range(P))
     match = a.prefix_match(range(P + 1))
@@ -221,7 +217,7 @@ def test_a_match_says_on_which_data_shard_and_place_finds_a_row_there():
 
 
 def test_a_prefix_that_every_shard_has_is_taken_where_a_row_is_free():
-    a = allocator(data=2, rows=4, pages=16)
+    a = small_allocator(data=2, rows=4, pages=16)
     tokens = list(range(2 * P))
     for row in (0, 2):
         a.allocate(row, 2 * P)
@@ -235,7 +231,7 @@ def test_a_prefix_that_every_shard_has_is_taken_where_a_row_is_free():
 
 
 def test_seven_requests_for_one_cached_prompt_find_a_place_on_four_shards():
-    a = allocator(data=4, rows=12, pages=32)
+    a = small_allocator(data=4, rows=12, pages=32)
     tokens, cached = list(range(2 * P + 1)), []
     a.allocate(0, len(tokens))
     a.cache_prefix(0, tokens)
@@ -254,7 +250,7 @@ def test_seven_requests_for_one_cached_prompt_find_a_place_on_four_shards():
 
 def test_a_prompt_is_placed_without_its_prefix_where_only_that_leaves_room():
     """Of context shard 0 only the cached page is left: three pages fit from shard 1 on, and take it."""
-    a = allocator(context=2, rows=4, columns=5, pages=8)
+    a = small_allocator(context=2, rows=4, columns=5, pages=8)
     a.allocate(0, P)
     a.cache_prefix(0, range(P))
     a.free(0)
@@ -269,7 +265,7 @@ def test_a_prompt_is_placed_without_its_prefix_where_only_that_leaves_room():
 
 def twins():
     """Rows 0 and 1 hold the same 16 tokens, each in pages of its own, in a pool of 4 pages."""
-    a = allocator(rows=3, pages=4)
+    a = small_allocator(rows=3, pages=4)
     for row in (0, 1):
         a.allocate(row, 2 * P)
         assert a.cache_prefix(row, range(2 * P)) == 2 * P
@@ -314,7 +310,7 @@ def test_of_twins_that_nobody_holds_one_stays():
 
 
 def test_a_prefix_is_not_cached_before_its_copy_is_made():
-    a = allocator(rows=3, columns=2, pages=6)
+    a = small_allocator(rows=3, columns=2, pages=6)
     a.allocate(0, 5)
     a.fork(0, 1)
     a.grow(1, 3)
@@ -328,7 +324,7 @@ def test_a_prefix_is_not_cached_before_its_copy_is_made():
 
 
 def test_a_namespace_keeps_the_same_tokens_apart():
-    a = allocator(rows=4, columns=2, pages=8)
+    a = small_allocator(rows=4, columns=2, pages=8)
     tokens = list(range(2 * P))
     for row, namespace in enumerate([b"", b"adapter 1", b"adapter 2"]):
         assert a.prefix_match(tokens, namespace=namespace).num_tokens == 0
@@ -346,7 +342,7 @@ def test_a_namespace_keeps_the_same_tokens_apart():
 
 
 def test_prefixes_are_forgotten_by_namespace_or_all_and_rows_stay():
-    a = allocator(rows=4, columns=2, pages=8)
+    a = small_allocator(rows=4, columns=2, pages=8)
     tokens = list(range(2 * P))
     for row, namespace in enumerate([b"", b"old", b"old"]):
         a.allocate(row, 2 * P)
@@ -368,12 +364,12 @@ def test_prefixes_are_forgotten_by_namespace_or_all_and_rows_stay():
     assert a.prefix_match(tokens).num_tokens == 0 and a.used_pages == 4
     a.free(0)
     a.free(1)
-    assert a.live_pages.size == 0 and a.digest() == allocator(rows=4, columns=2, pages=8).digest()
+    assert a.live_pages.size == 0 and a.digest() == small_allocator(rows=4, columns=2, pages=8).digest()
 
 
 def test_a_prefix_that_a_move_doubles_goes_end_first_too():
     """Row 2, which holds its beginning, is on data shard 1 there; what nobody holds of it, with all before, on 0."""
-    a = allocator(rows=4, pages=8)
+    a = small_allocator(rows=4, pages=8)
     a.allocate(2, P)
     a.cache_prefix(2, [7] * P)
     a.allocate(3, 2 * P, a.prefix_match([7] * P))
@@ -390,7 +386,7 @@ def test_the_order_in_which_cached_pages_go_is_part_of_the_digest_over_all_shard
     """`moved` brings the most recent along, whichever shard it is on."""
     made = []
     for rows in ((0, 1), (1, 0)):
-        a = allocator(data=2, rows=2, pages=4)
+        a = small_allocator(data=2, rows=2, pages=4)
         for row in rows:
             a.allocate(row, P)
             a.cache_prefix(row, [row] * P)
@@ -402,7 +398,7 @@ def test_the_order_in_which_cached_pages_go_is_part_of_the_digest_over_all_shard
 
 
 def test_a_match_that_is_out_of_date_is_refused():
-    a = allocator(rows=2, columns=4, pages=4)
+    a = small_allocator(rows=2, columns=4, pages=4)
     a.allocate(0, 2 * P)
     a.cache_prefix(0, range(2 * P))
     match = a.prefix_match(range(2 * P))
@@ -416,7 +412,7 @@ def test_a_match_that_is_out_of_date_is_refused():
 
 
 def test_a_matched_page_that_nobody_holds_counts_as_taken():
-    a = allocator(rows=2, columns=4, pages=4)
+    a = small_allocator(rows=2, columns=4, pages=4)
     a.allocate(0, 2 * P)
     a.cache_prefix(0, range(2 * P))
     a.free(0)
@@ -452,7 +448,7 @@ def test_a_matched_page_that_nobody_holds_counts_as_taken():
     ],
 )
 def test_a_bad_call_names_the_argument_and_changes_nothing(call, message):
-    a = allocator(data=2)
+    a = small_allocator(data=2)
     a.allocate(0, P + 1)
     a.cache_prefix(0, range(P))
     digest = a.digest()

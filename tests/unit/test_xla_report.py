@@ -2,86 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from page_attention_cases import Case, make
+from one_chip_cases import OneChipCase, poisoned_arrays
 
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.launch import xla_report
-
-LIMIT = 240  # seconds until a run under test is killed
-SMALL = [
-    "--batch=3",
-    "--num_q_heads=4",
-    "--num_kv_heads=2",
-    "--head_dim=64",
-    "--page_size=64",
-    "--table_tokens=256",
-    "--repeats=3",
-]
-
-
-def run(*arguments):
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "PJRT_NPROC")}
-    command = [sys.executable, "-m", "paged_dist.launch.xla_report", *arguments]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=LIMIT)
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("dtype, plain_forms", [("bf16", 4), ("f32", 2), ("fp8", 4)])
-def test_it_measures_every_form_and_they_agree(tmp_path, dtype, plain_forms):
-    path = tmp_path / "report.jsonl"
-    code, out, err = run(*SMALL, f"--kv_dtype={dtype}", "--live=1,0.25,0", f"--output={path}")
-    assert code == 0, out + err
-    assert max(map(len, out.splitlines())) <= 80
-    (line,) = path.read_text().splitlines()
-    record = json.loads(line)
-    assert record["benchmark"] == "xla_report" and record["settings"]["repeats"] == 3
-    assert [r["live_tokens"] for r in record["results"]] == [256, 64, 0]
-    for r in record["results"]:
-        assert len(r["ms"]) == 1 + plain_forms and r["agrees"]
-        assert all(0 < low <= mid <= high for low, mid, high in (*r["ms"].values(), r["ratio"]))
-        assert r["fastest_plain"] == min((n for n in r["ms"] if n != "paged_dist"), key=lambda n: r["ms"][n][1])
-        assert f"{r['ms']['paged_dist'][1]:.2f}" in out and f"{r['ratio'][1]:.2f}" in out
-
-
-@pytest.mark.parametrize(
-    "flag, says",
-    [
-        ("--layers=3", "--layers=3: is no flag of this launcher"),
-        ("--live=0.5,2", "--live='2': must be shares between 0 and 1"),
-        ("--live=", "--live"),
-        ("--table_tokens=100", "--table_tokens=100: must be a multiple of --page_size=64"),
-        ("--head_dim=0", "--head_dim=0: must be at least 1"),
-        ("--num_kv_heads=3", "--num_q_heads=4: must be a multiple of --num_kv_heads=3"),
-        ("--kv_dtype=int4", "--kv_dtype='int4': is no cache dtype"),
-        ("--repeats=0", "--repeats=0: must be at least 1"),
-    ],
-)
-def test_what_it_cannot_do_it_refuses_in_a_line(flag, says):
-    code, out, err = run(*SMALL, flag)
-    assert (code, out) == (2, "") and err.count("\n") == 1
-    assert says in err
-
-
-def test_help_names_its_flags_with_the_defaults_of_this_benchmark():
-    code, out, _ = run("--help")
-    assert code == 0 and "--table_tokens:" in out and "--sliding_window" not in out
-    assert "(default: 32)" in out.partition("--batch:")[2].partition("--page_size")[0]
 
 
 @pytest.mark.parametrize("pages_first", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_plain_form_is_right(pages_first, dtype):
     """It is no straw man if it computes the same: against the oracle, all pages being there."""
-    case = Case("plain", P=8, S=4, lengths=(1, 8, 32, 31), dtype=dtype, query_dtype=dtype, sm_scale=128**-0.5)
-    (query, keys, values, lengths, tables), _ = make(case)
+    case = OneChipCase("plain", P=8, S=4, lengths=(1, 8, 32, 31), dtype=dtype, query_dtype=dtype, sm_scale=128**-0.5)
+    (query, keys, values, lengths, tables), _ = poisoned_arrays(case)
     keys, values = (jnp.nan_to_num(x) for x in (keys, values))
     tables = np.clip(tables, 0, keys.shape[1] - 1)
     expected, _ = attention_oracle(query, keys, values, lengths, tables, sm_scale=case.sm_scale)

@@ -13,8 +13,8 @@ import warnings
 
 import numpy as np
 import pytest
-from context_cases import pod
-from test_store import as_format_1
+from pod_meshes import simulated_pod
+from saved_folders import as_format_1
 
 import paged_dist as pd
 from paged_dist.transfer import device_io, files, lockstep, saved_pages
@@ -93,11 +93,11 @@ class Faults:
         return name in self.kind
 
 
-class Pod:
+class SavingPod:
     """Saves of one process or of two, these as threads; what comes off the devices is a number in every element."""
 
     def __init__(self, patch, processes: int = 1):
-        mesh = pod(1, 2, 1)
+        mesh = simulated_pod(1, 2, 1)
         self.processes, self.patch = processes, patch
         self.cache, self.pages = pd.PagedKVCache.create(SPEC, mesh), pd.PageAllocator(SPEC, mesh, 2, 4)
         self.pages.allocate(0, 150)
@@ -198,7 +198,7 @@ def names(folder) -> list[str]:
     ],
 )
 def test_a_fault_at_any_call_leaves_the_old_save_or_the_new(tmp_path, monkeypatch, processes, process, kind, before):
-    pods, folder, n, wrong = Pod(monkeypatch, processes), tmp_path / "saved", 0, 0
+    pods, folder, n, wrong = SavingPod(monkeypatch, processes), tmp_path / "saved", 0, 0
     old = tmp_path / "old"
     if before is not None:
         assert pods.save(old, 1.0) is None
@@ -244,7 +244,7 @@ def _is_whole(path) -> bool:
 @pytest.mark.parametrize("before", [None, 1, 2], ids=["new", "over_format_1", "over_format_2"])
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOSYS])
 def test_a_mount_that_renames_nothing_and_syncs_no_folder_is_saved_to(tmp_path, monkeypatch, before, error):
-    pods, folder = Pod(monkeypatch), tmp_path / "saved"
+    pods, folder = SavingPod(monkeypatch), tmp_path / "saved"
     if before is not None:
         assert pods.save(folder, 1.0) is None
         if before == 1:
@@ -256,7 +256,7 @@ def test_a_mount_that_renames_nothing_and_syncs_no_folder_is_saved_to(tmp_path, 
 
 
 def test_a_mount_that_removes_nothing_keeps_the_old_save_beside_the_new(tmp_path, monkeypatch):
-    pods, folder = Pod(monkeypatch), tmp_path / "saved"
+    pods, folder = SavingPod(monkeypatch), tmp_path / "saved"
     for value in (1.0, 2.0, 3.0):
         faults = Faults(kind={"unlink", "rmdir"}, error=errno.EPERM)
         assert pods.save(folder, value, faults, overwrite=value > 1) is None
@@ -267,7 +267,7 @@ def test_a_mount_that_removes_nothing_keeps_the_old_save_beside_the_new(tmp_path
 
 
 def test_where_neither_writing_nor_removing_is_sure_nothing_that_may_be_valid_is_removed(tmp_path, monkeypatch):
-    pods, folder, n = Pod(monkeypatch), tmp_path / "saved", 0
+    pods, folder, n = SavingPod(monkeypatch), tmp_path / "saved", 0
     assert pods.save(folder, 1.0) is None
     faults, seen = Faults(n, {"unlink_manifest"}), set()
     while faults.calls >= n:
@@ -280,14 +280,14 @@ def test_where_neither_writing_nor_removing_is_sure_nothing_that_may_be_valid_is
 
 
 def test_writes_that_take_a_part_only_are_gone_on_with(tmp_path, monkeypatch):
-    pods = Pod(monkeypatch, 2)
+    pods = SavingPod(monkeypatch, 2)
     assert pods.save(tmp_path / "saved", 5.0, Faults(kind="short")) is None
     assert value_of(tmp_path / "saved") == 5.0
 
 
 def test_an_error_after_everything_was_written_says_what_is_there(tmp_path, monkeypatch):
     """The last sync of the folder fails: both saves are whole. The manifest's own: the old one is."""
-    pods, folder = Pod(monkeypatch), tmp_path / "saved"
+    pods, folder = SavingPod(monkeypatch), tmp_path / "saved"
     assert pods.save(folder, 1.0) is None
     seen = set()
     for n in range(100):
@@ -309,7 +309,7 @@ def test_an_error_after_everything_was_written_says_what_is_there(tmp_path, monk
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_link_and_a_file_are_refused_before_anything_is_written(tmp_path, monkeypatch, overwrite, times):
-    pods = Pod(monkeypatch)
+    pods = SavingPod(monkeypatch)
     real, link, dangling, file = (tmp_path / name for name in ("real", "link", "dangling", "file"))
     assert pods.save(real, 1.0) is None
     link.symlink_to(real)
@@ -329,7 +329,7 @@ def test_a_link_and_a_file_are_refused_before_anything_is_written(tmp_path, monk
 
 
 def test_another_save_to_a_folder_is_refused_while_one_is_under_way(tmp_path, monkeypatch):
-    pods, folder = Pod(monkeypatch), tmp_path / "saved"
+    pods, folder = SavingPod(monkeypatch), tmp_path / "saved"
     assert pods.save(folder, 1.0) is None
     under_way = folder / ("data-" + "0" * 16)
     under_way.mkdir()
@@ -344,7 +344,7 @@ def test_another_save_to_a_folder_is_refused_while_one_is_under_way(tmp_path, mo
 
 
 def test_an_empty_folder_is_saved_to_and_foreign_files_are_let_be(tmp_path, monkeypatch):
-    pods, empty, foreign = Pod(monkeypatch), tmp_path / "empty", tmp_path / "foreign"
+    pods, empty, foreign = SavingPod(monkeypatch), tmp_path / "empty", tmp_path / "foreign"
     empty.mkdir()
     assert pods.save(empty, 1.0) is None and value_of(empty) == 1.0
     foreign.mkdir()

@@ -9,16 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from pod_meshes import simulated_pod
 
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
-
-NAMES = ("data", "context", "model")
-
-
-def pod(data: int, context: int, model: int, kind=AxisType.Auto) -> Mesh:
-    devices = np.array(jax.devices()[: data * context * model]).reshape(data, context, model)
-    return Mesh(devices, NAMES, axis_types=(kind,) * 3)
 
 
 def lay_tables(rng, lengths, page_size: int, columns: int, data: int, context: int, slack: int = 2):
@@ -42,7 +36,7 @@ def lay_tables(rng, lengths, page_size: int, columns: int, data: int, context: i
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class PodCase:
     """Sequences of `lengths` over data x context shards of pages; H kv heads, G query heads each."""
 
     lengths: tuple[int, ...]
@@ -79,7 +73,7 @@ class Case:
         return made | dict(lengths=np.array(self.lengths, np.int32), block_tables=tables)
 
     def mesh(self, kind=AxisType.Auto) -> Mesh:
-        return pod(self.data, self.context, self.model, kind)
+        return simulated_pod(self.data, self.context, self.model, kind)
 
     def cache(self, mesh: Mesh) -> pd.PagedKVCache:
         return pd.PagedKVCache.from_pages(*(jnp.asarray(self.arrays[k]) for k in ("key", "value")), mesh=mesh)
@@ -106,3 +100,10 @@ class Case:
         np.testing.assert_allclose(np.asarray(output, np.float64), expected, **close)
         if lse is not None:
             np.testing.assert_allclose(np.asarray(lse), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+def shard_tables(rng, data: int, pages: int, batch: int) -> np.ndarray:
+    """[batch, pages / batch] page ids, each data shard's rows owning pages of its own range."""
+    per_shard = pages // data
+    ids = [d * per_shard + rng.permutation(per_shard) for d in range(data)]
+    return np.concatenate(ids).reshape(batch, -1).astype(np.int32)

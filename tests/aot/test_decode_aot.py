@@ -169,7 +169,9 @@ def test_both_cores_work_where_a_device_has_two(chip, in_scope):
     assert ("paged_decode_attention_on_two_cores" in text) == (chip in ("v4", "v5p"))
 
 
-@pytest.mark.parametrize("chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES])
+@pytest.mark.parametrize(
+    "chip", [c if c in ("v5p", "v7x") else pytest.param(c, marks=pytest.mark.slow) for c in CHIP_TOPOLOGIES]
+)
 def test_an_output_that_is_all_that_a_program_returns_is_not_copied(chip):
     """The compiler of jax 0.10 copied it: a kernel's only result, pinned to HBM."""
     text = decode_program_text(chip, decode_shapes(Hq=8, Hkv=1, N=512))

@@ -6,8 +6,8 @@ import pytest
 from aot import collectives, needs_libtpu
 
 from paged_dist import CacheSpec, make_pod_mesh
+from paged_dist.launch.common import provenance
 from paged_dist.launch.common.chips import chip_of
-from paged_dist.launch.serving import report
 from paged_dist.launch.serving.engine import Engine
 from paged_dist.launch.serving.programs import Model
 
@@ -19,7 +19,7 @@ def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool(dtype):
     model = Model(4, 32, 8, 128, dtype)
     spec = CacheSpec(8, 128, 8 * 512, 128, dtype, 4)
     engine = Engine(model, spec, mesh, 64, 64)
-    for lowered in engine._lowered:
+    for lowered in engine.lowered:
         compiled = lowered.compile()
         assert collectives(compiled.as_text()) == []
         assert compiled.memory_analysis().temp_size_in_bytes < spec.bytes_per_chip(mesh) / spec.num_layers
@@ -29,5 +29,5 @@ def test_the_step_has_no_collective_on_a_pod_and_holds_no_second_pool(dtype):
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_generation_s_own_device_kind_has_a_peak(topology):
     mesh = make_pod_mesh(topology=topology)
-    (kind,) = report.device_counts(mesh)
+    (kind,) = provenance.device_counts(mesh)
     assert chip_of(kind).name == topology.split(":")[0].replace("tpu7x", "v7x")

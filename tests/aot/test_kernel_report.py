@@ -12,7 +12,7 @@ from one_chip_cases import OneChipCase, launch_plan_of
 from paged_dist.kernels.decode import traffic
 from paged_dist.kernels.target import Target
 from paged_dist.launch import kernel_report
-from paged_dist.launch.planning import compiled, jax_kernel
+from paged_dist.launch.planning import absent_chips, jax_kernel
 
 # What is read from a compiled program
 
@@ -106,11 +106,11 @@ def test_padded_heads_are_counted_as_stored_with_what_pads_the_query():
     token = 2 * 2 * 128 * 2
     assert ours["live_bytes"] == 520 * token and ours["bytes_read"] == (448 + 64 + 32) * token
     assert ours["pool_copies"] == [] and any("pad" in op for op in ours["xla_ops"])
-    assert "head_dim 96 (stored as 128), bfloat16" in kernel_report.table(s, [ours], {})
+    assert "head_dim 96 (stored as 128), bfloat16" in kernel_report.kernel_report_table(s, [ours], {})
 
 
 @needs_libtpu
 def test_jax_s_own_uses_both_cores_where_there_are_two():
     plan = launch_plan_of(OneChipCase("", Hq=8, Hkv=2))
-    modes = [jax_kernel.jax_call(plan, 2, one_chip_mesh(chip))[0].keywords["megacore_mode"] for chip in ("v5e", "v5p")]
+    modes = [jax_kernel.call(plan, 2, one_chip_mesh(chip))[0].keywords["megacore_mode"] for chip in ("v5e", "v5p")]
     assert modes == [None, "kv_head"]

@@ -8,8 +8,8 @@ import pytest
 from aot import needs_libtpu
 from commands import json_rows, run_launcher
 
-from paged_dist.launch import scaling
 from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.sweeps import absent_pods, sub_meshes, sweep_flags
 from paged_dist.mesh.topology import topology_devices
 
 
@@ -26,7 +26,7 @@ from paged_dist.mesh.topology import topology_devices
 )
 def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
     devices = list(topology_devices(topology))
-    chosen = scaling.sub_devices(devices, size)
+    chosen = sub_meshes.sub_devices(devices, size)
     assert len(set(chosen)) == size and devices[0] in chosen
     extent = [len({d.coords[i] for d in chosen}) for i in range(3)]
     assert sorted(extent) == sorted(box)
@@ -46,15 +46,15 @@ def test_a_sub_mesh_of_a_slice_is_a_box(topology, size, box):
 def test_the_sizes_there_are_by_default_are_those_of_which_there_is_a_sub_mesh(topology, slices, sizes):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling"])
-        assert scaling._sizes_here(list(topology_devices(topology, slices))) == sizes
+        assert sub_meshes.sub_mesh_sizes(list(topology_devices(topology, slices))) == sizes
 
 
 @needs_libtpu
 def test_a_size_that_is_no_box_is_refused():
     with pytest.raises(ValueError, match="--sizes=3: no box of so many devices"):
-        scaling.sub_devices(list(topology_devices("v5p:4x4x4")), 3)
+        sub_meshes.sub_devices(list(topology_devices("v5p:4x4x4")), 3)
     with pytest.raises(ValueError, match="--sizes=3: there are 2 devices"):
-        scaling.sub_devices([SimpleNamespace(coords=None)] * 2, 3)
+        sub_meshes.sub_devices([SimpleNamespace(coords=None)] * 2, 3)
 
 
 @needs_libtpu
@@ -73,8 +73,8 @@ def test_advice_for_one_slice_of_a_plan_fits_all_when_given_back(slices, argumen
     def check(*more):
         with flagsaver.flagsaver():
             flags.FLAGS(["scaling", f"--plan={slices}", *arguments, *more])
-            scaling.check_flags()
-            return scaling.planned()
+            sweep_flags.check_sweep_flags()
+            return absent_pods.plan_sweep(slices.split(","))
 
     with pytest.raises(ValueError, match="--") as e:
         check()

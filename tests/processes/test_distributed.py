@@ -9,7 +9,6 @@ from processes import free_port, results_of, run_processes, start, start_process
 
 from paged_dist.cluster.addresses import DistributedInfo
 from paged_dist.cluster.distributed_info import DistributedInfo
-from paged_dist.cluster.startup import initialize_distributed
 
 PSUM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -186,7 +185,7 @@ def test_more_processes_meet_than_the_usual_limit_of_open_files():
     import resource, threading, time
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     from paged_dist.cluster.meeting import await_others as _await_others, join as _join
-    from paged_dist.cluster.startup import DistributedInfo
+    from paged_dist.cluster.distributed_info import DistributedInfo
     until = time.monotonic() + 20
     infos = [DistributedInfo(i, 200, "127.0.0.1:{port}", "explicit") for i in range(200)]
     done = []

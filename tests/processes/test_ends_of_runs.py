@@ -88,7 +88,7 @@ def each(runs):
 
 def test_ctrl_c_is_one_line_and_130_of_every_launcher():
     names = ["decode", "scaling", "plan", "accuracy", "kernel_report", "xla_report", "compare", "local_pod"]
-    for name, code, err in each([(name, "Ctrl-C") for name in names]):
+    for name, code, _, err in run_in_one_process([(name, "Ctrl-C") for name in names]):
         assert (code, err) == (130, f"paged-dist-{name.replace('_', '-')}: interrupted\n")
 
 
@@ -110,9 +110,9 @@ HUGE = [
 
 
 def test_sizes_of_which_no_run_would_come_are_refused_at_once():
-    ends = each([of_launcher[:2] for of_launcher in HUGE])
+    ends = run_in_one_process([of_launcher[:2] for of_launcher in HUGE])
     assert len(ends) == len(HUGE)
-    for (name, _, says), (_, code, err) in zip(HUGE, ends, strict=True):
+    for (name, _, says), (_, code, _, err) in zip(HUGE, ends, strict=True):
         assert code == 2 and err.startswith(f"paged-dist-{name.replace('_', '-')}: error: "), err
         assert says in err and err.count("\n") == 1, err
 

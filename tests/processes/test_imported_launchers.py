@@ -35,14 +35,14 @@ PARSED = """
 from absl import flags
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_registry as own_flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import shared_flags
 
 for value in (4, 6):  # a second time, too
     rest = own_flags.parse(["program", f"--batch={value}", "--verbosity=1", "left"])
     assert rest == ["program", "left"] and flags.FLAGS.verbosity == 1
-    assert shared.BATCH.value == flags.FLAGS.batch == own_flags.FLAGS.batch == value
-    assert shared.given_flags() == {"--batch": value}
-assert "batch" in [flag.name for flag in flags.FLAGS.get_flags_for_module(shared.__name__)]  # of --helpfull
+    assert shared_flags.BATCH.value == flags.FLAGS.batch == own_flags.FLAGS.batch == value
+    assert shared_flags.given_flags() == {"--batch": value}
+assert "batch" in [flag.name for flag in flags.FLAGS.get_flags_for_module(shared_flags.__name__)]  # of --helpfull
 try:
     own_flags.parse(["program", "--bacth=4"])
 except own_flags.Error as e:

@@ -14,14 +14,14 @@ from decode_pod import FAULTY_DECODE, DecodePod
 from processes import free_port, run_processes, start
 
 from paged_dist.cluster.verdicts import DISAGREE, LOST
-from paged_dist.launch import compare
+from paged_dist.launch.common import record_output
+from paged_dist.launch.comparison.rows import read_rows
 from paged_dist.launch.local_pod import pod_environment
-from paged_dist.launch.serving import report
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_process_whose_stderr_cannot_be_written_ends_all_the_same():
-    script = "from paged_dist import Watchdog\nWatchdog(5)._end(3, 'lost')\n"
+    script = "from paged_dist import Watchdog\nWatchdog(5)._state.end_process(3, 'lost')\n"
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-P", "-c", script], stderr=full, timeout=COMMAND_LIMIT)
     assert done.returncode == LOST
@@ -185,8 +185,8 @@ def test_a_full_disk_ends_all_with_1_and_costs_no_line_but_its_own(tmp_path):
         signal.signal(signal.SIGXFSZ, signal_before)
     text = (tmp_path / "out.jsonl").read_text()
     assert text.startswith(whole) and "\n" not in text[len(whole) :]
-    report.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
-    rows, warning = compare.read_rows(str(tmp_path / "out.jsonl"))
+    record_output.append_json_line(str(tmp_path / "out.jsonl"), {"after": 1})
+    rows, warning = read_rows(str(tmp_path / "out.jsonl"))
     assert rows == [json.loads(whole), {"after": 1}] and "line 2: not JSON" in warning
 
 

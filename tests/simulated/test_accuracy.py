@@ -11,7 +11,8 @@ import pytest
 
 import paged_dist
 from paged_dist.launch import accuracy
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import host
+from paged_dist.launch.common.run_program import UsageError
 
 SETTINGS = accuracy.AccuracySettings(2, 8, 2, 128, 64, 1, (128, 1024))
 
@@ -44,7 +45,7 @@ def test_heads_that_are_stored_padded_are_as_exact():
     results = accuracy.measure_errors(s)
     assert accuracy.failures(results) == []
     record = {"settings": s._asdict(), "results": results, "failures": [], "versions": {}}
-    assert "head_dim 96 (stored as 128), " in accuracy.table(record).replace("\n           ", " ")
+    assert "head_dim 96 (stored as 128), " in accuracy.accuracy_table(record).replace("\n           ", " ")
 
 
 def test_outlier_channels_cost_int8_its_accuracy_and_smoothing_gives_it_back(results):
@@ -67,7 +68,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
         query = query if cache.key_smoothing is None else query / jnp.repeat(cache.key_smoothing, 4, axis=0)
         return right(query.astype(jnp.bfloat16), cache, *args, **kw)
 
-    monkeypatch.setattr(paged_dist, "sharded_paged_attention", unsmoothed)
+    monkeypatch.setattr(accuracy, "sharded_paged_attention", unsmoothed)
     monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     path = tmp_path / "out.jsonl"
     with flagsaver.launcher_flags(accuracy, context_lengths=["64"], output=str(path)):

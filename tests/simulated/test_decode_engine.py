@@ -27,7 +27,9 @@ def engine_run(model, requests, batch=8, page_size=16):
     checks = {r.id: (r.context + (r.generated + 1) // 2, r.id % model.num_layers) for r in requests}
     pool = Pool(batch, 4, 1, spec.num_pages // 4, page_size)
     engine.compile()
-    return engine.run(RowSchedule(requests, PageAllocator(spec, mesh, batch, columns), pool, engine.chunk_tokens, checks))
+    return engine.run(
+        RowSchedule(requests, PageAllocator(spec, mesh, batch, columns), pool, engine.chunk_tokens, checks)
+    )
 
 
 REQUESTS = [Request(i, 20 + 37 * i % 300, 3 + i % 4) for i in range(12)]

@@ -11,7 +11,7 @@ from live_pages import MOVED_SPECS, check_moved, fill_live_pages, row_contents
 from pod_meshes import simulated_pod
 
 import paged_dist as pd
-from paged_dist.transfer import reshard as move
+from paged_dist.transfer import exchange
 
 # data, context, model: from, to
 SHAPES = [
@@ -135,8 +135,9 @@ def test_many_pages_go_in_chunks_of_one_program(monkeypatch):
     spec = pd.CacheSpec(2, 128, 64, 128, "float32")
     cache, pages = fill_live_pages(spec, old, 4, 8)
     chunks = []
-    real = move._exchange
-    monkeypatch.setattr(move, "_exchange", lambda staged, *rest: (chunks.append(staged), real(staged, *rest))[1])
+    real = exchange.exchange_staged
+    noted = lambda staged, *rest: (chunks.append(staged), real(staged, *rest))[1]
+    monkeypatch.setattr(exchange, "exchange_staged", noted)
     before = row_contents(cache, pages)
     made, there = pd.reshard(cache, pages, new, chunk_bytes=1)
     check_moved(cache, pages, made, there, before)

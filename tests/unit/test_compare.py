@@ -12,6 +12,7 @@ from compared_rows import DECODE_ROW, as_json_lines, decode_rows, printed_line
 from paged_dist.launch import compare
 from paged_dist.launch.comparison import rank_statistics, record
 
+
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """`run(a, b, *options)` compares rows, or a file's text, in this process: (exit code, stdout, stderr)."""

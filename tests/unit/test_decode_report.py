@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from paged_dist.launch.common import record_output
 from paged_dist.launch.common.chips import chip_of
-from paged_dist.launch.serving import report
+from paged_dist.launch.serving import results
 from paged_dist.launch.serving.engine import Measured, relative_error
 
 
@@ -27,7 +28,7 @@ def test_the_summary_of_a_hand_computed_run():
         "tally": np.array([[0xFFFFFFFF, 1], [2, 0xFFFFFFFF]], np.uint32),
         "digest": np.array([7, 7], np.uint32),
     }
-    r = report.summarise(
+    r = results.summarise_run(
         gathered, measured, bytes_per_token=1000, num_pages=10, devices={"TPU v5 lite": 4}, dtype="bfloat16"
     )
     assert (r["tokens"], r["steps"], r["chips"]) == (6, 4, 4)
@@ -52,9 +53,9 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
         "tally": np.zeros((2, 2), np.uint32),
     }
     measured = Measured(live_tokens=[1], live_rows=[1], pages=[1])
-    r = report.summarise(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
+    r = results.summarise_run(gathered, measured, bytes_per_token=1, num_pages=1, devices={"cpu": 8}, dtype="float32")
     assert not r["oracle_passed"] and r["peak_share"] is None
-    report.append_json_line(str(tmp_path / "x"), r)
+    record_output.append_json_line(str(tmp_path / "x"), r)
     assert json.loads((tmp_path / "x").read_text())["oracle_worst_error"] is None
 
 
@@ -67,6 +68,8 @@ def test_a_wrong_output_on_any_process_fails_the_run_and_nan_is_not_json(tmp_pat
         ("TPU v5p", 2765e9, 1),
         ("TPU v6 lite", 1640e9, 1),
         ("TPU7x", 7380e9, 2),
+        ("TPU8i", 8601e9, 2),
+        ("TPU8t", 6528e9, 1),
         ("TPU v9 mega", None, 1),
         ("cpu", None, 1),
         ("NVIDIA H200", None, 1),
@@ -80,8 +83,8 @@ def test_peak_of_a_chip_by_its_device_kind(kind, peak, devices_a_chip):
 
 def test_a_json_line_ends_what_an_earlier_writer_left_unfinished(tmp_path):
     path = tmp_path / "deep" / "er" / "x.jsonl"
-    report.append_json_line(str(path), {"a": 1})
+    record_output.append_json_line(str(path), {"a": 1})
     with open(path, "a") as file:
         file.write('{"half')
-    report.append_json_line(str(path), {"a": 2})
+    record_output.append_json_line(str(path), {"a": 2})
     assert path.read_text() == '{"a": 1}\n{"half\n{"a": 2}\n'

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
-from paged_dist.kernels.decode import pallas_call as decode_launch
+from paged_dist.kernels.decode import pallas_call
 from paged_dist.kernels.target import Target
 from paged_dist.launch import accuracy, kernel_report, xla_report
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
-from paged_dist.launch.planning import compiled
+from paged_dist.launch.common.help_text import help_text
+from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.planning import absent_chips, compiled
 
 
 @pytest.mark.parametrize(
@@ -30,11 +31,13 @@ from paged_dist.launch.planning import compiled
 @pytest.mark.parametrize("chip", ["v5p", "v7x", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v4", "v6e"))])
 def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, chip, sizes, window, dtype):
     head_dim = 64 if dtype == "bfloat16" else 128
-    settings = kernel_report.KernelReportSettings(("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None)
+    settings = kernel_report.KernelReportSettings(
+        ("v5e",), (500, 20), 8, 2, head_dim, 32, window, dtype, sizes, False, None
+    )
     kind = {"v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}[chip]
     plan = kernel_report.plan_of(settings, Target.of(SimpleNamespace(device_kind=kind)))
-    launched, kernel = [], decode_launch.decode_kernel
-    monkeypatch.setattr(decode_launch, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
+    launched, kernel = [], pallas_call.decode_kernel
+    monkeypatch.setattr(pallas_call, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, p.head_dim), p.query_dtype)
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)
@@ -89,7 +92,7 @@ BAD_FLAGS = {
 def test_bad_flags_are_refused_before_anything_is_compiled(monkeypatch, name):
     change, message = BAD_FLAGS[name]
     monkeypatch.setattr("paged_dist.mesh.topology.has_libtpu", lambda: True)
-    monkeypatch.setattr(compiled, "one_chip_mesh", lambda chip: pytest.fail("went on to compile"))
+    monkeypatch.setattr(absent_chips, "one_chip_mesh", lambda chip: pytest.fail("went on to compile"))
     with flagsaver.launcher_flags(kernel_report, **change), pytest.raises(UsageError) as refusal:
         kernel_report.main(())
     assert message in str(refusal.value)
@@ -102,19 +105,26 @@ def test_a_trace_of_too_few_requests_is_refused(tmp_path):
         flagsaver.launcher_flags(kernel_report, lengths_trace=str(path), batch=2),
         pytest.raises(ValueError, match="has 1 requests, --batch=2"),
     ):
-        kernel_report.settings_from_flags()
+        kernel_report.kernel_report_settings()
 
 
 def test_the_chips_of_the_flag_are_those_that_can_be_compiled_for():
     assert set(kernel_report.KNOWN_CHIPS) == set(compiled.CHIPS)
 
 
-@pytest.mark.parametrize("launcher", [accuracy, kernel_report, xla_report])
-def test_help_says_one_default_of_each_flag(launcher):
+@pytest.mark.parametrize(
+    ("launcher", "program"),
+    [
+        (accuracy, accuracy.ACCURACY_PROGRAM),
+        (kernel_report, kernel_report.KERNEL_REPORT_PROGRAM),
+        (xla_report, xla_report.XLA_REPORT_PROGRAM),
+    ],
+)
+def test_help_says_one_default_of_each_flag(launcher, program):
     with flagsaver.flagsaver():
-        for name, value in launcher._DEFAULTS.items():  # as its `cli` does
+        for name, value in program.defaults.items():  # as `Program.run` does
             flags.FLAGS.set_default(name, value)
-        words = " ".join(shared.help_text(launcher.__name__).split())
+        words = " ".join(help_text(launcher.__name__).split())
     of_flags = re.split(r" (?=--[\[\w])", words)
     assert [of for of in of_flags if of.lower().count("default: ") > 1] == []
-    assert any(of.endswith(f"(default: {launcher._DEFAULTS['batch']})") for of in of_flags if of.startswith("--batch:"))
+    assert any(of.endswith(f"(default: {program.defaults['batch']})") for of in of_flags if of.startswith("--batch:"))

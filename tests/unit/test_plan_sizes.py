@@ -13,10 +13,9 @@ from jax.sharding import AbstractMesh
 from plan_settings import TOPOLOGIES, advised_settings, default_plan_settings, plan_settings, plan_sizes
 
 from paged_dist import CacheSpec, OutOfPages, PageAllocator, make_pod_mesh
-from paged_dist.launch import plan
-from paged_dist.launch.common import chips
+from paged_dist.launch.common import slices
 from paged_dist.launch.common.chips import V5E, V5P, V7X
-from paged_dist.launch.planning import pod_step
+from paged_dist.launch.planning import step_facts, step_floor
 from paged_dist.launch.serving.workload import draw_requests, sequences_on_shards
 from paged_dist.mesh.axes import AXIS_NAMES
 
@@ -24,33 +23,37 @@ from paged_dist.mesh.axes import AXIS_NAMES
 @pytest.mark.parametrize(("written", "means"), TOPOLOGIES)
 def test_a_slice_is_one_that_can_be_booked_or_refused_with_the_nearest(written, means):
     if isinstance(means, str):
-        assert chips.slice_of(written).topology == means
+        assert slices.bookable_slice(written).topology == means
         return
     with pytest.raises(ValueError, match="--topology=") as e:
-        chips.slice_of(written)
+        slices.bookable_slice(written)
     works = str(e.value).split("; ")[1]
     for name in means:
         assert name in works
     for name in re.findall(r"\S+[:-]\d[\dx]*", works):
-        chips.slice_of(name)  # what is advised can be booked
+        slices.bookable_slice(name)  # what is advised can be booked
 
 
-@given(st.sampled_from(sorted(chips._TOPOLOGIES)), st.lists(st.integers(0, 70), min_size=1, max_size=4), st.booleans())
+@given(
+    st.sampled_from(sorted(slices.CHIP_OF_GENERATION)),
+    st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    st.booleans(),
+)
 @hypothesis.settings(derandomize=True, max_examples=100, deadline=None)
 def test_whatever_slice_is_asked_the_one_advised_is_taken(generation, dims, by_count):
     name = f"{generation}-{dims[0] * 37}" if by_count else f"{generation}:{'x'.join(map(str, dims))}"
     try:
-        found = chips.slice_of(name)
+        found = slices.bookable_slice(name)
     except ValueError as e:
         advised = re.findall(r"\S+[:-]\d[\dx]*", str(e).split("; ")[1])
         assert advised
         for other in advised:
-            assert tuple(map(int, chips.slice_of(other).topology.split(":")[1].split("x"))) in chips.slices_sold(
-                generation
-            )
+            assert tuple(
+                map(int, slices.bookable_slice(other).topology.split(":")[1].split("x"))
+            ) in slices.slices_sold(generation)
     else:
         dims = sorted(int(n) for n in found.topology.split(":")[1].split("x"))
-        assert dims in map(sorted, chips.slices_sold(generation))
+        assert dims in map(sorted, slices.slices_sold(generation))
 
 
 def test_the_cache_fills_what_weights_and_the_program_leave():
@@ -162,7 +165,7 @@ def test_the_floor_is_live_bytes_and_weights_over_hbm_and_what_a_ring_sends_over
     mesh = AbstractMesh((4, 2, 2), AXIS_NAMES)
     talk = [dict(bytes_sent=9e6, links="ici", torus_axes=1), dict(bytes_sent=9e9, links="dcn", torus_axes=0)]
     talk += [dict(bytes_sent=8e6, links="ici", torus_axes=2), dict(bytes_sent=9e9, links="ici", torus_axes=0)]
-    found = plan.floor_of(s, plan_sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk, [])
+    found = step_floor.floor_of(s, plan_sizes(s, mesh.axis_sizes, V7X), mesh, V7X, talk, [])
     live = 16 * 1024 * 4 * 2 * 3 * 128 * 2 // 4  # rows, tokens, heads, K and V, layers, channels, bytes; devices
     weights = 2 * 3 * 4096 * 128 * ((16 + 4 + 4) // 2 + 16 // 4)
     assert found["live_kv_bytes"] == live
@@ -181,16 +184,16 @@ def test_padded_heads_take_what_is_stored_of_them_and_their_projections_what_the
         assert made.spec.head_dim == head_dim
         assert made.spec.bytes_per_token == 2 * 3 * 4 * 128 * 2
         assert made.spec.bytes_per_chip(mesh) + made.weights_bytes <= 0.98 * made.hbm_bytes
-        found[head_dim] = plan.floor_of(s, made, mesh, V5P, [], [])["live_kv_bytes"]
+        found[head_dim] = step_floor.floor_of(s, made, mesh, V5P, [], [])["live_kv_bytes"]
     assert found[96] == found[128]  # padding is read
 
 
 def test_the_axes_of_a_collective_are_those_along_which_its_members_differ():
     mesh = make_pod_mesh(data=2, context=2, model=2)
-    assert pod_step.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
-    assert pod_step.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
-    assert pod_step.axes_of(mesh, ((0, 4),)) == (("data",), False)
-    assert pod_step.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
+    assert step_facts.axes_of(mesh, ((0, 2), (1, 3), (4, 6), (5, 7))) == (("context",), False)
+    assert step_facts.axes_of(mesh, ((0, 1, 2, 3), (4, 5, 6, 7))) == (("context", "model"), False)
+    assert step_facts.axes_of(mesh, ((0, 4),)) == (("data",), False)
+    assert step_facts.axes_of(mesh, ((0, 2), (1, 3)), num_slices=2) == (("context",), False)  # one slice's program
 
 
 @pytest.mark.parametrize("context", [1, 2, 4])

@@ -11,8 +11,6 @@ from paged_dist.launch import accuracy, decode, kernel_report, xla_report
 from paged_dist.launch.common import report_lines
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.help_text import FLAG_GROUPS
-from paged_dist.launch.planning.plan_record import plan_record
-from paged_dist.launch.planning.plan_text import plan_table
 from paged_dist.launch.serving import report, results, run_setup, workload_flags
 from paged_dist.launch.sweeps import scaling_report
 

@@ -1,6 +1,6 @@
 """What is read from the text of a compiled program: loops, collectives, sends, copies, kernels and their memory."""
 
-from paged_dist.launch.planning import compiled
+from paged_dist.launch.planning import hlo_text
 
 LOOPS_AND_SENDS = """
 %adds (a: f32[], b: f32[]) -> f32[] {

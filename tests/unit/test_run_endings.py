@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from paged_dist.launch.common import record_output
 from paged_dist.launch.common.interrupt import CtrlC
-from paged_dist.launch.serving import report
 from paged_dist.launch.serving.engine import Measured, StepProfile
 
 
@@ -62,7 +62,7 @@ def test_a_stdout_that_cannot_be_written_costs_no_record(tmp_path, monkeypatch, 
     path = tmp_path / "x.jsonl"
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert not report.deliver("name", "table", str(path), {"a": 1})
+        assert not record_output.deliver("name", "table", str(path), {"a": 1})
         print("more")  # goes nowhere, and is no error at the end either
     assert path.read_text() == '{"a": 1}\n'
     assert re.fullmatch(r"name: error: stdout could not be written: .*No space left.*\n", capfd.readouterr().err)

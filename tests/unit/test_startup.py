@@ -13,6 +13,7 @@ from processes import free_port
 
 from paged_dist.cluster import meeting as _meeting
 from paged_dist.cluster import startup as distributed
+from paged_dist.cluster.addresses import is_on_this_host
 from paged_dist.cluster.startup import DistributedInfo, initialize_distributed, split_address
 
 
@@ -50,8 +51,8 @@ def test_a_process_0_on_another_host_than_the_coordinator_s_is_told_of_the_one_t
     threads = [threading.Thread(target=meet, args=a, daemon=True) for a in (("there", there), ("here", here))]
     threads[0].start()
     wait_for_port(there).close()
-    monkeypatch.setattr(_meeting, "_is_here", lambda address: False)
-    monkeypatch.setattr(_meeting, "_here", lambda: "host-b 2")
+    monkeypatch.setattr(_meeting, "is_on_this_host", lambda address: False)
+    monkeypatch.setattr(_meeting, "this_process", lambda: "host-b 2")
     threads[1].start()
     for t in threads:
         t.join(40)
@@ -61,7 +62,7 @@ def test_a_process_0_on_another_host_than_the_coordinator_s_is_told_of_the_one_t
 
 
 def test_a_process_0_without_the_coordinator_s_address_says_so_when_nobody_comes(monkeypatch):
-    monkeypatch.setattr(_meeting, "_is_here", lambda address: False)
+    monkeypatch.setattr(_meeting, "is_on_this_host", lambda address: False)
     info = DistributedInfo(0, 2, f"127.0.0.1:{free_port()}", "explicit")
     with pytest.raises(RuntimeError, match=r"1 of 2 .+ \(which is no address of .+, pid \d+, that was"):
         _meeting.await_others(f"127.0.0.1:{free_port()}", info, time.monotonic() + 0.3)
@@ -69,7 +70,7 @@ def test_a_process_0_without_the_coordinator_s_address_says_so_when_nobody_comes
 
 @pytest.mark.parametrize(("address", "here"), [("127.0.0.1:1", True), ("localhost:1", True), ("192.0.2.1:1", False)])
 def test_an_address_of_this_host_is_known_from_another(address, here):
-    assert _meeting._is_here(address) == here
+    assert is_on_this_host(address) == here
 
 
 def wait_for_port(port):

@@ -7,15 +7,17 @@ import sys
 import flagsaver
 import pytest
 
-from paged_dist.launch import scaling
 from paged_dist.launch.common import flag_registry as flags
+from paged_dist.launch.scaling import SCALING_PROGRAM
 from paged_dist.launch.sweeps import scaling_report
+from paged_dist.launch.sweeps.points import SweepSize, points_of
+from paged_dist.launch.sweeps.sweep_rows import SweepRows
 
 
 def points(sizes, *arguments):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of([(n, {}) for n in sizes])
+        return points_of([SweepSize(n) for n in sizes])
 
 
 def test_strong_points_do_the_same_work_and_weak_ones_the_same_a_device():
@@ -52,7 +54,7 @@ def test_a_sweep_that_does_not_divide_is_refused(sizes, arguments, message):
 def key(*arguments, point=0, origin=("jax 1", "commit", {"cpu": 2}, 77)):
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", *arguments])
-        return scaling.points_of([(1, {}), (2, {})])[point].key(list(origin))
+        return points_of([SweepSize(1), SweepSize(2)])[point].key(list(origin))
 
 
 def test_a_row_is_known_by_its_point_the_work_and_its_origin_and_not_by_where_it_goes():
@@ -115,7 +117,7 @@ def test_other_work_is_another_series_with_a_name_of_its_own():
 
 
 def test_the_table_says_what_is_projected_in_80_columns():
-    text = scaling_report.table([*ROWS, row("weak", 8192, 3.2e8), row("weak", 8192, 3.2e8, projected=True)])
+    text = scaling_report.sweep_table([*ROWS, row("weak", 8192, 3.2e8), row("weak", 8192, 3.2e8, projected=True)])
     assert max(map(len, text.splitlines())) <= 80
     heads = [line for line in text.splitlines() if "scaling" in line]
     assert [("measured" in h, "projected" in h) for h in heads] == [(True, False), (False, True)] * 2
@@ -134,10 +136,10 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
             if fails == "plot":
                 raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scaling_report, "figure", lambda rows: Figure())
+    monkeypatch.setattr(scaling_report, "sweep_figure", lambda rows: Figure())
     with flagsaver.flagsaver():
         flags.FLAGS(["scaling", f"--output={rows}", f"--plot={tmp_path}/rows.svg"])
-        sweep = scaling.Sweep([], said.append, [])
+        sweep = SweepRows(SCALING_PROGRAM, [], said.append, [])
         sweep.points, sweep.done = ["one"], {"one": row("strong", 2, 150.0) | {"key": "mine"}}
         with open("/dev/full" if fails == "stdout" else os.devnull, "w") as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
@@ -149,7 +151,7 @@ def test_a_table_or_a_plot_that_cannot_be_written_costs_a_line(tmp_path, monkeyp
 
 def test_measured_and_projected_are_never_in_one_line_style():
     pytest.importorskip("matplotlib")
-    speed, share = scaling_report.figure(ROWS).axes
+    speed, share = scaling_report.sweep_figure(ROWS).axes
     for axes in (speed, share):
         lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
         assert len(lines) == 3

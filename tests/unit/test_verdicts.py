@@ -3,7 +3,8 @@
 import pytest
 
 from paged_dist import Watchdog
-from paged_dist.cluster.verdicts import DISAGREE, IDLE, LOST, PATIENCE, START, Judge, Place
+from paged_dist.cluster.progress import Progress
+from paged_dist.cluster.verdicts import DISAGREE, IDLE, LOST, PATIENCE, START, Judge
 
 
 def judge(count=3, limit=10.0, beat=1.0):
@@ -60,12 +61,12 @@ def test_a_phase_of_one_takes_its_time_and_stops_the_clock_of_the_steps_that_wai
 def test_a_phase_after_another_is_still_behind_the_next_step(phases):
     j = judge()
     at_step(j, 0, 6, 6, 6)
-    place = Progress.of_step(5)
+    progress = Progress.of_step(5)
     for _ in range(phases):
-        place = place.next_phase("checkpoint", 100)
-    j.at(0, place, 0)
+        progress = progress.next_phase("checkpoint", 100)
+    j.at(0, progress, 0)
     assert alive(j, 12) is None
-    j.at(0, place, 90)
+    j.at(0, progress, 90)
     assert alive(j, 99) is None
     verdict = alive(j, 101)
     assert verdict.code == LOST and verdict.text == (
@@ -148,11 +149,11 @@ def test_process_0_decides_alone_when_all_are_there():
 def test_one_that_was_idle_goes_on_from_where_it_was():
     watch = Watchdog()
     watch.step(7)
-    before = watch._place
+    before = watch._state.progress
     watch.idle()
-    assert watch._place == IDLE
+    assert watch._state.progress == IDLE
     watch.phase("compile", timeout_seconds=5)
-    assert before.order < watch._place.order < Progress.of_step(8).order and watch._place.limit == 5
+    assert before.order < watch._state.progress.order < Progress.of_step(8).order and watch._state.progress.limit == 5
 
 
 def test_until_a_process_is_there_it_has_the_time_of_the_start():

@@ -22,10 +22,12 @@ from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, make_po
 from paged_dist.cluster import startup as distributed
 from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_action
 from paged_dist.cluster.verdicts import DISAGREE, LOST
+from paged_dist.cluster.watch_state import WatchState
 from paged_dist.cluster.watchers import Spoke
 from paged_dist.cluster.wire import Peer, encoded
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common import flags as shared
+from paged_dist.launch.common import shared_flags
+from paged_dist.launch.common.start_jax import start_jax, watchdog
 
 # What process 0 judges, on a clock of the test's own
 
@@ -49,10 +51,10 @@ def connected(count, monkeypatch, timeout_seconds=10, **options):
     ended = {}
 
     def end(self, code, text):
-        ended[self.process_id] = code, text
+        ended[self.settings.process_id] = code, text
         raise SystemExit  # of the watch's own thread
 
-    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(WatchState, "end_process", end)
     try:
         yield [Watchdog(timeout_seconds, **options) for _ in range(count)], ended
     finally:
@@ -159,8 +161,7 @@ def test_all_stop_before_the_same_step_and_none_waits_for_one_that_stopped(monke
                 watch.step(step)
                 time.sleep(pace[i][step] * (1 if lockstep else 1 + 3 * i))
                 if i == seed % count and step == asked_at:
-                    watch._stopping = True  # as its handler of SIGTERM does
-                    watch._stir()
+                    watch._state.ask_to_stop()  # as its handler of SIGTERM does
                 if lockstep:
                     barrier.wait(10)  # as a collective of the step would
             return "the end"
@@ -181,8 +182,7 @@ def test_one_that_has_finished_already_holds_up_nobody_s_stop(monkeypatch):
                 if i and step == 5:
                     assert done.wait(10)
                     if i == 1:
-                        watch._stopping = True
-                        watch._stir()
+                        watch._state.ask_to_stop()
                     time.sleep(0.3)
             watch.phase("report")
             done.set()
@@ -204,11 +204,11 @@ def test_a_peer_that_does_not_read_is_found_silent_however_much_there_is_to_say(
         end.set()
         raise SystemExit
 
-    monkeypatch.setattr(Watchdog, "_end", note)
+    monkeypatch.setattr(WatchState, "end_process", note)
     with hub, mine:
         watch = Watchdog(1.5)
         watch.__enter__()
-        watch._say({"value": ["the report", "x" * 20_000_000]})
+        watch._state.say({"value": ["the report", "x" * 20_000_000]})
         assert end.wait(10)
         watch._thread.join(10)
     assert ended[0][0] == LOST and "lost process 0, the coordinator" in ended[0][1] and "silent" in ended[0][1]
@@ -302,13 +302,13 @@ def test_a_step_or_digest_of_another_kind_is_the_caller_s_error(number, digest, 
 @pytest.mark.parametrize("where", ["leaves late", "comes late"])
 @pytest.mark.parametrize("late", [0, 1, 2])
 def test_one_watchdog_after_another_whoever_is_late(monkeypatch, late, where):
-    say = Watchdog._say
+    say = WatchState.say
 
     def say_late(self, message):
-        time.sleep(0.3 if where == "leaves late" and self.process_id == late and "end" in message else 0)
+        time.sleep(0.3 if where == "leaves late" and self.settings.process_id == late and "end" in message else 0)
         say(self, message)
 
-    monkeypatch.setattr(Watchdog, "_say", say_late)
+    monkeypatch.setattr(WatchState, "say", say_late)
     with connected(3, monkeypatch) as (watches, ended):
         rounds = [watches, *([Watchdog(10) for _ in range(3)] for _ in range(2))]
 
@@ -336,7 +336,7 @@ def test_a_line_belongs_to_its_session_however_the_stream_is_cut(seed):
         peer = Peer(ours)
         heard = []
         for session in (1, 2, 3):
-            peer.begin(None, "y")
+            peer.begin("y")
             peer.register(events, 0)
             heard.append(peer.messages())
             size = len(stream) if session == 3 else rng.randrange(len(stream) + 1)
@@ -470,19 +470,21 @@ def test_handlers_set_from_c_are_put_back_as_they_were():
         set_action(signal.SIGTERM, before[0]), set_action(signal.SIGABRT, before[1])
 
 
-@pytest.mark.parametrize("name", shared.TIMEOUTS)
+@pytest.mark.parametrize("name", shared_flags.TIMEOUTS)
 def test_a_launcher_has_a_flag_for_each_time_out_and_refuses_what_is_none(monkeypatch, name):
     with flagsaver.flagsaver():
         flags.FLAGS(["decode", f"--{name}=7"])
         asked = {}
-        monkeypatch.setattr("paged_dist.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout))
-        shared.watchdog("decode")
+        monkeypatch.setattr(
+            "paged_dist.launch.common.start_jax.Watchdog", lambda timeout, **k: asked.update(k, timeout_seconds=timeout)
+        )
+        watchdog("decode")
         usual = {"timeout_seconds": 60, "start_timeout_seconds": None, "phase_timeout_seconds": 3600}
         assert asked == usual | {name: 7, "name": "decode"}
         for bad in ("0", "-1", "inf", "nan"):
             flags.FLAGS(["decode", f"--{name}={bad}"])
             with pytest.raises(ValueError, match=rf"^--{name}=.*: must be above 0 and finite"):
-                shared.start_jax("decode")
+                start_jax("decode")
 
 
 # Real processes, and what befalls them

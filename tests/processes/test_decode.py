@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import jax
 import pytest
 from commands import run_command
+from one_process import run_in_one_process
 
 from paged_dist.launch.serving.engine import ERROR_BOUNDS
 
@@ -185,11 +185,21 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(  # each is a process: every second one unless `-m slow`
-    ("arguments", "says"), [pytest.param(*x, marks=pytest.mark.slow if i % 2 else ()) for i, x in enumerate(BAD_FLAGS)]
-)
-def test_a_bad_flag_is_one_line_and_exit_code_2_before_anything_is_written(tmp_path, arguments, says):
-    assert says in refused(tmp_path, *arguments)
+@pytest.fixture(scope="module")
+def decode_refusals(tmp_path_factory):
+    """How a run with each of BAD_FLAGS ends, and the folder that none of them wrote to."""
+    folder = tmp_path_factory.mktemp("refusals")
+    output = f"--output={folder}/out.jsonl"
+    return run_in_one_process([("decode", [output, *arguments]) for arguments, _ in BAD_FLAGS]), folder
+
+
+@pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[" ".join(arguments) for arguments, _ in BAD_FLAGS])
+def test_a_bad_flag_is_one_line_and_exit_code_2_before_anything_is_written(decode_refusals, index):
+    ends, folder = decode_refusals
+    _, code, out, err = ends[index]
+    assert (code, out, list(folder.iterdir())) == (2, "", []), err
+    (line,) = err.splitlines()
+    assert line.startswith("paged-dist-decode: error: ") and BAD_FLAGS[index][1] in line
 
 
 def test_a_file_that_is_no_trace_is_refused_with_its_line(tmp_path):
@@ -248,17 +258,18 @@ def test_the_pallas_kernels_decode_a_trace_in_interpret_mode(tmp_path):
     assert code == 2 and "runs in one process only" in err
 
 
-@pytest.mark.parametrize("name", ["decode", "plan", "scaling", "kernel_report", "accuracy", "xla_report"])
-def test_help_groups_the_flags_in_80_columns_and_says_what_exit_codes_mean(name):
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", f"paged_dist.launch.{name}", "--help"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
-    known = {"This launcher:", "Mesh:", "Model and cache:", "Work:", "Output:", "Several processes:"}
-    heads = [line for line in done.stdout.splitlines() if line in known]
-    assert {"Model and cache:", "Output:"} <= set(heads) and len(heads) == len(set(heads))
-    assert re.findall(r"^  --(\w+):", done.stdout, re.M).count("output") == 1
-    assert "75 asked to" in done.stdout
+def test_help_groups_the_flags_in_80_columns_and_says_what_exit_codes_mean():
+    """Of all launchers in one process; test_xla_report_runs.py asks one as a command."""
+    names = ["decode", "plan", "scaling", "kernel_report", "accuracy", "xla_report"]
+    ends = run_in_one_process([(name, ["--help"]) for name in names])
+    assert [end.launcher for end in ends] == names
+    for _, code, text, _ in ends:
+        assert code == 0 and max(map(len, text.splitlines())) <= 80
+        known = {"This launcher:", "Mesh:", "Model and cache:", "Work:", "Output:", "Several processes:"}
+        heads = [line for line in text.splitlines() if line in known]
+        assert {"Model and cache:", "Output:"} <= set(heads) and len(heads) == len(set(heads))
+        assert re.findall(r"^  --(\w+):", text, re.M).count("output") == 1
+        assert "75 asked to" in text
 
 
 def test_a_dry_run_prints_what_would_run_and_writes_nothing(tmp_path):

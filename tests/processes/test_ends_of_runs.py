@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 
 import pytest
-from commands import SUPPORT, run_command
+from commands import run_command
 from decode_pod import FAULTY_DECODE, DecodePod
+from one_process import run_in_one_process
 
 from paged_dist.launch.local_pod import pod_environment
 
@@ -57,38 +57,9 @@ def test_a_profile_that_cannot_be_written_costs_a_line_and_not_the_record(tmp_pa
     assert [line for line in lines if "profile" in line] == [said]
 
 
-# Several command lines in one process, as importing JAX takes longer than refusing a flag
-
-EACH = """
-import contextlib, importlib, io, json, signal, sys
-from absl import app, flags
-from absl.testing import flagsaver as absl_flagsaver
-import flagsaver
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runs = json.loads(sys.argv[1])
-for name, arguments in runs:
-    module, err = importlib.import_module("paged_dist.launch." + name), io.StringIO()
-    if arguments == "Ctrl-C":
-        module.main, arguments = lambda _: signal.raise_signal(signal.SIGINT), []
-    sys.argv = ["x", *arguments]
-    with flagsaver.flagsaver(), absl_flagsaver.flagsaver(), contextlib.redirect_stderr(err):
-        try:
-            module.cli()
-        except SystemExit as e:
-            print(json.dumps([name, e.code, err.getvalue()]))
-"""
-
-
-def each(runs):
-    command = [sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs)]
-    code, out, err = run_command(command, PYTHONPATH=SUPPORT)
-    assert code == 0, err
-    return [json.loads(line) for line in out.splitlines()]
-
-
 def test_ctrl_c_is_one_line_and_130_of_every_launcher():
     names = ["decode", "scaling", "plan", "accuracy", "kernel_report", "xla_report", "compare", "local_pod"]
-    for name, code, err in each([(name, "Ctrl-C") for name in names]):
+    for name, code, _, err in run_in_one_process([(name, "Ctrl-C") for name in names]):
         assert (code, err) == (130, f"paged-dist-{name.replace('_', '-')}: interrupted\n")
 
 
@@ -110,9 +81,9 @@ HUGE = [
 
 
 def test_sizes_of_which_no_run_would_come_are_refused_at_once():
-    ends = each([of_launcher[:2] for of_launcher in HUGE])
+    ends = run_in_one_process([of_launcher[:2] for of_launcher in HUGE])
     assert len(ends) == len(HUGE)
-    for (name, _, says), (_, code, err) in zip(HUGE, ends, strict=True):
+    for (name, _, says), (_, code, _, err) in zip(HUGE, ends, strict=True):
         assert code == 2 and err.startswith(f"paged-dist-{name.replace('_', '-')}: error: "), err
         assert says in err and err.count("\n") == 1, err
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from commands import json_rows, launcher, run_launcher, wait_for
+from one_process import run_in_one_process
 
 LIMIT = 120  # seconds, for one sweep
 SMALL = ["--num_requests=4", "--max_context=60", "--max_generated=6", "--layers=1", "--num_q_heads=4", "--batch=4"]
@@ -86,28 +87,33 @@ def test_sub_meshes_of_what_is_there_are_measured_by_all_processes_together(tmp_
     assert "4x1x1" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scaling=linear"], "--scaling='linear': must be strong, weak or both"),
-        (["--processes=1,x"], "--processes='x': must be whole numbers"),
-        (["--data=2"], "--data=2: is no flag of this launcher; the sweep sets it"),
-        (["--plot=a.pdf"], "--plot='a.pdf': must end in .svg or .png"),
-        (["--plan=v5p:8x8x9", "--sizes=1"], "not together with --sizes"),
-        (["--plan=v5p:7x8x8"], "the nearest is v5p:8x8x8"),
-        (["--output=/proc/x"], "--output='/proc/x'"),
-        (["--plan="], "--plan='': must name a slice"),
-        (["--width=512"], "--width=512: is a flag of --plan"),
-        (["--plan=v5e:2x2", "--implementation=xla"], "--implementation='xla': is a flag of measured sweeps"),
-        (["--oracle_samples=-1"], "--oracle_samples=-1: must be at least 0"),
-        (["--model_parallelism=2"], "--model_parallelism=2: is no flag of this launcher"),
-        (["--plan=v5e:2x2", "--processes=1"], "--processes=['1']: is of local pods"),
-        (["--plan=v5e:2x2", "--num_pages=9"], "--num_pages=9: is no flag of this launcher"),
-    ],
-)
-def test_bad_flags_end_with_one_line_before_anything_runs(arguments, message):
-    code, text, err = run_launcher("scaling", *arguments)
-    assert (code, text) == (2, "") and err.count("\n") == 1 and message in err, err
+BAD_FLAGS = [
+    (["--scaling=linear"], "--scaling='linear': must be strong, weak or both"),
+    (["--processes=1,x"], "--processes='x': must be whole numbers"),
+    (["--data=2"], "--data=2: is no flag of this launcher; the sweep sets it"),
+    (["--plot=a.pdf"], "--plot='a.pdf': must end in .svg or .png"),
+    (["--plan=v5p:8x8x9", "--sizes=1"], "not together with --sizes"),
+    (["--plan=v5p:7x8x8"], "the nearest is v5p:8x8x8"),
+    (["--output=/proc/x"], "--output='/proc/x'"),
+    (["--plan="], "--plan='': must name a slice"),
+    (["--width=512"], "--width=512: is a flag of --plan"),
+    (["--plan=v5e:2x2", "--implementation=xla"], "--implementation='xla': is a flag of measured sweeps"),
+    (["--oracle_samples=-1"], "--oracle_samples=-1: must be at least 0"),
+    (["--model_parallelism=2"], "--model_parallelism=2: is no flag of this launcher"),
+    (["--plan=v5e:2x2", "--processes=1"], "--processes=['1']: is of local pods"),
+    (["--plan=v5e:2x2", "--num_pages=9"], "--num_pages=9: is no flag of this launcher"),
+]
+
+
+@pytest.fixture(scope="module")
+def scaling_refusals():
+    return run_in_one_process([("scaling", arguments) for arguments, _ in BAD_FLAGS])
+
+
+@pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[" ".join(arguments) for arguments, _ in BAD_FLAGS])
+def test_bad_flags_end_with_one_line_before_anything_runs(scaling_refusals, index):
+    _, code, text, err = scaling_refusals[index]
+    assert (code, text) == (2, "") and err.count("\n") == 1 and BAD_FLAGS[index][1] in err, err
 
 
 def test_a_dry_run_prints_the_points_and_starts_nothing(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_chip_cases import FP8, INT8, OneChipCase, quantized_arrays
+from one_chip_cases import FP8, INT8, OneChipCase, among_layers, quantized_arrays
 from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attention
@@ -117,8 +117,8 @@ def test_xla_form_equals_the_oracle(case):
 def test_layers_are_picked_with_their_scales(interpret):
     case = OneChipCase("layers", P=128, S=2, lengths=(200, 3), dtype=INT8)
     (query, k, v, *rest), scales, expected = quantized_arrays(case)
-    pools = [jnp.full((3, *x.shape), 77, x.dtype).at[1].set(x) for x in (k, v)]
-    scales = {name: jnp.full((3, *x.shape), jnp.nan).at[1].set(x) for name, x in scales.items()}
+    pools = [among_layers(x, 77) for x in (k, v)]
+    scales = {name: among_layers(x, np.nan) for name, x in scales.items()}
 
     def attend(layer):
         options = dict(block_sizes=SMALL, interpret=interpret, return_lse=True, **case.options)

@@ -38,7 +38,8 @@ WRONG = {
 def arguments(kind, at=None, page=None):
     mesh = POD.mesh(kind)
     _, lengths, tables = POD.arguments
-    tables = tables if at is None else tables.at[at].set(page)
+    if at is not None:
+        tables[at] = page
     put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
     return put(tables), put(lengths), POD.cache(mesh)
 

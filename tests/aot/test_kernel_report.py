@@ -112,5 +112,5 @@ def test_padded_heads_are_counted_as_stored_with_what_pads_the_query():
 @needs_libtpu
 def test_jax_s_own_uses_both_cores_where_there_are_two():
     plan = launch_plan_of(OneChipCase("", Hq=8, Hkv=2))
-    modes = [jax_kernel.call(plan, 2, one_chip_mesh(chip))[0].keywords["megacore_mode"] for chip in ("v5e", "v5p")]
+    modes = [jax_kernel.jax_call(plan, 2, one_chip_mesh(chip))[0].keywords["megacore_mode"] for chip in ("v5e", "v5p")]
     assert modes == [None, "kv_head"]

@@ -15,13 +15,15 @@ from commands import run_launcher
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from one_process import run_in_one_process
 from plan_settings import TOPOLOGIES, advised_settings, default_plan_settings, plan_settings
 
 from paged_dist import make_pod_mesh
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import V6E, chip_of_topology
+from paged_dist.launch.common.chips import V6E
 from paged_dist.launch.common.flag_registry import FLAGS
+from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning import (
     absent_chips,
     fitting,
@@ -236,6 +238,11 @@ BAD_FLAGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def plan_refusals():
+    return run_in_one_process([("plan", arguments) for arguments, _ in BAD_FLAGS])
+
+
 @needs_libtpu
 @pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[" ".join(arguments) for arguments, _ in BAD_FLAGS])
 def test_bad_flags_end_with_one_line(plan_refusals, index):
@@ -307,7 +314,7 @@ def planned_with_mlp(mlp_width, topology="tpu7x:2x2x1"):
     shape = ["--num_kv_heads=8", "--num_q_heads=16", "--layers=4", "--width=1024", "--num_pages=2048"]
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *shape, f"--mlp_width={mlp_width}"])
-        return plan.plan(plan.settings_from_flags())
+        return plan_record(plan.plan_settings())
 
 
 @needs_libtpu

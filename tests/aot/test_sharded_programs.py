@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 import functools
 
 import aot
@@ -53,7 +54,7 @@ def test_a_pods_program_has_the_mergers_collectives_and_no_other(topology, outpu
 @pytest.mark.parametrize("chip", CHIP_TOPOLOGIES)
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_local_forms_compile_for_every_chip(chip, check_vma):
-    mesh = absent_pod(CHIPS[chip], 2, 2)
+    mesh = absent_pod(CHIP_TOPOLOGIES[chip], 2, 2)
     spec = pd.CacheSpec(4, 128, 256, num_layers=2)
     cache = pd.PagedKVCache.abstract(spec, mesh)
     heads, pools = P("data", "model", None), cache.partition_specs()
@@ -99,7 +100,7 @@ def test_op_compiles_for_a_pod_with_either_axis_type(kind):
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v4", "v5p", "v5e", "v6e", "v7x"])
 def test_both_cores_of_a_megacore_chip_work(chip):
-    mesh = absent_pod(CHIPS[chip], 2, 2)
+    mesh = absent_pod(CHIP_TOPOLOGIES[chip], 2, 2)
     cache = pd.PagedKVCache.abstract(pd.CacheSpec(4, 128, 64), mesh)
     query = jax.ShapeDtypeStruct((6, 32, 128), jnp.bfloat16)
     int32 = lambda *dims: jax.ShapeDtypeStruct((6, *dims), jnp.int32)

@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 from commands import run_command
+from one_process import run_in_one_process
 
 from paged_dist.launch.serving.engine import ERROR_BOUNDS
 
@@ -182,6 +183,14 @@ BAD_FLAGS = [
     (["--trace=/proc/none.csv"], "cannot be read"),
     (["--output=/proc/x.jsonl"], "--output='/proc/x.jsonl'"),
 ]
+
+
+@pytest.fixture(scope="module")
+def decode_refusals(tmp_path_factory):
+    """How a run with each of BAD_FLAGS ends, and the folder that none of them wrote to."""
+    folder = tmp_path_factory.mktemp("refusals")
+    output = f"--output={folder}/out.jsonl"
+    return run_in_one_process([("decode", [output, *arguments]) for arguments, _ in BAD_FLAGS]), folder
 
 
 @pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[" ".join(arguments) for arguments, _ in BAD_FLAGS])

@@ -7,7 +7,6 @@ import time
 
 from processes import free_port, results_of, run_processes, start, start_processes
 
-from paged_dist.cluster.addresses import DistributedInfo
 from paged_dist.cluster.distributed_info import DistributedInfo
 
 PSUM = """

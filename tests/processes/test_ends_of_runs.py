@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 
 import pytest
-from commands import SUPPORT, run_command
+from commands import run_command
 from decode_pod import FAULTY_DECODE, DecodePod
+from one_process import run_in_one_process
 
 from paged_dist.launch.local_pod import pod_environment
 
@@ -55,35 +55,6 @@ def test_a_profile_that_cannot_be_written_costs_a_line_and_not_the_record(tmp_pa
     assert "tokens/s" in out
     said = f"error: --profile_dir='{tmp_path}/profile': no profile could be written: {record['profile_error']}"
     assert [line for line in lines if "profile" in line] == [said]
-
-
-# Several command lines in one process, as importing JAX takes longer than refusing a flag
-
-EACH = """
-import contextlib, importlib, io, json, signal, sys
-from absl import app, flags
-from absl.testing import flagsaver as absl_flagsaver
-import flagsaver
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runs = json.loads(sys.argv[1])
-for name, arguments in runs:
-    module, err = importlib.import_module("paged_dist.launch." + name), io.StringIO()
-    if arguments == "Ctrl-C":
-        module.main, arguments = lambda _: signal.raise_signal(signal.SIGINT), []
-    sys.argv = ["x", *arguments]
-    with flagsaver.flagsaver(), absl_flagsaver.flagsaver(), contextlib.redirect_stderr(err):
-        try:
-            module.cli()
-        except SystemExit as e:
-            print(json.dumps([name, e.code, err.getvalue()]))
-"""
-
-
-def each(runs):
-    command = [sys.executable, "-P", "-c", textwrap.dedent(EACH), json.dumps(runs)]
-    code, out, err = run_command(command, PYTHONPATH=SUPPORT)
-    assert code == 0, err
-    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_ctrl_c_is_one_line_and_130_of_every_launcher():

@@ -1,6 +1,5 @@
 """`scaling`: the points of a sweep, efficiency, table and plot, and sweeps that are run, killed and gone on with."""
 
-
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import pytest
 from commands import json_rows, launcher, run_launcher, wait_for
+from one_process import run_in_one_process
 
 LIMIT = 120  # seconds, for one sweep
 SMALL = ["--num_requests=4", "--max_context=60", "--max_generated=6", "--layers=1", "--num_q_heads=4", "--batch=4"]
@@ -85,6 +85,29 @@ def test_sub_meshes_of_what_is_there_are_measured_by_all_processes_together(tmp_
     assert [(r["chips"], r["processes"]) for r in json_rows(out)] == [(1, 1), (2, 1), (4, 2)]
     assert len({r["checksum"] for r in json_rows(out)}) == 1
     assert "4x1x1" in done.stdout
+
+
+BAD_FLAGS = [
+    (["--scaling=linear"], "--scaling='linear': must be strong, weak or both"),
+    (["--processes=1,x"], "--processes='x': must be whole numbers"),
+    (["--data=2"], "--data=2: is no flag of this launcher; the sweep sets it"),
+    (["--plot=a.pdf"], "--plot='a.pdf': must end in .svg or .png"),
+    (["--plan=v5p:8x8x9", "--sizes=1"], "not together with --sizes"),
+    (["--plan=v5p:7x8x8"], "the nearest is v5p:8x8x8"),
+    (["--output=/proc/x"], "--output='/proc/x'"),
+    (["--plan="], "--plan='': must name a slice"),
+    (["--width=512"], "--width=512: is a flag of --plan"),
+    (["--plan=v5e:2x2", "--implementation=xla"], "--implementation='xla': is a flag of measured sweeps"),
+    (["--oracle_samples=-1"], "--oracle_samples=-1: must be at least 0"),
+    (["--model_parallelism=2"], "--model_parallelism=2: is no flag of this launcher"),
+    (["--plan=v5e:2x2", "--processes=1"], "--processes=['1']: is of local pods"),
+    (["--plan=v5e:2x2", "--num_pages=9"], "--num_pages=9: is no flag of this launcher"),
+]
+
+
+@pytest.fixture(scope="module")
+def scaling_refusals():
+    return run_in_one_process([("scaling", arguments) for arguments, _ in BAD_FLAGS])
 
 
 @pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[" ".join(arguments) for arguments, _ in BAD_FLAGS])

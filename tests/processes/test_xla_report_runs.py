@@ -6,6 +6,7 @@ import json
 
 import pytest
 from commands import run_launcher
+from one_process import run_in_one_process
 
 SMALL = [
     "--batch=3",
@@ -33,6 +34,23 @@ def test_it_measures_every_form_and_they_agree(tmp_path, dtype, plain_forms):
         assert all(0 < low <= mid <= high for low, mid, high in (*r["ms"].values(), r["ratio"]))
         assert r["fastest_plain"] == min((n for n in r["ms"] if n != "paged_dist"), key=lambda n: r["ms"][n][1])
         assert f"{r['ms']['paged_dist'][1]:.2f}" in out and f"{r['ratio'][1]:.2f}" in out
+
+
+BAD_FLAGS = [
+    ("--layers=3", "--layers=3: is no flag of this launcher"),
+    ("--live=0.5,2", "--live='2': must be shares between 0 and 1"),
+    ("--live=", "--live"),
+    ("--table_tokens=100", "--table_tokens=100: must be a multiple of --page_size=64"),
+    ("--head_dim=0", "--head_dim=0: must be at least 1"),
+    ("--num_kv_heads=3", "--num_q_heads=4: must be a multiple of --num_kv_heads=3"),
+    ("--kv_dtype=int4", "--kv_dtype='int4': is no cache dtype"),
+    ("--repeats=0", "--repeats=0: must be at least 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def xla_report_refusals():
+    return run_in_one_process([("xla_report", [*SMALL, flag]) for flag, _ in BAD_FLAGS])
 
 
 @pytest.mark.parametrize("index", range(len(BAD_FLAGS)), ids=[flag for flag, _ in BAD_FLAGS])

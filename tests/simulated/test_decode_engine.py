@@ -9,7 +9,8 @@ import pytest
 
 from paged_dist import CacheSpec, PageAllocator, make_pod_mesh
 from paged_dist.launch.serving import programs as step
-from paged_dist.launch.serving.engine import ERROR_BOUNDS, Engine
+from paged_dist.launch.serving.engine import Engine
+from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 from paged_dist.launch.serving.programs import Model
 from paged_dist.launch.serving.row_schedule import Pool, RowSchedule
 from paged_dist.launch.serving.workload import Request, whole_pool

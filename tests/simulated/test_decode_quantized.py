@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_chip_cases import FP8, INT8, OneChipCase, quantized_arrays
+from one_chip_cases import FP8, INT8, OneChipCase, among_layers, quantized_arrays
 from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attention
@@ -15,7 +15,7 @@ from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.decode import plan_choice
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
-from paged_dist.kernels.quantization import pack_scales
+from paged_dist.kernels.scale_layout import pack_scales
 from paged_dist.kernels.target import Target
 
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)

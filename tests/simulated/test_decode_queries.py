@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from decode_programs import decode_shapes
 from jax.extend.core import jaxprs_in_params
-from one_chip_cases import FP8, INT8, OneChipCase, in_stacked_pools, poisoned_arrays, quantized_arrays
+from one_chip_cases import FP8, INT8, OneChipCase, among_layers, in_stacked_pools, poisoned_arrays, quantized_arrays
 from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
@@ -98,8 +98,8 @@ def run_queries(case: OneChipCase, sizes, interpret, *, seed=0, sinks=None):
     scales = {}
     if case.dtype in (INT8, FP8):
         (query, k, v, lengths, tables), scales, expected = quantized_arrays(case, seed)
-        pools = [jnp.full((3, *x.shape), 77, x.dtype).at[1].set(x) for x in (k, v)]
-        scales = {name: jnp.full((3, *x.shape), jnp.nan).at[1].set(x) for name, x in scales.items()}
+        pools = [among_layers(x, 77) for x in (k, v)]
+        scales = {name: among_layers(x, np.nan) for name, x in scales.items()}
     else:
         (query, k, v, lengths, tables), expected = poisoned_arrays(case, seed)
         pools = [in_stacked_pools(x, max(128, case.D)) for x in (k, v)]

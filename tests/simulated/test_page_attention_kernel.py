@@ -16,7 +16,7 @@ from paged_dist.kernels import (
     page_attention,
     paged_flash_attention_kernel_inline_seq_dim,
 )
-from paged_dist.kernels.seed import pallas_call as launch_module
+from paged_dist.kernels.seed import pallas_call
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
 
 CASES = [
@@ -143,7 +143,7 @@ def test_one_core_can_run_both_halves_of_a_megacore_grid():
 def test_a_batch_over_scalar_memory_is_split(monkeypatch):
     case = OneChipCase("split", lengths=(9, 0, 32, 1, 8))
     (query, k, v, *rest), expected = poisoned_arrays(case)
-    monkeypatch.setattr(launch_module, "rows_per_launch", lambda problem, multiple: 2)
+    monkeypatch.setattr(pallas_call, "sequences_per_launch", lambda problem, multiple: 2)
     output, lse = attend_pages_pallas(query, k[None], v[None], *rest, interpret=simulated(), **case.options)
     assert_close_to_oracle(case, expected, output, lse)
 

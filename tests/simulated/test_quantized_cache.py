@@ -15,7 +15,7 @@ from pod_meshes import simulated_pod
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.quantization import pack_scales
+from paged_dist.kernels.scale_layout import pack_scales
 from paged_dist.ops.attention import smoothed_query
 
 

@@ -54,17 +54,15 @@ class FourRows:
         return dict(query=query, key=pools[0], value=pools[1], lengths=lengths, block_tables=tables)
 
     def cache(self, mesh: Mesh, axes: pd.MeshAxes = pd.MeshAxes()) -> pd.PagedKVCache:
-        return pd.PagedKVCache.from_pages(
-            *(jnp.asarray(self.arrays[k]) for k in ("key", "value")), mesh=mesh, axes=axes
-        )
+        return pd.PagedKVCache.from_pages(*(self.arrays[k].copy() for k in ("key", "value")), mesh=mesh, axes=axes)
 
     @property
-    def rest(self) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(self.arrays["lengths"]), jnp.asarray(self.arrays["block_tables"])
+    def rest(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.arrays["lengths"].copy(), self.arrays["block_tables"].copy()
 
     @property
-    def query(self) -> jax.Array:
-        return jnp.asarray(self.arrays["query"])
+    def query(self) -> np.ndarray:
+        return self.arrays["query"].copy()
 
     def oracle(self, **options) -> tuple[np.ndarray, np.ndarray]:
         a = self.arrays

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paged_dist.kernels import BlockSizes
-from paged_dist.kernels.attention.checks import Problem
 from paged_dist.kernels.attention.oracle import attention_oracle
+from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.quantization import dequantize_kv, quantize_kv
 
@@ -83,8 +85,15 @@ def poisoned_arrays(case: OneChipCase, seed: int = 0):
 def in_stacked_pools(pages, width: int, layers: int = 3, layer: int = 1):
     """`pages` [Hkv, N, P, D] as layer `layer` of stored pools [L, Hkv, N, R, W]; the other layers are NaN."""
     Hkv, N, P, D = pages.shape
-    stored = pages.reshape(Hkv, N, P * D // width, width)
-    return jnp.full((layers, *stored.shape), jnp.nan, pages.dtype).at[layer].set(stored)
+    return among_layers(np.asarray(pages).reshape(Hkv, N, P * D // width, width), np.nan, layers, layer)
+
+
+def among_layers(x, others, layers: int = 3, layer: int = 1) -> jax.Array:
+    """`x` as layer `layer` of a stacked array; the other layers are full of `others`. In NumPy: nothing is compiled."""
+    x = np.asarray(x)
+    stacked = np.full((layers, *x.shape), others, x.dtype)
+    stacked[layer] = x
+    return jnp.asarray(stacked)
 
 
 def assert_close_to_oracle(case: OneChipCase, expected, output, lse=None):
@@ -145,19 +154,24 @@ STARTS_CASES = [
 INT8, FP8 = "int8", "float8_e4m3fn"
 
 
+_quantize = jax.jit(quantize_kv, static_argnums=1)  # one program a shape, where it would be one an operation
+_dequantize = jax.jit(dequantize_kv)
+
+
 def quantized_arrays(case: OneChipCase, seed: int = 0):
     """(query, key_pages, value_pages, lengths, block_tables), both scales, and the oracle's (output, lse)."""
     (query, k, v, lengths, tables), _ = poisoned_arrays(dataclasses.replace(case, dtype="float32"), seed)
     spare = -k.shape[1] % max(1, 128 // case.P)  # whole rows of scales
+    worst = -128 if case.dtype == INT8 else np.nan
     pools, scales = [], []
     for x in (k, v):
-        x = jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=jnp.nan)
-        dead = jnp.isnan(x[..., 0])
-        values, scale = quantize_kv(jnp.nan_to_num(x), case.dtype)
-        worst = jnp.asarray(-128, jnp.int8) if case.dtype == INT8 else jnp.asarray(jnp.nan, FP8)
-        pools.append(jnp.where(dead[..., None], worst, values))
-        scales.append(jnp.where(dead, jnp.nan, scale))
-    exact = [np.asarray(dequantize_kv(p, s), np.float64) for p, s in zip(pools, scales, strict=True)]
+        x = np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=np.nan)
+        dead = np.isnan(x[..., 0])
+        values, scale = map(np.array, _quantize(np.nan_to_num(x), case.dtype))
+        values[dead], scale[dead] = worst, np.nan
+        pools.append(jnp.asarray(values))
+        scales.append(jnp.asarray(scale))
+    exact = [np.asarray(_dequantize(p, s), np.float64) for p, s in zip(pools, scales, strict=True)]
     expected = attention_oracle(query, *exact, lengths, tables, starts=case.starts, **case.options)
     return (query, *pools, lengths, tables), dict(zip(("key_scales", "value_scales"), scales, strict=True)), expected
 
@@ -167,4 +181,4 @@ def launch_plan_of(case: OneChipCase, sizes=None, **options) -> LaunchPlan:
     rows, pages = case.P * case.D // width, len(case.lengths) * case.S
     shape = (len(case.lengths), case.Hq, case.Hkv, case.D, 1, pages, rows, width, case.S)
     problem = Problem(*shape, case.query_dtype, case.dtype)
-    return Plan(problem, sizes or BlockSizes(1, 1), sliding_window=case.sliding_window, **options)
+    return LaunchPlan(problem, sizes or BlockSizes(1, 1), sliding_window=case.sliding_window, **options)

@@ -7,9 +7,11 @@ import re
 import flagsaver
 from jax.sharding import AbstractMesh
 
-from paged_dist.launch import plan
+from paged_dist.launch import plan  # noqa: F401 (its flags)
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import V5P
+from paged_dist.launch.planning import plan_flags, sizing
+from paged_dist.launch.planning import sizing
 from paged_dist.mesh.axes import AXIS_NAMES
 
 # What is written, and what it means; or, in brackets, what is advised instead.
@@ -66,11 +68,11 @@ def plan_settings(*arguments, topology="v5p:4x4x4"):
     """The settings of a command line; the flags are as before afterwards."""
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *arguments])
-        return plan.settings_from_flags()
+        return plan_flags.pod_settings_from_flags(None)
 
 
 def plan_sizes(s, shape=(4, 4, 4), chip=V5P):
-    return plan.sizes_of(s, AbstractMesh(shape, AXIS_NAMES), chip)
+    return sizing.sizes_of(s, AbstractMesh(shape, AXIS_NAMES), chip)
 
 
 @functools.cache

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from pod_meshes import simulated_pod
@@ -76,11 +74,15 @@ class PodCase:
         return simulated_pod(self.data, self.context, self.model, kind)
 
     def cache(self, mesh: Mesh) -> pd.PagedKVCache:
-        return pd.PagedKVCache.from_pages(*(jnp.asarray(self.arrays[k]) for k in ("key", "value")), mesh=mesh)
+        return pd.PagedKVCache.from_pages(*(self.arrays[k].copy() for k in ("key", "value")), mesh=mesh)
 
     @property
-    def arguments(self) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(self.arrays[k]) for k in ("query", "lengths", "block_tables"))
+    def arguments(self) -> tuple[np.ndarray, ...]:
+        """Of NumPy: each goes to its devices at once, where an array of one device takes a program to be split.
+
+        They are copies: a test may change `arrays` while the work on these is under way.
+        """
+        return tuple(self.arrays[k].copy() for k in ("query", "lengths", "block_tables"))
 
     def oracle(self, **options):
         a = self.arrays

@@ -156,7 +156,9 @@ def test_interval_holds_the_true_ratio_and_goes_with_the_test(n_a, n_b):
 def test_ten_percent_are_found_in_six_runs_of_two_percent_noise(direction):
     rng = np.random.default_rng(3)
     for _ in range(50):
-        noisy = lambda centre: [DECODE_ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)]
+        noisy = lambda centre: [
+            DECODE_ROW | {"step_ms_p50": centre * np.exp(0.02 * rng.standard_normal())} for _ in range(6)
+        ]
         r = record.compare_metric("step_ms_p50", noisy(10.0), noisy(10 * 1.1**direction))
         assert r["verdict"] == ("slower" if direction == 1 else "faster")
         assert r["ratio"] == pytest.approx(1.1**direction, rel=0.04)
@@ -254,7 +256,9 @@ def test_a_value_that_is_none_is_shown_as_a_dash(run, bad):
     b = decode_rows([1000] * 5, peak_share=bad)
     if bad == "absent":
         b = decode_rows([1000] * 5)
-    code, out, _ = run(decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl")
+    code, out, _ = run(
+        decode_rows([1000] * 5, peak_share=0.5), b, "--metrics=tokens_per_s,peak_share", "--output=out.jsonl"
+    )
     assert code == 0
     assert printed_line(out, "peak_share") == "peak_share 5+0 0.5 - - - -"
     b[0] = b[0] | {"peak_share": 0.25}
@@ -341,7 +345,9 @@ def test_what_the_work_does_not_depend_on_is_told_and_compared(run):
 
 
 def test_flags_as_a_list_are_told_one_by_one():
-    a, b = ([DECODE_ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"])))
+    a, b = (
+        [DECODE_ROW | {"flags": ["--batch=4", f"--output={o}", *more]}] for o, more in (("x", []), ("y", ["--nocheck"]))
+    )
     assert record.differences(a, b) == {"flags.nocheck": [["-"], [""]]}
     assert record.differences(decode_rows([1], flags="-x"), decode_rows([1], flags="-y")) == {"flags": [["-x"], ["-y"]]}
 
@@ -349,7 +355,11 @@ def test_flags_as_a_list_are_told_one_by_one():
 def test_groups_are_told_apart_and_those_of_one_file_listed(run):
     seed = lambda n, **more: {"settings": DECODE_ROW["settings"] | {"seed": n}, **more}
     a = decode_rows([1000] * 4) + decode_rows([10, 11, 12, 13], **seed(1)) + decode_rows([5], **seed(2))
-    b = decode_rows([20, 21, 22, 23], **seed(1, git_commit="bbbb")) + decode_rows([1000] * 4) + decode_rows([5, 5], projected=True)
+    b = (
+        decode_rows([20, 21, 22, 23], **seed(1, git_commit="bbbb"))
+        + decode_rows([1000] * 4)
+        + decode_rows([5, 5], projected=True)
+    )
     code, out, _ = run(a, b, "--metrics=tokens_per_s")
     assert code == 0
     whole, *parts = out.split("\nsettings.seed=")
@@ -397,7 +407,11 @@ DIFFERS = "checksum differs: OUTPUTS ARE NOT THE SAME"
             0,
             "checksum differs, and so do versions",
         ),
-        ({"checksum": "ff", "versions": DECODE_ROW["versions"] | {"libtpu": "1"}}, 0, "checksum differs, and so do versions"),
+        (
+            {"checksum": "ff", "versions": DECODE_ROW["versions"] | {"libtpu": "1"}},
+            0,
+            "checksum differs, and so do versions",
+        ),
     ],
 )
 def test_other_checksums_of_the_same_work_fail_unless_the_compiler_is_another(run, change, code, told):

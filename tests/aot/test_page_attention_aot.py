@@ -8,8 +8,9 @@ from test_page_attention_kernel import BODIES, drive
 
 from paged_dist._compat import lowering_for
 from paged_dist.kernels import page_attention
-from paged_dist.kernels.attention import checks
-from paged_dist.kernels.seed import pallas_call as launch_module
+from paged_dist.kernels.attention.checks import check_pools
+from paged_dist.kernels.chips import SMEM_LIMIT
+from paged_dist.kernels.seed import block_choice, pallas_call
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
 
 pytestmark = needs_libtpu
@@ -140,7 +141,7 @@ def test_a_launcher_written_for_ejkernel_compiles(chip, body, Hq):
 @on_every_chip
 def test_the_largest_table_that_is_let_through_fits_in_scalar_memory(chip):
     def fits(S):
-        return checks.smem_bytes(256, S) <= checks.SMEM_BYTES - checks.SMEM_RESERVED
+        return block_choice.launch_smem_bytes(256, S) <= SMEM_LIMIT
 
     widest = max(S for S in range(900, 1025) if fits(S))
     arrays = shapes(B=256, Hq=8, S=widest)
@@ -154,7 +155,7 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
     arrays = shapes(B=256, Hq=8, S=1024)  # 1 MiB, all there is
     mesh = one_chip_mesh(chip)
     assert_one_kernel_and_no_copy(compile_on(mesh, attend(), *arrays), arrays[1], kernels=2)
-    monkeypatch.setattr(launch_module, "rows_per_launch", lambda problem, multiple: problem.batch)
+    monkeypatch.setattr(pallas_call, "sequences_per_launch", lambda problem, multiple: problem.batch)
     with pytest.raises(Exception, match=r"(?i)smem"):
         compile_on(mesh, attend(), *arrays)
 
@@ -171,6 +172,6 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
 )
 def test_the_largest_block_that_is_let_through_fits_in_vector_memory(chip, shape):
     arrays = shapes(**shape, S=4096, B=4)
-    problem = checks.check_pools(*arrays[:5])
-    most = max(n for n in range(1, 1000) if checks.vmem_bytes(problem, n) <= checks.VMEM_BYTES)
+    problem = check_pools(*arrays[:5])
+    most = max(n for n in range(1, 1000) if block_choice.block_vmem_bytes(problem, n) <= block_choice.BLOCK_VMEM_LIMIT)
     compile_on(one_chip_mesh(chip), attend(pages_per_compute_block=most, soft_cap=2.0, sliding_window=99), *arrays)

@@ -19,7 +19,7 @@ from paged_dist.kernels import (
     paged_flash_attention_kernel,
     paged_flash_attention_kernel_inline_seq_dim,
 )
-from paged_dist.kernels.seed import pallas_call as launch_module
+from paged_dist.kernels.seed import pallas_call
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
 
 CASES = [
@@ -146,7 +146,7 @@ def test_one_core_can_run_both_halves_of_a_megacore_grid():
 def test_a_batch_over_scalar_memory_is_split(monkeypatch):
     case = Case("split", lengths=(9, 0, 32, 1, 8))
     (query, k, v, *rest), expected = make(case)
-    monkeypatch.setattr(launch_module, "rows_per_launch", lambda problem, multiple: 2)
+    monkeypatch.setattr(pallas_call, "sequences_per_launch", lambda problem, multiple: 2)
     output, lse = attend_pages_pallas(query, k[None], v[None], *rest, interpret=simulated(), **case.options)
     assert_close(case, expected, output, lse)
 

@@ -173,5 +173,5 @@ def test_a_table_over_scalar_memory_is_refused_by_mosaic_and_split_by_us(chip, m
 def test_the_largest_block_that_is_let_through_fits_in_vector_memory(chip, shape):
     arrays = shapes(**shape, S=4096, B=4)
     problem = check_pools(*arrays[:5])
-    most = max(n for n in range(1, 1000) if block_choice.block_vmem_bytes(problem, n) <= block_choice.BLOCK_VMEM_LIMIT)
+    most = max(n for n in range(1, 1000) if block_choice.block_vmem_bytes(problem, n) <= block_choice.BLOCK_VMEM)
     compile_on(one_chip_mesh(chip), attend(pages_per_compute_block=most, soft_cap=2.0, sliding_window=99), *arrays)

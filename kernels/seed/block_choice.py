@@ -17,7 +17,7 @@ from paged_dist.kernels.tiling import LANES, SUBLANES
 
 MEGACORE_MODES = (None, "kv_head", "batch")
 
-_BLOCK_VMEM = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
+BLOCK_VMEM = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
 # Of the default block: half the core time a token of 1024 (v6e, projected), short beside long sequences.
 _BLOCK_TOKENS = 2048
 _BLOCK_BYTES = 10 << 20  # of vector memory, at most
@@ -125,17 +125,17 @@ def check_pages_per_compute_block(problem: Problem, pages: int) -> int:
     pages = min(int(pages), problem.pages_per_sequence)
     need = block_vmem_bytes(problem, pages)
     require(
-        block_vmem_bytes(problem, 1) <= _BLOCK_VMEM,
+        block_vmem_bytes(problem, 1) <= BLOCK_VMEM,
         "page_size",
         problem.page_size,
-        f"a block of one page needs {block_vmem_bytes(problem, 1)} bytes of VMEM, of which there are {_BLOCK_VMEM}",
+        f"a block of one page needs {block_vmem_bytes(problem, 1)} bytes of VMEM, of which there are {BLOCK_VMEM}",
         "use smaller pages",
     )
     require(
-        need <= _BLOCK_VMEM,
+        need <= BLOCK_VMEM,
         "pages_per_compute_block",
         pages,
-        f"needs {need} bytes of VMEM, of which there are {_BLOCK_VMEM}",
+        f"needs {need} bytes of VMEM, of which there are {BLOCK_VMEM}",
         f"{choose_pages_per_compute_block(problem)} is the default here",
     )
     return pages

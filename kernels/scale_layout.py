@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._compat import reshape_minor
-from paged_dist._errors import require
+from paged_dist._errors import bad_value, require
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
@@ -29,13 +29,13 @@ def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size"
         num_pages % pages == 0,
         "num_pages",
         num_pages,
-        f"with int8 and fp8 at page_size {page_size} must be a multiple of {pages} on each shard, for so many pages "
+        f"with int8 and fp8 at page_size {page_size} must be a multiple of {pages} on each shard, for {pages} pages "
         "share a row of scales",
     )
 
 
 def scale_rows(num_pages: int, page_size: int) -> int:
-    """Rows of 128 that the scales of one head's pages take."""
+    """Rows of 128 that the scales of `num_pages` pages of one head take."""
     return num_pages * page_size // LANES
 
 
@@ -52,28 +52,34 @@ def pages_of_whole_tiles(page_size: int) -> int:
     return math.lcm(SUBLANES * LANES, page_size) // page_size
 
 
-def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless both scales are there, f32, of this shape."""
+def check_scales(key_scales: jax.Array | None, value_scales: jax.Array | None, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the scales of keys and of values are both given, f32, of this shape."""
     for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
-        require(scales is not None, name, None, "8-bit pages need both key_scales and value_scales")
+        if scales is None:
+            raise bad_value(name, None, "8-bit pages need both key_scales and value_scales")
         require(scales.shape == shape, f"{name}.shape", scales.shape, f"must be {shape}, one for each token and head")
         require(scales.dtype == jnp.float32, f"{name}.dtype", jnp.dtype(scales.dtype).name, "must be float32")
 
 
 def check_stored_scales(
-    key_scales, value_scales, layers_and_heads: tuple[int, int], *, num_pages: int, page_size: int
+    key_scales: jax.Array | None,
+    value_scales: jax.Array | None,
+    layers_and_heads: tuple[int, int],
+    *,
+    num_pages: int,
+    page_size: int,
 ) -> None:
-    """Raises ValueError unless both scales are there as `pack_scales` stores them: f32 [L, Hkv, N * P / 128, 128]."""
+    """Raises ValueError unless both scales are given as `pack_scales` stores them: f32 [L, Hkv, N * P / 128, 128]."""
     check_scale_rows(num_pages, page_size)
     check_scales(key_scales, value_scales, (*layers_and_heads, scale_rows(num_pages, page_size), LANES))
 
 
 def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
-    """Scales [..., N, P] as stored, [..., N * P / 128, 128].
+    """Scales [..., N, P] as they are stored, [..., N * P / 128, 128].
 
-    Token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row, R = P / tokens_per_row: where
-    two tokens share a row of the pool, first come all the first ones of a page, then the second ones, as the kernel's
-    scores have them side by side.
+    Token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row in the rows, R = P /
+    tokens_per_row. So where two tokens share a row of the pool, a page has first the scales of all rows' first tokens,
+    then those of their second tokens: as the kernel's scores lie side by side.
     """
     *lead, pages, page_size = scales.shape
     if tokens_per_row > 1:

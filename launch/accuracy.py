@@ -15,11 +15,28 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_dist import (
+    CacheSpec,
+    PagedKVCache,
+    calibrate_key_smoothing,
+    make_pod_mesh,
+    sharded_paged_attention,
+    write_prefill_kv,
+)
 from paged_dist._errors import require
+from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.provenance import versions
+from paged_dist.launch.common.record_output import deliver
+from paged_dist.launch.common.report_lines import head_dim_words, report_line
 from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.shape_flags import attention_shapes_from_flags
 from paged_dist.launch.serving.workload import whole_pool
 
 CONTEXT_LENGTHS = flags.DEFINE_list(
@@ -67,38 +84,29 @@ def accuracy_settings() -> AccuracySettings:
       ValueError: a value outside its rule, or a flag of another launcher.
     """
     ACCURACY_PROGRAM.refuse_other_flags()
-    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")
-    values = {name: flags.FLAGS[name].value for name in shapes}
-    flag_checks.at_least(1, **values)
+    shapes = attention_shapes_from_flags()
     flag_checks.check_seed()
-    flag_checks.check_head_counts()
     text = ",".join(CONTEXT_LENGTHS.value)
     whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
     lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
-    flag_checks.check_sizes()
-    drawn = 2 * 4 * values["batch"] * max(lengths) * values["num_kv_heads"] * values["head_dim"]
+    drawn = 2 * 4 * shapes.batch * max(lengths) * shapes.num_kv_heads * shapes.head_dim
     flag_checks.check_host_memory("--context_lengths", text, drawn)
     flag_checks.check_output(shared_flags.OUTPUT.value)
-    return AccuracySettings(**values, seed=shared_flags.SEED.value, lengths=tuple(sorted(set(lengths))))
+    return AccuracySettings(**shapes._asdict(), seed=shared_flags.SEED.value, lengths=tuple(sorted(set(lengths))))
 
 
 class CaseData(NamedTuple):
     """One case's arrays, T the longest context."""
 
-    query: object  # [B, Hq, D] bf16
-    keys: object  # [B, T, Hkv, D] f32
-    values: object  # [B, T, Hkv, D] f32
-    smoothing: object  # [Hkv, D] f32, or None
+    query: np.ndarray  # [B, Hq, D] bf16
+    keys: np.ndarray  # [B, T, Hkv, D] f32
+    values: np.ndarray  # [B, T, Hkv, D] f32
+    smoothing: jax.Array | None  # [Hkv, D] f32
 
 
 def draw(s: AccuracySettings) -> dict[str, CaseData]:
     """The data of every case: the same draws, so that cases differ in nothing else."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from paged_dist import calibrate_key_smoothing
-
     rng = np.random.default_rng([s.seed, 3])
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     query = normal((s.batch, s.num_q_heads, s.head_dim))
@@ -119,27 +127,19 @@ def draw(s: AccuracySettings) -> dict[str, CaseData]:
     return {
         "plain": plain,
         "outliers": outliers,
-        "smoothed": outliers._replace(smoothing=np.asarray(calibrate_key_smoothing(sample))),
+        "smoothed": outliers._replace(smoothing=calibrate_key_smoothing(sample)),
     }
 
 
-def tables_of(s: AccuracySettings):
+def shuffled_tables(s: AccuracySettings) -> np.ndarray:
     """int32 [B, S] page ids, shuffled."""
-    import numpy as np
-
     columns = -(-max(s.lengths) // s.page_size)
     rng = np.random.default_rng([s.seed, 4])
     return rng.permutation(s.batch * columns).reshape(s.batch, columns).astype(np.int32)
 
 
-def fill(s: AccuracySettings, dtype: str, data: CaseData, tables):
+def fill(s: AccuracySettings, dtype: str, data: CaseData, tables: np.ndarray) -> PagedKVCache:
     """A cache of `dtype` on one device that holds data's keys and values on the pages of `tables` [B, S]."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, write_prefill_kv
-
     spec = CacheSpec(s.num_kv_heads, s.head_dim, whole_pool(tables.size, s.page_size, dtype), s.page_size, dtype)
     mesh = make_pod_mesh(model=1, devices=jax.devices()[:1])
     cache = PagedKVCache.create(spec, mesh, key_smoothing=data.smoothing)
@@ -153,10 +153,8 @@ def fill(s: AccuracySettings, dtype: str, data: CaseData, tables):
     return cache
 
 
-def held_pages(cache) -> tuple:
+def held_pages(cache: PagedKVCache) -> tuple[np.ndarray, np.ndarray]:
     """(keys, values) [Hkv, N, P, D] float64: what the cache's pages stand for, dequantised in NumPy."""
-    import numpy as np
-
     keys, values, *scales = (np.asarray(x).astype(np.float64) for x in cache.to_pages())
     keys, values = (x * scale[..., None] for x, scale in zip((keys, values), scales, strict=True))
     if cache.key_smoothing is not None:
@@ -164,10 +162,8 @@ def held_pages(cache) -> tuple:
     return keys, values
 
 
-def given_pages(s: AccuracySettings, data: CaseData) -> tuple:
+def given_pages(s: AccuracySettings, data: CaseData) -> tuple[np.ndarray, np.ndarray]:
     """(keys, values) [Hkv, B * S, P, D] f32: the data itself, on pages in order."""
-    import numpy as np
-
     rest = -max(s.lengths) % s.page_size
 
     def paged(x):
@@ -177,29 +173,22 @@ def given_pages(s: AccuracySettings, data: CaseData) -> tuple:
     return paged(data.keys), paged(data.values)
 
 
-def relative_rms(output, want) -> float:
+def relative_rms(output: np.ndarray, want: np.ndarray) -> float:
     """Root mean square of output - want over that of want; infinite where output is not finite."""
-    import numpy as np
-
     error = float(np.sqrt(np.mean((output - want) ** 2) / np.mean(want**2)))
     return error if math.isfinite(error) else math.inf
 
 
 def measure_errors(s: AccuracySettings) -> list[dict]:
     """One record for each length, dtype and case: length, dtype, case, `error` and the op's `own_error`."""
-    import jax
-    import numpy as np
-
-    from paged_dist import sharded_paged_attention
-    from paged_dist.kernels.attention.oracle import attention_oracle
-
-    tables, scale = tables_of(s), s.head_dim**-0.5
+    tables, scale = shuffled_tables(s), s.head_dim**-0.5
     in_order = np.arange(tables.size).reshape(tables.shape)
     attend = jax.jit(functools.partial(sharded_paged_attention, sm_scale=scale))
 
-    def exact(data, pages, tables):
+    def exact(data: CaseData, pages: tuple[np.ndarray, np.ndarray], tables: np.ndarray) -> dict[int, np.ndarray]:
         """length -> [B, Hq, D] float64"""
-        one = lambda n: attention_oracle(data.query, *pages, np.full(s.batch, n), tables, sm_scale=scale)[0]
+        keys, values = pages
+        one = lambda n: attention_oracle(data.query, keys, values, np.full(s.batch, n), tables, sm_scale=scale)[0]
         return {n: one(n) for n in s.lengths}
 
     found, want = [], {}
@@ -237,8 +226,6 @@ def failures(results: list[dict]) -> list[str]:
 
 def accuracy_table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.common.report_lines import head_dim_words, report_line
-
     s, results = record["settings"], record["results"]
     at = {(r["length"], r["dtype"], r["case"]): r for r in results}
     percent = lambda x: f"{100 * x:.2f}"
@@ -277,10 +264,6 @@ def main(argv) -> int:
     try:
         s = accuracy_settings()
         host.simulate_devices(1, many_processes=False)
-
-        from paged_dist import CacheSpec
-        from paged_dist.launch.common.provenance import versions
-        from paged_dist.launch.common.record_output import deliver
 
         CacheSpec(s.num_kv_heads, s.head_dim, 128, s.page_size, "int8")
     except ValueError as e:

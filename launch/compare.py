@@ -25,6 +25,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # Relative, as in comparison/: `launch.compare` must not import `paged_dist`, which imports jax.
 from .comparison.record import NothingComparable, compare
@@ -37,6 +38,14 @@ METRICS = ("tokens_per_s", "step_ms_p50", "step_ms_p99", "prefill_s", "compile_s
 
 def _on_stderr(line: str) -> None:
     print(f"{COMPARE_NAME}: {line}", file=sys.stderr, flush=True)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Ends on bad usage with one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        _on_stderr(f"error: {' '.join(message.split())}")
+        sys.exit(2)
 
 
 def _metric_names(text: str) -> list[str]:
@@ -59,13 +68,12 @@ def _check_output(path: str | None, inputs: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Compares what `argv` (without the program's name) says; 0, or 1 where nothing is comparable or outputs differ."""
-    parser = argparse.ArgumentParser(COMPARE_NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _OneLineParser(COMPARE_NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("a", metavar="a.jsonl", help="runs before, a JSON line each")
     parser.add_argument("b", metavar="b.jsonl", help="runs after")
     default = ",".join(METRICS)
     parser.add_argument("--metrics", type=_metric_names, default=default, help=f"fields to compare (default {default})")
     parser.add_argument("--output", default=None, help="file to which one JSON line with the results is appended")
-    parser.error = lambda message: (_on_stderr(f"error: {' '.join(message.split())}"), sys.exit(2))
     args = parser.parse_args(argv)
     files = [args.a, args.b]
     try:

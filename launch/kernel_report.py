@@ -11,15 +11,30 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
+from paged_dist import CacheSpec
 from paged_dist._errors import require
-from paged_dist.launch.common import flag_checks, host, shared_flags
+from paged_dist.cache.head_padding import cut_heads, pad_heads
+from paged_dist.kernels import BlockSizes
+from paged_dist.kernels.attention.checks import check_pools
+from paged_dist.kernels.decode import plan_choice, traffic
+from paged_dist.kernels.decode.api import decode_stored_pages
+from paged_dist.kernels.scale_layout import scale_rows
+from paged_dist.kernels.target import Target
+from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.report_lines import head_dim_words
 from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.shape_flags import attention_shapes_from_flags
+from paged_dist.launch.planning import absent_chips, hlo_text, jax_kernel
+from paged_dist.launch.serving.synthetic import input_dtype
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import pages_needed, whole_pool
 
-KNOWN_CHIPS = ("v4", "v5e", "v5p", "v6e", "v7x")  # absent_chips.CHIP_TOPOLOGIES, which imports jax
+KNOWN_CHIPS = tuple(absent_chips.CHIP_TOPOLOGIES)
 CHIPS = flags.DEFINE_list("chips", list(KNOWN_CHIPS[1:]), f"Chips to compile for: {', '.join(KNOWN_CHIPS)}.")
 LENGTHS_TRACE = flags.DEFINE_string(
     "lengths_trace",
@@ -43,6 +58,7 @@ KERNEL_REPORT_PROGRAM = Program(
     ),
     defaults={"batch": 32, "num_q_heads": 8, "num_kv_heads": 1},  # a chip's share of 64 heads over 8 chips
 )
+_CONTEXT_TOKENS = 4096  # where no flag names other lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +86,10 @@ def kernel_report_settings() -> KernelReportSettings:
       ValueError, NotImplementedError: a value outside its rule, or a flag of another launcher.
     """
     KERNEL_REPORT_PROGRAM.refuse_other_flags({"context": "give --context_tokens"})
-    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "sliding_window")
-    values = {name: flags.FLAGS[name].value for name in shapes}
-    tokens = shared_flags.CONTEXT_TOKENS.value or 4096
-    flag_checks.at_least(
-        1, context_tokens=shared_flags.CONTEXT_TOKENS.value, jax_block_tokens=JAX_BLOCK_TOKENS.value, **values
-    )
-    flag_checks.check_sizes()
-    flag_checks.at_most(flag_checks.MOST_ROWS, batch=values["batch"])
-    flag_checks.check_head_counts()
+    shapes = attention_shapes_from_flags()
+    tokens, window = shared_flags.CONTEXT_TOKENS.value, shared_flags.SLIDING_WINDOW.value
+    flag_checks.at_least(1, context_tokens=tokens, jax_block_tokens=JAX_BLOCK_TOKENS.value, sliding_window=window)
+    flag_checks.at_most(flag_checks.MOST_ROWS, batch=shapes.batch)
     require(len(CHIPS.value) > 0, "--chips", "", f"must name some of {', '.join(KNOWN_CHIPS)}")
     for chip in CHIPS.value:
         require(chip in KNOWN_CHIPS, "--chips", chip, f"must be some of {', '.join(KNOWN_CHIPS)}")
@@ -89,19 +100,22 @@ def kernel_report_settings() -> KernelReportSettings:
         require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
         sizes = tuple(map(int, BLOCK_SIZES.value))
     flag_checks.check_output(shared_flags.OUTPUT.value)
-    batch = values.pop("batch")
-    lengths, lengths_of = (tokens,) * batch, None
+    lengths, lengths_of = (tokens or _CONTEXT_TOKENS,) * shapes.batch, None
     if LENGTHS_TRACE.value is not None:
-        lengths, lengths_of = trace_lengths(LENGTHS_TRACE.value, batch)
+        lengths, lengths_of = trace_lengths(LENGTHS_TRACE.value, shapes.batch)
     return KernelReportSettings(
         chips=tuple(CHIPS.value),
         lengths=lengths,
         lengths_of=lengths_of,
+        num_q_heads=shapes.num_q_heads,
+        num_kv_heads=shapes.num_kv_heads,
+        head_dim=shapes.head_dim,
+        page_size=shapes.page_size,
+        sliding_window=window,
         dtype=flag_checks.kv_dtype(shared_flags.KV_DTYPE.value),
         block_sizes=sizes,
         jax=JAX.value,
         jax_block_tokens=JAX_BLOCK_TOKENS.value,
-        **values,
     )
 
 
@@ -120,15 +134,6 @@ def plan_of(s: KernelReportSettings, target):
     Raises:
       ValueError: shapes or block sizes that the op refuses.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from paged_dist import CacheSpec
-    from paged_dist.kernels import BlockSizes
-    from paged_dist.kernels.attention.checks import check_pools
-    from paged_dist.kernels.decode import launch_plan as decode_plan
-    from paged_dist.launch.serving.synthetic import input_dtype
-
     pages = [pages_needed(n, s.page_size) for n in s.lengths]
     num_pages = whole_pool(sum(pages), s.page_size, s.dtype)
     spec = CacheSpec(s.num_kv_heads, s.head_dim, num_pages, s.page_size, s.dtype, num_layers=1)
@@ -146,25 +151,14 @@ def plan_of(s: KernelReportSettings, target):
         scales,
     )
     sizes = None if s.block_sizes is None else BlockSizes(*s.block_sizes)
-    plan = decode_plan.make_plan(problem, target, sizes, sliding_window=s.sliding_window)
-    decode_plan.check_block_sizes(plan)
-    decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
+    plan = plan_choice.make_launch_plan(problem, target, sizes, sliding_window=s.sliding_window)
+    plan_choice.check_block_sizes(plan)
+    plan_choice.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
 
 
 def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
     """What the decode kernel is on the chip of `mesh`."""
-    import jax
-    import jax.numpy as jnp
-
-    from paged_dist import CacheSpec
-    from paged_dist.cache.head_dim import cut_heads, pad_heads
-    from paged_dist.kernels.decode import launch_plan as decode_plan
-    from paged_dist.kernels.decode import traffic as decode_cost
-    from paged_dist.kernels.decode.api import decode_stored_pages
-    from paged_dist.kernels.scale_layout import scale_rows
-    from paged_dist.launch.planning.absent_chips import timed_compile
-
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, s.head_dim), p.query_dtype)
@@ -191,23 +185,19 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
         )
         return cut_heads(output, spec)
 
-    rows = min(p.batch, decode_plan.rows_per_launch(plan))
+    rows = min(p.batch, plan_choice.rows_per_launch(plan))
     launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
     return {
         "block_sizes": dataclasses.asdict(plan.sizes),
         "vmem_planned": launch.vmem_bytes,
         "smem_planned": launch.smem_bytes,
-        **_dma_counts(decode_cost.copies(plan, s.lengths), decode_cost.live_bytes(plan, s.lengths)),
-        **_program_facts(timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
+        **_dma_counts(traffic.page_traffic(plan, s.lengths), traffic.live_bytes(plan, s.lengths)),
+        **_program_facts(absent_chips.timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
     }
 
 
 def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
     """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
-    from paged_dist.kernels.decode import traffic as decode_cost
-    from paged_dist.launch.planning import jax_kernel
-    from paged_dist.launch.planning.absent_chips import timed_compile
-
     pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.jax_call(plan, pages, mesh)
     return {
@@ -215,8 +205,8 @@ def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
         "megacore_mode": op.keywords["megacore_mode"],
         "vmem_planned": None,
         "smem_planned": jax_kernel.jax_smem_bytes(plan, pages),
-        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
-        **_program_facts(timed_compile(mesh, op, *arrays), plan),
+        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), traffic.live_bytes(plan, s.lengths)),
+        **_program_facts(absent_chips.timed_compile(mesh, op, *arrays), plan),
     }
 
 
@@ -225,27 +215,23 @@ def _dma_counts(copies, live_bytes: int) -> dict:
 
 
 def _program_facts(compiled, plan) -> dict:
-    from paged_dist.launch.planning.hlo_text import kernel_vmem, ops_around_kernels, values_as_large_as
-
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
-    vmem = kernel_vmem(compiled.text)
-    large = values_as_large_as(compiled.text, pool_bytes)
+    vmem = hlo_text.kernel_vmem(compiled.text)
+    large = hlo_text.values_as_large_as(compiled.text, pool_bytes)
     return {
         "lower_s": compiled.lower_s,
         "compile_s": compiled.compile_s,
         "launches": len(vmem),
         "vmem_used": max(vmem, default=0),
         "temp_bytes": compiled.temp_bytes,
-        "xla_ops": ops_around_kernels(compiled.text),
+        "xla_ops": hlo_text.ops_around_kernels(compiled.text),
         "pool_copies": [value for value in large if not value.split()[0].endswith("-done")],  # a pair is one copy
     }
 
 
 def report_chip(s: KernelReportSettings, chip: str, mesh, plan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
-    from paged_dist.launch.planning import jax_kernel
-
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
         if kernel == "jax" and not (s.jax and jax_kernel.jax_takes(s.dtype)):
@@ -281,8 +267,6 @@ def _kib_cell(size: int | None) -> str:
 
 def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: dict[str, str]) -> str:
     """The report as lines."""
-    from paged_dist.launch.common.report_lines import head_dim_words
-
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
     scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
@@ -327,12 +311,8 @@ def main(argv) -> int:
         s = kernel_report_settings()
         host.start_tpu_compiler()
 
-        from paged_dist.kernels.target import Target
-        from paged_dist.launch.common import provenance, record_output
-        from paged_dist.launch.planning.absent_chips import one_chip_mesh
-
         plan_of(s, Target())  # says what is wrong with the shapes before libtpu takes its seconds to load
-        meshes = {chip: one_chip_mesh(chip) for chip in s.chips}
+        meshes = {chip: absent_chips.one_chip_mesh(chip) for chip in s.chips}
         plans = {chip: plan_of(s, Target.of(mesh.devices.flat[0])) for chip, mesh in meshes.items()}
     except (ValueError, NotImplementedError) as e:
         raise UsageError(str(e)) from e

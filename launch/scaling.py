@@ -37,7 +37,7 @@ def main(argv) -> int:
         sweep_flags.check_sweep_flags()
         if sweep_flags.PLAN.value is not None:
             host.start_tpu_compiler()
-            sweep = plan_sweep()
+            sweep = plan_sweep(sweep_flags.PLAN.value)
             if shared_flags.DRY_RUN.value:
                 return print_points(list(sweep.settings))
             return run_plans(SCALING_PROGRAM, sweep)

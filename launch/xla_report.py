@@ -13,11 +13,23 @@ import math
 import os
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, quantize_kv, sharded_paged_attention
+from paged_dist._compat import broadcasts
 from paged_dist._errors import BadValue, require
 from paged_dist.launch.common import flag_checks, host, shared_flags
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.provenance import versions
+from paged_dist.launch.common.record_output import deliver
+from paged_dist.launch.common.report_lines import head_dim_words, report_line
 from paged_dist.launch.common.run_program import UsageError
+from paged_dist.launch.common.shape_flags import attention_shapes_from_flags
+from paged_dist.launch.serving.output_checks import ERROR_BOUNDS, relative_error
+from paged_dist.launch.serving.synthetic import input_dtype
 from paged_dist.launch.serving.workload import whole_pool
 
 TABLE_TOKENS = flags.DEFINE_integer("table_tokens", 2048, "Tokens that each sequence's row of the table has room for.")
@@ -38,21 +50,16 @@ def sizes_from_flags() -> dict:
       ValueError, NotImplementedError: a flag's value that does not fit.
     """
     XLA_REPORT_PROGRAM.refuse_other_flags()
-    shapes = ("batch", "num_q_heads", "num_kv_heads", "head_dim", "page_size")
-    sizes = {name: flags.FLAGS[name].value for name in shapes}
-    sizes |= {"table_tokens": TABLE_TOKENS.value, "repeats": REPEATS.value}
-    flag_checks.at_least(1, **sizes)
-    flag_checks.check_head_counts()
-    tokens, page = sizes["table_tokens"], sizes["page_size"]
+    shapes = attention_shapes_from_flags()
+    tokens, page = TABLE_TOKENS.value, shapes.page_size
+    flag_checks.at_least(1, table_tokens=tokens, repeats=REPEATS.value)
     require(tokens % page == 0, "--table_tokens", tokens, f"must be a multiple of --page_size={page}")
-    flag_checks.check_sizes()
-    pools = 2 * 4 * sizes["batch"] * tokens * sizes["num_kv_heads"] * sizes["head_dim"]  # drawn in f32
+    pools = 2 * 4 * shapes.batch * tokens * shapes.num_kv_heads * shapes.head_dim  # drawn in f32
     flag_checks.check_host_memory("--table_tokens", tokens, pools)
-    sizes["dtype"] = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value)
-    sizes["live"] = [_share(text) for text in LIVE.value]
-    require(len(sizes["live"]) > 0, "--live", "", "must name at least one share", "--live=1,0.25 is the default")
+    dtype, live = flag_checks.kv_dtype(shared_flags.KV_DTYPE.value), [_share(text) for text in LIVE.value]
+    require(len(live) > 0, "--live", "", "must name at least one share", "--live=1,0.25 is the default")
     flag_checks.check_output(shared_flags.OUTPUT.value)
-    return sizes
+    return {**shapes._asdict(), "table_tokens": tokens, "repeats": REPEATS.value, "dtype": dtype, "live": live}
 
 
 def _share(text: str) -> float:
@@ -78,8 +85,6 @@ def gather_everything(
     Returns:
       [B, Hq, D] in query's dtype.
     """
-    import jax
-    import jax.numpy as jnp
 
     def gather(pages):
         """[B, Hkv, T, ...]"""
@@ -106,14 +111,6 @@ def gather_everything(
 
 def make_forms(sizes: dict) -> dict:
     """Form -> function of lengths [B], compiled at the first call; all on the same pages, the op first."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from paged_dist import CacheSpec, PagedKVCache, make_pod_mesh, quantize_kv, sharded_paged_attention
-    from paged_dist._compat import broadcasts
-    from paged_dist.launch.serving.synthetic import input_dtype
-
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
     columns = sizes["table_tokens"] // sizes["page_size"]
     num_pages = whole_pool(batch * columns, sizes["page_size"], dtype)
@@ -154,10 +151,6 @@ def make_forms(sizes: dict) -> dict:
 
 def time_forms(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
     """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
-    import numpy as np
-
-    from paged_dist.launch.serving.output_checks import relative_error
-
     first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
     # An idle row is 0 here; what the plain form makes of no token means nothing.
     live = np.asarray(lengths) > 0
@@ -177,8 +170,6 @@ def time_forms(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
 
 def summarise_times(live_tokens: int, seconds: dict, worst: float, bound: float) -> dict:
     """Quartiles of each form's times (ms) and of the ratio to the fastest plain form, repeat by repeat."""
-    import numpy as np
-
     quartiles = lambda x: [float(q) for q in np.percentile(x, (25, 50, 75))]
     ours, *plain = seconds
     fastest = min(plain, key=lambda name: np.median(seconds[name]))
@@ -194,8 +185,6 @@ def summarise_times(live_tokens: int, seconds: dict, worst: float, bound: float)
 
 def xla_report_table(record: dict) -> str:
     """The report as lines of at most 80 columns."""
-    from paged_dist.launch.common.report_lines import head_dim_words, report_line
-
     s, results = record["settings"], record["results"]
     lines = [
         report_line(
@@ -227,12 +216,6 @@ def main(argv) -> int:
         host.simulate_devices(1, many_processes=False)
     except (ValueError, NotImplementedError) as e:
         raise UsageError(str(e)) from e
-
-    import jax.numpy as jnp
-
-    from paged_dist.launch.common.provenance import versions
-    from paged_dist.launch.common.record_output import deliver
-    from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 
     try:
         forms = make_forms(sizes)

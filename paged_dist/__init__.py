@@ -1,8 +1,9 @@
 """Decoding with paged attention over a whole TPU pod, in JAX.
 
-One decode step, in the order of the packages: `mesh` (which devices), `cache` (the page pools), `pages` (who owns
-which page), `ops` (write new keys and values, attend over the pages). `transfer` brings a cache elsewhere; `cluster`
-starts the hosts and sees that none is lost; `kernels` is what one chip runs; `launch` holds the programs.
+The packages, in the order of a decode step: `mesh` (which devices), `cache` (the pools of pages), `pages` (which
+sequence holds which page), `ops` (write new keys and values, attend over the pages). The ops run `kernels` on each
+chip. Beside the step: `transfer` moves live pages to another pool, mesh or disk; `cluster` starts a pod's hosts and
+notices when one is lost; `launch` holds the programs.
 """
 
 from paged_dist.cache import CacheSpec, PagedKVCache

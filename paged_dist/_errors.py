@@ -1,4 +1,4 @@
-"""The one place that words the errors of bad input: the argument, its value, the rule, what would work."""
+"""Errors of bad input, all worded alike: the argument, its value, the rule, what would work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 
 class BadValue(ValueError):
-    """Bad input that was found by a check of ours, and not by what runs under it."""
+    """Bad input that a check of this library found, not jax or NumPy below it."""
 
 
 def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> BadValue:

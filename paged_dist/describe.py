@@ -23,10 +23,11 @@ def describe_mesh(
     output_heads: str = "replicated",
     axes: MeshAxes = MeshAxes(),
 ) -> str:
-    """`mesh_facts(mesh)` in words, one line for the mesh and one for each axis; the same text on every process.
+    """How a mesh lies on its devices, in words: a line for the mesh, and one for each axis.
 
-    With a `spec`, also why model and context have their sizes, and the bytes of the cache on each chip; with
+    With a `spec`, also why model and context have their sizes, and the bytes of the cache on each chip. With
     `num_q_heads` and `batch` besides, the collectives of an attention call, and their bytes over the layers of a step.
+    The text is the same on every process.
 
     Args:
       mesh: any mesh of devices.
@@ -38,7 +39,15 @@ def describe_mesh(
     Raises:
       ValueError: an AbstractMesh; a spec or a batch that does not divide over the mesh.
 
-    Example, `make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")`::
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
+      >>> print(pd.describe_mesh(mesh))
+      mesh: data 2 x context 2 x model 2 = 8 devices (cpu), 1 process, no physical coordinates
+        data 2: a quarter of the devices of a process (2 of 8, 4 apart)
+        context 2: a quarter of the devices of a process (2 of 8, 2 apart)
+        model 2: a quarter of the devices of a process (2 of 8, neighbours)
+
+    Of a TPU pod, `make_pod_mesh(context=4, model=8, topology="v5p:8x8x8")`::
 
         mesh: data 16 x context 4 x model 8 = 512 devices (TPU v5), 128 processes, physical x 8, y 8, z 8
           data 16: a quarter of physical axis y (2 of 8, 4 apart), all 8 of physical axis z
@@ -46,7 +55,7 @@ def describe_mesh(
           model 8: all 8 of physical axis x
           split: physical axis y between data and context
 
-    and what `spec=CacheSpec(8, 128, 8192, num_layers=32), num_q_heads=64, batch=128` adds::
+    To which `spec=CacheSpec(8, 128, 8192, num_layers=32), num_q_heads=64, batch=128` adds::
 
           heads: model 8 is the greatest common divisor of the 8 kv heads and a sequence's 32 chips, context takes the
             other 4; 1 kv head a chip, no K or V is stored twice
@@ -145,6 +154,7 @@ def _cache_lines(spec: CacheSpec, mesh: Mesh, axes: MeshAxes, unit: str) -> list
 
 
 def _collective_lines(made: tuple[Collective, ...], num_layers: int | None, unit: str) -> list[str]:
+    """The collectives of one attention call, and their bytes over all layers."""
     if not made:
         return ["  collectives of an attention call: none, for context is 1"]
     over, (rows, *_, heads) = made[0], made[0].shapes[0]
@@ -162,6 +172,7 @@ def _collective_lines(made: tuple[Collective, ...], num_layers: int | None, unit
 
 
 def _bytes_in_words(count: int) -> str:
+    """As '33.02 kB', in powers of 1000."""
     for prefix, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.2f} {prefix}B"
@@ -169,10 +180,12 @@ def _bytes_in_words(count: int) -> str:
 
 
 def _count_of(n: int, one: str, many: str | None = None) -> str:
+    """As '1 layer' or '2 layers'; `many` is the plural where it is not `one` + s."""
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def _axis_in_words(physical: str) -> str:
+    """A physical axis by what it is made of."""
     return {
         "slice": "the slices",
         "core": "the cores of a chip",
@@ -182,7 +195,7 @@ def _axis_in_words(physical: str) -> str:
 
 
 def _run_in_words(run: PhysicalRun) -> str:
-    """One run: what share of the axis, how many positions of how many, how far apart."""
+    """Which share of a physical axis a mesh axis takes: how many of its positions, and how far apart."""
     if run.whole:
         what = {
             "slice": f"all {run.size} slices (across the data-centre network)",

@@ -31,7 +31,7 @@ def write_tiles_xla(
     *,
     pool: PoolShape,
 ) -> tuple[jax.Array, ...]:
-    """Same arguments and results as `write_tiles_pallas`. One token is one row here, more are whole pages."""
+    """Same arguments and results as `write_tiles_pallas`. A tile is one row where T is 1, else a whole page."""
     new_tokens, tokens_per_row = key.shape[1], pool.tokens_per_row
     tile_rows = 1 if new_tokens == 1 else pool.rows
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)

@@ -9,7 +9,7 @@ from paged_dist._errors import require
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import host
 from paged_dist.launch.common.number_formats import gigabytes
-from paged_dist.launch.common.shared_flags import HBM_GIB, SEED
+from paged_dist.launch.common.shared_flags import HBM_GIB, NUM_KV_HEADS, NUM_Q_HEADS, SEED
 
 _DTYPE_BY_FLAG = {"bf16": "bfloat16", "f32": "float32", "int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -63,7 +63,7 @@ def check_sizes() -> None:
 
 def check_head_counts() -> None:
     """Raises ValueError where the query heads are not the same number for each key/value head."""
-    q, kv = flags.FLAGS["num_q_heads"].value, flags.FLAGS["num_kv_heads"].value
+    q, kv = NUM_Q_HEADS.value, NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
 
 

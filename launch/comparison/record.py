@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from .rank_statistics import ALPHA, rank_test, ratio_interval, runs_needed
 from .rows import COMPILERS, flat_items, metric_value, rows_by_work
@@ -44,23 +45,23 @@ def compare_metric(metric: str, a: list[dict], b: list[dict]) -> dict:
       spread_of: "95% interval", "pairwise ratios" (too few runs for one) or "within-run" (one run's steps); p; verdict;
       runs_needed, where they are too few. What cannot be said is None.
     """
-    values = [[v for v in (metric_value(row, metric) for row in rows) if v is not None] for rows in (a, b)]
-    runs = [len(v) for v in values]
-    medians = [statistics.median(v) if v else None for v in values]
-    r = {"metric": metric, "runs": runs, "medians": medians, "ratio": None, "spread": None, "spread_of": None}
-    r |= {"p": None, "verdict": None, "runs_needed": None}
-    if not all(runs):
+    in_a, in_b = ([v for v in (metric_value(row, metric) for row in rows) if v is not None] for rows in (a, b))
+    runs = [len(in_a), len(in_b)]
+    medians = [statistics.median(values) if values else None for values in (in_a, in_b)]
+    r: dict[str, Any] = {"metric": metric, "runs": runs, "medians": medians}
+    r |= dict.fromkeys(("ratio", "spread", "spread_of", "p", "verdict", "runs_needed"))
+    if not in_a or not in_b:
         return r
     needed = list(runs_needed(*runs))
     if needed == runs:
-        r["p"], above = rank_test(*values)
+        r["p"], above = rank_test(in_a, in_b)
         r["verdict"] = direction(metric, above > 0) if r["p"] <= ALPHA else "noise"
     else:
         r["verdict"], r["runs_needed"] = "too few runs", needed
-    if min(map(min, values)) > 0:
-        ratio, spread = medians[1] / medians[0], None
+    if min(*in_a, *in_b) > 0:
+        ratio, spread, of = statistics.median(in_b) / statistics.median(in_a), None, None
         if runs != [1, 1]:
-            spread, of = ratio_interval(*values), "95% interval" if needed == runs else "pairwise ratios"
+            spread, of = ratio_interval(in_a, in_b), "95% interval" if needed == runs else "pairwise ratios"
         elif metric == "step_ms_p50" and len(a) == len(b) == 1:
             spread, of = _steps_quartiles(a[0], b[0]), "within-run"
         r["ratio"] = ratio if math.isfinite(ratio) else None
@@ -77,7 +78,8 @@ def differences(a: list[dict], b: list[dict]) -> dict[str, list[list[str]]]:
         for row in rows:
             flags = row.get("flags")
             if isinstance(flags, list):  # as on a command line
-                flags = dict(str(flag).lstrip("-").partition("=")[::2] for flag in flags)
+                split = (str(flag).lstrip("-").partition("=") for flag in flags)
+                flags = {name: value for name, _, value in split}
             if isinstance(flags, dict):
                 flags = {key: value for key, value in flags.items() if key != "output"}
             told = {"versions": row.get("versions"), "git_commit": row.get("git_commit"), "flags": flags}
@@ -149,7 +151,7 @@ def compare(files: Sequence[str], rows: Sequence[list[dict]], metrics: Sequence[
         raise NothingComparable(f"no row has a field {', '.join(unknown)}; see --metrics")
     if not any(all(r["runs"]) for g in groups for r in g["metrics"]):
         raise NothingComparable(f"no row of both files has a value of {', '.join(metrics)}; see --metrics")
-    record = {"benchmark": "compare", "groups": groups, "only_a": only_a, "only_b": only_b}
+    record: dict[str, Any] = {"benchmark": "compare", "groups": groups, "only_a": only_a, "only_b": only_b}
     for side, file, all_rows, used in zip("ab", files, rows, whole, strict=True):
         wrong = sum(row.get("oracle_passed") is False for row in used)
         record[side] = {"file": file, "runs": len(used), "partial": len(all_rows) - len(used), "wrong": wrong}

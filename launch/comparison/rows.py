@@ -77,12 +77,13 @@ def work_of(row: dict) -> dict[str, object]:
 
 def rows_by_work(a: list[dict], b: list[dict]) -> list[tuple[dict, list[dict], list[dict]]]:
     """(work, its rows in a, its rows in b), in the files' order; either list may be empty."""
-    found: dict[str, tuple[dict, list[dict], list[dict]]] = {}
+    found: dict[str, tuple[dict, tuple[list[dict], list[dict]]]] = {}
     for side, rows in enumerate((a, b)):
         for row in rows:
             work = work_of(row)
-            found.setdefault(json.dumps(work, sort_keys=True), (work, [], []))[1 + side].append(row)
-    return list(found.values())
+            _, sides = found.setdefault(json.dumps(work, sort_keys=True), (work, ([], [])))
+            sides[side].append(row)
+    return [(work, *sides) for work, sides in found.values()]
 
 
 def metric_value(row: dict, name: str) -> float | None:

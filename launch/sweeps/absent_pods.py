@@ -14,7 +14,6 @@ from paged_dist.launch.planning.fitting import checked_sizes
 from paged_dist.launch.planning.plan_record import plan_record
 from paged_dist.launch.planning.plan_text import problems
 from paged_dist.launch.planning.pod_settings import PodSettings
-from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import Point, SweepSize, batch_step, points_of
 from paged_dist.launch.sweeps.sweep_rows import SweepRows
 
@@ -39,15 +38,15 @@ def settings_of_points(points: list[Point]) -> dict[Point, PodSettings]:
     return {p: dataclasses.replace(s, batch_step=step) for p, s in found.items()}
 
 
-def plan_sweep() -> PlannedSweep:
-    """The settings of every slice of --plan, checked before anything is compiled.
+def plan_sweep(slices: list[str]) -> PlannedSweep:
+    """The settings of each of the `slices` of --plan, checked before anything is compiled.
 
     Raises:
       ValueError: what does not fit a slice, with what fits all of them.
     """
     from paged_dist.mesh.topology import topology_devices
 
-    names = dict.fromkeys(bookable_slice(t, "--plan").topology for t in sweep_flags.PLAN.value)
+    names = dict.fromkeys(bookable_slice(t, "--plan").topology for t in slices)
     settings = settings_of_points(
         points_of([SweepSize(len(topology_devices(t, plan_flags.NUM_SLICES.value)), topology=t) for t in names])
     )

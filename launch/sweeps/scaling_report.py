@@ -47,7 +47,7 @@ def series(rows: list[dict]) -> list[Series]:
     Ideal is the tokens/s/chip of the smallest point: for strong scaling that is linear speed-up, for weak scaling the
     same time a step. Rows of a run that was asked to stop do not count.
     """
-    found: dict[tuple, dict[tuple, list[dict]]] = {}
+    found: dict[tuple[str, bool, str, str], dict[tuple, list[dict]]] = {}
     several = len({_work(r) for r in rows}) > 1
     for r in rows:
         if r["partial"]:

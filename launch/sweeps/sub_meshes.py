@@ -31,8 +31,8 @@ def sub_devices(devices: list, size: int) -> list:
       ValueError: there are fewer devices than `size`, or no box of `size` devices.
     """
     require(size <= len(devices), "--sizes", size, f"there are {len(devices)} devices")
-    places = [place_of(d) for d in devices]
-    if size == len(devices) or None in places:
+    places = [place for d in devices if (place := place_of(d)) is not None]
+    if size == len(devices) or len(places) < len(devices):
         return devices[:size]
     cores = len({place.core for place in places})
     at = {}

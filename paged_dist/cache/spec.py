@@ -1,4 +1,4 @@
-"""What a KV cache holds: shapes, splits over a mesh and byte counts follow from a `CacheSpec`."""
+"""`CacheSpec`: what a KV cache holds. Shapes, splits over a mesh and byte counts follow from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """What a KV cache holds, the whole pod's. Shapes and byte counts follow from it, nothing is allocated.
+    """What a KV cache holds, over the whole pod. Shapes and byte counts follow from it; nothing is allocated.
 
     Attributes:
       num_kv_heads: Hkv, key/value heads of the model.
-      head_dim: D, the model's, of any size: 64 and multiples of 128 are stored as they are, others with zeros behind
-        them, see `stored_head_dim`. Keys, values, queries and outputs have D elements everywhere else.
+      head_dim: D, the model's, of any size. 64 and multiples of 128 are stored as they are, others with zeros behind
+        them (`stored_head_dim`). Keys, values, queries and outputs have D elements everywhere else.
       num_pages: N, pages in a layer's pool over all shards.
       page_size: P, tokens a page: a multiple of 8, and of 16 up to head_dim 64. With int8 and fp8 it divides 128 or is
         a multiple of it, and below 128 the pages of each shard fill whole rows of 128 scales.
@@ -34,6 +34,13 @@ class CacheSpec:
 
     Raises:
       ValueError: a value outside these rules.
+
+    Example:
+      >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=8192, dtype="int8", num_layers=32)
+      >>> spec.bytes_per_token  # K and V, 8 heads, 128 bytes and a scale of 4, 32 layers
+      67584
+      >>> spec.bytes_per_chip(pd.make_pod_mesh(model=8))
+      8858370048
     """
 
     num_kv_heads: int
@@ -43,7 +50,7 @@ class CacheSpec:
     dtype: str = "bfloat16"
     num_layers: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             name = jnp.dtype(self.dtype).name
         except TypeError:
@@ -75,14 +82,14 @@ class CacheSpec:
     def stored_head_dim(self) -> int:
         """Elements that one head's token takes in the pools: 64 for D up to 64, else the next multiple of 128.
 
-        Those behind D are zeros: 96 is stored as 128, 192 as 256. XLA would pad narrower rows anyway, or copy the pool
-        for each kernel.
+        Those behind D are zeros: 96 is stored as 128, 192 as 256. XLA would pad narrower rows to these sizes, or copy
+        the pool for each kernel.
         """
         return stored_head_dim(self.head_dim)
 
     @property
     def tokens_per_row(self) -> int:
-        """Tokens that share one stored row: 2 up to head_dim 64, else 1."""
+        """Tokens in one stored row: 2 up to head_dim 64, else 1."""
         return max(1, LANES // self.stored_head_dim)
 
     @property
@@ -102,9 +109,9 @@ class CacheSpec:
 
     @property
     def shard_page_multiple(self) -> int:
-        """What the number of pages on each shard is a multiple of: as many as fill whole (8, 128) tiles of scales.
+        """The number of pages on each shard must be a multiple of this.
 
-        1 where there are no scales.
+        8-bit pages fill whole (8, 128) tiles of scales; 1 for others.
         """
         return pages_of_whole_tiles(self.page_size) if self.is_quantized else 1
 
@@ -115,6 +122,7 @@ class CacheSpec:
 
     @property
     def _layers(self) -> tuple[int, ...]:
+        """The leading axis of stacked layers, in the shapes: (L,), or none."""
         return () if self.num_layers is None else (self.num_layers,)
 
     @property
@@ -177,5 +185,6 @@ class CacheSpec:
         """How a key smoothing is split: as the heads."""
         return PartitionSpec(*self._head_axes(axes), None)
 
-    def _head_axes(self, axes: MeshAxes) -> tuple:
+    def _head_axes(self, axes: MeshAxes) -> tuple[tuple[str, ...] | None, ...]:
+        """The leading axes of a PartitionSpec: layers not split, heads over model."""
         return (*(None for _ in self._layers), axes.names("model") or None)

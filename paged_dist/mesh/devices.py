@@ -1,7 +1,4 @@
-"""What a device tells of itself: its slice, its place on a TPU's torus, its memory.
-
-Not every back end tells them all.
-"""
+"""What a jax device reports of itself: its slice, its coordinates on a TPU's torus, its memory. Back ends differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which device stands where in the mesh: each mesh axis along whole physical axes of the torus, where it can be."""
+"""Which device stands where in a mesh: its axes run along whole physical axes of the torus where sizes allow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paged_dist.mesh.sizes import divisors_near
 
 
 def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
-    """The array [data, context, model] of `devices` that `make_pod_mesh` makes into a mesh.
+    """`devices` as an array [data, context, model], which `make_pod_mesh` makes into a mesh.
 
     The rule, for TPUs:
     1. Slices are split over data alone, so that context and model never cross the data-centre network: each
@@ -70,6 +70,7 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
 
 
 def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
+    """[len(devices)], of objects."""
     out = np.empty(len(devices), dtype=object)
     out[:] = devices
     return out
@@ -88,7 +89,7 @@ def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
 
 
 def _place_box(box: np.ndarray, devices: list[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
-    """`place_devices` for one slice: `devices` in the order of their coordinates, and as `box` [x, y, z, core]."""
+    """`place_devices` for one slice: `devices` in the order of coordinates, and the same in a `box` [x, y, z, core]."""
     if max(shape) == len(devices):
         # Two devices a chip on a generation where jax expects one; devices that do not tell their core.
         with contextlib.suppress(AssertionError, AttributeError):

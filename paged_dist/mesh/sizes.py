@@ -1,4 +1,4 @@
-"""Sizes of the mesh's axes from what is asked and the number of devices; where they cannot be, the nearest that can."""
+"""Sizes of the mesh axes, from those asked for and the number of devices; where those do not fit, sizes that do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def infer_sizes(
 ) -> tuple[int, int, int]:
     """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments.
 
-    `slice_devices`, of several slices alone: context x model must divide it, for only data is split over slices.
+    `slice_devices` is given where there are several slices: the devices of one, which context x model must divide, for
+    only data is split over slices.
     """
     asked = dict(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
     asked |= dict(model_parallelism=model_parallelism, slice_devices=slice_devices)
@@ -36,8 +37,12 @@ def infer_sizes(
 
 @dataclasses.dataclass(frozen=True)
 class _Unfit:
-    """Sizes that contradict each other: `bad_value`'s parts. `works`, where the rule says it, holds for itself or where
-    `change` does."""
+    """Why sizes do not fit, as the parts of a `bad_value`.
+
+    Attributes:
+      works: what to pass instead, if the rule knows it.
+      change: the sizes that `works` stands for: `works` is said only if they fit. None: it needs no trial.
+    """
 
     argument: str
     value: int
@@ -56,7 +61,7 @@ def _sizes_of(
     model_parallelism: int | None,
     slice_devices: int | None,
 ) -> tuple[int, int, int] | _Unfit:
-    """`infer_sizes`, or why there are none."""
+    """The sizes that `infer_sizes` returns, or why none fit."""
     if model_parallelism is not None:
         if model is None:
             to_split = model_parallelism
@@ -120,7 +125,7 @@ def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -
         for context in divisors
         if num_devices // model % context == 0
     ]
-    # What is left out is inferred, so that less is said than the sizes of an option, and each is tried.
+    # An option names only the sizes that change. The others are inferred, maybe to others than the option's: try each.
     tried = (c for c in sorted(options, key=distance) if isinstance(_sizes_of(num_devices, **asked | c), tuple))
     return f"{', '.join(f'{name}={size}' for name, size in next(tried).items())} works"
 

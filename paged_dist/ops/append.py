@@ -49,13 +49,12 @@ def append_kv(
         int8 or fp8 cache gets them as `quantize_kv` makes them, keys divided by `cache.key_smoothing` first, and
         their scales into the same pages' rows of scales, in the same pass.
       positions: [B] int32, 0-based position of each row's (first) new token, as `PageAllocator.grow_all` returns
-        them: `lengths - Q` where all rows grew by Q. A negative one writes nothing of that row: a row that is held
-        and gets no token must have one.
+        them: `lengths - Q` where all rows grew by Q. A row with a negative position is not written. A row that holds
+        a sequence and gets no token must have one.
       block_tables: [B, pages_per_sequence] int32 global page ids, placed as in `sharded_paged_attention`. Positions
-        outside the table are not written, nor are pages that are not on the shard where their place in the row puts
-        them. Rows that get a token must not share the page that it goes into, or tokens are lost: forks get their own
-        by `PageAllocator.grow_all` and `copy_pages`. That is checked in NumPy, lists and arrays on CPU, not in a jit
-        nor on an accelerator.
+        outside the table are not written, nor are pages on another shard than their place in the row says. No two rows
+        may write into one page, or tokens are lost: a fork gets a page of its own by `PageAllocator.grow_all` and
+        `copy_pages`. That is checked where the ids are NumPy's, lists or on CPU, not in a jit nor on an accelerator.
       layer, mesh, axes, implementation: as in `sharded_paged_attention`.
 
     Returns:
@@ -63,6 +62,19 @@ def append_kv(
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh; two rows that write one page.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
+      >>> spec = pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16)
+      >>> cache = pd.PagedKVCache.create(spec, mesh)
+      >>> pages = pd.PageAllocator(spec, mesh, num_sequences=2, pages_per_sequence=4)
+      >>> [pages.allocate(row, num_tokens=0) for row in range(2)]
+      [0, 0]
+      >>> positions = pages.grow_all(range(2))  # a token more in each row, and the pages that they need
+      >>> key = value = jnp.ones((2, 2, 128), jnp.bfloat16)  # [B, Hkv, D]
+      >>> cache = pd.append_kv(cache, key, value, positions, pages.block_tables)
+      >>> int(jnp.sum(cache.to_pages()[0]))  # 2 rows x 2 heads x 128
+      512
     """
     seen = on_host(positions, block_tables)
     key, value, positions, block_tables = as_arrays(key, value, positions, block_tables)
@@ -80,7 +92,8 @@ def append_kv(
 
 
 @InPlaceOp
-def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, axes, implementation):
+def _append_sharded(cache, key, value, positions, block_tables, layer, *, mesh, axes, implementation) -> PagedKVCache:
+    """`append_kv` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
     new = P(data, model, None) if key.ndim == 3 else P(data, None, model, None)
     pools = cache.partition_specs(axes)
@@ -124,6 +137,18 @@ def append_kv_local(
 
     Raises:
       ValueError: as `append_kv`; no `shard_map` around the call, or one with another part of the cache.
+
+    Example:
+      >>> mesh, P = pd.make_pod_mesh(model=2), jax.P
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16), mesh)
+      >>> pools, rows, new = cache.partition_specs(), P("data"), P("data", "model", None)
+      >>> specs = dict(in_specs=(pools, new, new, rows, rows), out_specs=pools)
+      >>> append = jax.jit(jax.shard_map(pd.append_kv_local, mesh=mesh, **specs), donate_argnums=0)
+      >>> key = value = jnp.ones((4, 2, 128), jnp.bfloat16)  # [B, Hkv, D]
+      >>> tables = jnp.array([[0], [4], [8], [12]])  # data shard d owns pages 4 d to 4 d + 3, and row d
+      >>> cache = append(cache, key, value, jnp.zeros(4, jnp.int32), tables)
+      >>> np.asarray(cache.to_pages()[0]).any(axis=(0, 2, 3)).nonzero()[0].tolist()  # the pages written
+      [0, 4, 8, 12]
     """
     key, value, positions, block_tables = as_arrays(key, value, positions, block_tables)
     check_shard(cache, axes)
@@ -132,7 +157,8 @@ def append_kv_local(
 
 
 @broadcasts
-def _append_local(cache, key, value, positions, block_tables, layer, *, axes, implementation):
+def _append_local(cache, key, value, positions, block_tables, layer, *, axes, implementation) -> PagedKVCache:
+    """`append_kv_local` of checked arguments."""
     if key.ndim == 3:
         key, value = key[:, None], value[:, None]
     ends = positions + key.shape[1]
@@ -140,7 +166,15 @@ def _append_local(cache, key, value, positions, block_tables, layer, *, axes, im
         return write_tokens_local(cache, key, value, positions, ends, block_tables, layer, axes, implementation)
 
 
-def _check_append_arguments(cache, key, value, positions, block_tables, implementation) -> None:
+def _check_append_arguments(
+    cache: PagedKVCache,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    block_tables: jax.Array,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     require(key.ndim in (3, 4), "key.shape", key.shape, "must be [B, Hkv, D] or [B, Q, Hkv, D]")
     check_new_tokens(cache, key, value, implementation)
     batch = key.shape[0]

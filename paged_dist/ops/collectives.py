@@ -1,4 +1,4 @@
-"""What attention communicates: the collectives of one call, from shapes alone."""
+"""The collectives of one attention call, from shapes alone: what each device sends, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def attention_collectives(
 ) -> tuple[Collective, ...]:
     """The collectives of one call of `sharded_paged_attention`, in their order; none where context is 1.
 
-    Each context shard attends to its own pages of a sequence. The parts are merged by a maximum of the log-sum-exps
-    and a sum of the outputs and weights; nothing else crosses a link, and writes have no collective.
+    Each context shard attends to its own pages of a sequence. The results are merged by a maximum of the log-sum-exps
+    and a sum of the outputs and weights. Nothing else crosses a link, and writes have no collective.
 
     Args:
       spec: the cache's.
@@ -77,6 +77,15 @@ def attention_collectives(
 
     Raises:
       ValueError: sizes that do not divide over the mesh.
+
+    Example:
+      >>> from paged_dist.collectives import attention_collectives
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)  # data 2 x context 2 x model 2
+      >>> spec = pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16)
+      >>> for each in attention_collectives(spec, mesh, batch=4, num_q_heads=8):
+      ...     print(each.kind, each.reduction, each.axes, each.shapes, each.bytes)
+      all-reduce max ('context',) ((2, 4),) 32
+      all-reduce sum ('context',) ((2, 4, 128), (2, 4)) 4128
     """
     spec.check_mesh(mesh, axes)
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))

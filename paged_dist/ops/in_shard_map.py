@@ -1,4 +1,4 @@
-"""Inside a `shard_map`: which part of the cache this shard holds, and the page ids of a table that are its own."""
+"""Inside a `shard_map`: the check of this shard's part of the cache, and its columns of a block table as local ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_shard(cache: PagedKVCache, axes: MeshAxes) -> None:
 
 
 def context_size(axes: MeshAxes) -> int:
-    """Inside a `shard_map`: over how many shards the pages of one sequence are split."""
+    """Inside a `shard_map`: C, the number of shards that the pages of one sequence are split over."""
     return jax.lax.axis_size(axes.names("context")) if axes.names("context") else 1
 
 
@@ -43,20 +43,23 @@ def invariant_over_context(x: jax.Array, axes: MeshAxes) -> jax.Array:
 def local_pages(block_tables: jax.Array, pages: int, axes: MeshAxes) -> tuple[jax.Array, Stripes | None]:
     """Inside a `shard_map`: this shard's columns of `block_tables`, with local page ids, and which columns they are.
 
-    Page i of a sequence lies on context shard (o + i) mod C, o being the shard that owns its first page's id. Ids of
-    other shards, where a table is wrong, come out negative or past the pool; so do unused entries, and what
-    follows the last column where C does not divide the table's width.
+    From [B, S] global ids to [B, ceil(S / C)] local ones: entry [b, k] is the table's [b, first[b] + k * C], less the
+    first id that this shard owns. `PageOwners` says which columns belong to which of the C context shards.
+
+    Entries that are not this shard's own come out negative or past the pool: wrong ids, unused entries, and the columns
+    that pad the table where C does not divide S.
 
     Args:
       block_tables: [B, S] int32 global ids. This shard r = data shard * C + context shard owns ids
         [r * pages, (r + 1) * pages).
+      pages: pages on each shard.
 
     Returns:
       ([B, ceil(S / C)] int32, Stripes), or ([B, S] int32, None) with one context shard.
     """
     size, stripes = context_size(axes), None
     if size > 1:
-        owner = jax.lax.div(jnp.maximum(block_tables[:, 0], 0), jnp.int32(pages))  # any, where a sequence has no page
+        owner = jax.lax.div(jnp.maximum(block_tables[:, 0], 0), jnp.int32(pages))  # 0 where a row has no page
         here = jax.lax.axis_index(axes.names("context")).astype(jnp.int32)
         stripes = Stripes(jax.lax.rem(here - jax.lax.rem(owner, jnp.int32(size)) + size, jnp.int32(size)), size)
         block_tables = _own_columns(block_tables, stripes)

@@ -43,7 +43,7 @@ def write_prefill_kv(
 ) -> PagedKVCache:
     """Writes prompts, or chunks of prompts, into their pages, in place: `cache` is donated.
 
-    key[r, t] and value[r, t] become token starts[r] + t of sequence rows[r], where that is below lengths[r]: a
+    key[r, t] and value[r, t] become token starts[r] + t of sequence rows[r], where that is below lengths[r]. So a
     prompt can be written in chunks, and after a shared prefix. Whole pages are written without being read.
 
     Args:
@@ -53,9 +53,9 @@ def write_prefill_kv(
       block_tables: [B, pages_per_sequence] int32 global page ids, all rows' (not only those of `rows`), placed and
         written as in `append_kv`: no two of the R rows into one page.
       starts: [R] int32, position of key[r, 0]; None: 0. A negative one writes nothing.
-      rows: [R] int32 indices into block_tables' rows, one twice only where its chunks share no page; a negative
-        one, or one past B, writes nothing. key, value then are the same on every data shard. None: R = B, row r
-        is sequence r, and all of them are sharded over data.
+      rows: [R] int32 indices into block_tables' rows; a negative one, or one past B, writes nothing. The same row may
+        come twice if its two chunks share no page. key and value then are the same on every data shard. None: R = B,
+        row r is sequence r, and all of them are sharded over data.
       layer, mesh, axes, implementation: as in `sharded_paged_attention`.
 
     Returns:
@@ -63,6 +63,18 @@ def write_prefill_kv(
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh; two rows that write one page.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
+      >>> spec = pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16)
+      >>> cache = pd.PagedKVCache.create(spec, mesh)
+      >>> pages = pd.PageAllocator(spec, mesh, num_sequences=2, pages_per_sequence=4)
+      >>> [pages.allocate(row, num_tokens) for row, num_tokens in enumerate((200, 5))]
+      [0, 0]
+      >>> key = value = jnp.ones((2, 200, 2, 128), jnp.bfloat16)  # [R, T, Hkv, D]
+      >>> cache = pd.write_prefill_kv(cache, key, value, pages.lengths, pages.block_tables)
+      >>> int(jnp.sum(cache.to_pages()[0][0, ..., 0], dtype=jnp.float32))  # tokens of head 0, over all pages
+      205
     """
     seen = on_host(lengths, block_tables, *(x for x in (starts, rows) if x is not None))
     key, value, lengths, block_tables = as_arrays(key, value, lengths, block_tables)
@@ -92,7 +104,10 @@ def write_prefill_kv(
 
 
 @InPlaceOp
-def _prefill_sharded(cache, key, value, lengths, block_tables, starts, rows, layer, *, mesh, axes, implementation):
+def _prefill_sharded(
+    cache, key, value, lengths, block_tables, starts, rows, layer, *, mesh, axes, implementation
+) -> PagedKVCache:
+    """`write_prefill_kv` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
     by_row = data if rows is None else None
     new, pools = P(by_row, None, model, None), cache.partition_specs(axes)
@@ -152,6 +167,18 @@ def write_prefill_kv_local(
 
     Raises:
       ValueError: as `write_prefill_kv`; no `shard_map` around the call, or one with another part of the cache.
+
+    Example:
+      >>> mesh, P = pd.make_pod_mesh(model=2), jax.P
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16), mesh)
+      >>> pools, rows, new = cache.partition_specs(), P("data"), P("data", None, "model", None)
+      >>> specs = dict(in_specs=(pools, new, new, rows, rows), out_specs=pools)
+      >>> write = jax.jit(jax.shard_map(pd.write_prefill_kv_local, mesh=mesh, **specs), donate_argnums=0)
+      >>> key = value = jnp.ones((4, 130, 2, 128), jnp.bfloat16)  # [R, T, Hkv, D]
+      >>> tables = jnp.array([[0, 1], [4, 5], [8, 9], [12, 13]])  # data shard d owns pages 4 d to 4 d + 3, and row d
+      >>> cache = write(cache, key, value, jnp.array([130, 5, 0, 128]), tables)
+      >>> np.asarray(cache.to_pages()[0]).any(axis=(0, 2, 3)).nonzero()[0].tolist()  # the pages written
+      [0, 1, 4, 12]
     """
     key, value, lengths, block_tables = as_arrays(key, value, lengths, block_tables)
     starts, rows = as_optional_arrays(starts, rows)
@@ -163,7 +190,10 @@ def write_prefill_kv_local(
 
 
 @broadcasts
-def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer, *, axes, implementation):
+def _prefill_local(
+    cache, key, value, lengths, block_tables, starts, rows, layer, *, axes, implementation
+) -> PagedKVCache:
+    """`write_prefill_kv_local` of checked arguments."""
     starts = jnp.zeros_like(lengths) if starts is None else starts
     if rows is not None:
         count = block_tables.shape[0]
@@ -175,7 +205,17 @@ def _prefill_local(cache, key, value, lengths, block_tables, starts, rows, layer
         return write_tokens_local(cache, key, value, starts, lengths, block_tables, layer, axes, implementation)
 
 
-def _check_prefill_arguments(cache, key, value, lengths, block_tables, starts, rows, implementation) -> None:
+def _check_prefill_arguments(
+    cache: PagedKVCache,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    starts: jax.Array | None,
+    rows: jax.Array | None,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     require(key.ndim == 4, "key.shape", key.shape, "must be [R, T, Hkv, D]")
     check_new_tokens(cache, key, value, implementation)
     count = key.shape[0]

@@ -1,4 +1,4 @@
-"""From a call on global arrays to a `shard_map`: the mesh it runs on, the shardings of its arguments, donation."""
+"""How an op on global arrays becomes a `shard_map`: its mesh, the shardings of its arguments, donation of the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def op_mesh(
 ) -> Mesh | AbstractMesh:
     """The mesh of a sharded op: the argument, else the cache's, else the one in scope.
 
-    Inside a `shard_map` over other axes (a pipeline's stages) it is the one in scope, whatever names its devices.
+    Inside a `shard_map` over other axes (a pipeline's stages) it is the one in scope, which must have the same sizes.
 
     Raises:
       ValueError: the cache does not divide over it, or the implementation does not run on it; a `shard_map` around
@@ -60,10 +60,10 @@ def op_mesh(
 
 
 class InPlaceOp:
-    """A jitted op `op(cache, *arrays, mesh=, axes=, implementation=) -> cache` that is given the cache's pools to keep.
+    """An op `op(cache, *arrays, mesh=, axes=, implementation=) -> cache`, jitted, with the cache's pools donated.
 
-    Only what the op writes is donated. The key smoothing is read: it goes in beside the pools, not donated, and the
-    cache that comes out has the same array, which other caches may share.
+    The key smoothing, which ops only read, is not donated: it goes in beside the pools, and the cache that comes out
+    has the same array. Other caches may share it.
 
     Attributes:
       jitted: the program, `jitted(cache without smoothing, key_smoothing, *arrays, mesh=, axes=, implementation=)`.
@@ -92,7 +92,7 @@ class InPlaceOp:
 
 
 def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs, *args):
-    """`shard_map(local)(*args)` on `mesh`. Arguments in another sharding are resharded, under Explicit axes too."""
+    """`shard_map(local)(*args)` on `mesh`. Arguments in other shardings are resharded, under Explicit axes too."""
     if has_explicit_axes(mesh):
         args = tuple(_reshard_argument(mesh, specs, x) for specs, x in zip(in_specs, args, strict=True))
     left = set(mesh.axis_names) - set(mesh.manual_axes)  # inside another shard_map, whose mesh is that in scope
@@ -101,10 +101,10 @@ def run_sharded(local: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs,
 
 
 def _reshard_argument(mesh: Mesh | AbstractMesh, specs, tree):
-    """One argument, a pytree, in the shardings that `shard_map` wants of it: `specs`, a PartitionSpec for each leaf."""
+    """One argument, a pytree, resharded to `specs`, a PartitionSpec for each leaf. Only Explicit axes can be named."""
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
-    def keep(names):  # an Auto axis of the same mesh cannot be named here; shard_map itself sees to it
+    def keep(names):  # the Auto axes of the same mesh are left to shard_map
         names = (names,) if isinstance(names, str) else names or ()
         return tuple(n for n in names if n in explicit) or None
 

@@ -1,4 +1,4 @@
-"""A check of what block tables hold, on request: the ops themselves never look, and never read outside the pool."""
+"""`check_block_tables`: finds page ids outside the pool or on the wrong shard, for which the ops do not look."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def check_block_tables(
 ) -> None:
     """Checks that every page of every row is in the pool, and on the shard that its place in the row asks for.
 
-    The ops do not look: a wrong id reads some page of the pool, so that numbers are wrong, and writes nothing. Where
-    numbers are wrong, call this before a step. Outside of a jit it raises. Inside of one it is a `checkify.check`, and
-    what is jitted has to be transformed:
+    The ops do not look. With a wrong id attention reads some other page of the pool, so that numbers are wrong, and a
+    write is dropped; nothing outside the pool is touched. Where numbers are wrong, call this before a step. Outside of
+    a jit it raises. Inside of one it is a `checkify.check`, and what is jitted has to be transformed:
 
         step = jax.jit(checkify.checkify(step))
         error, out = step(...)
@@ -50,6 +50,18 @@ def check_block_tables(
     Raises:
       ValueError: the first wrong entry, by row and column, with the ids that would be right; shapes or dtypes that
         disagree. Under checkify the error of `error.throw()` says the same.
+
+    Example:
+      >>> mesh, spec = pd.make_pod_mesh(model=8), pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=16)
+      >>> cache = pd.PagedKVCache.create(spec, mesh)
+      >>> pages = pd.PageAllocator(spec, mesh, num_sequences=1, pages_per_sequence=2)
+      >>> pages.allocate(0, num_tokens=200)
+      0
+      >>> pd.check_block_tables(pages.block_tables, pages.lengths, cache)
+      >>> pd.check_block_tables([[0, 99]], pages.lengths, cache)
+      Traceback (most recent call last):
+          ...
+      paged_dist._errors.BadValue: block_tables[0, 1]=99: must be a page id in [0, 16), for the row has 200 tokens
     """
     block_tables, lengths = as_arrays(block_tables, lengths)
     (starts,) = as_optional_arrays(starts)
@@ -84,7 +96,10 @@ def check_block_tables(
 
 
 def _check_no_entry(wrong: jax.Array, rule: str, block_tables: jax.Array, **values) -> None:
-    """Raises, or checks under checkify, for the first entry of `wrong` [B, S], whose values fill `rule`."""
+    """Raises ValueError, or adds a checkify check, for the first entry that `wrong` [B, S] marks.
+
+    The error reads `rule`, filled with that entry of each of `values`.
+    """
     batch, columns = wrong.shape
     place = jax.lax.broadcasted_iota(jnp.int32, wrong.shape, 0) * columns
     place += jax.lax.broadcasted_iota(jnp.int32, wrong.shape, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from paged_dist._errors import require
 from paged_dist.cache import PagedKVCache
-from paged_dist.cache.head_dim import pad_heads
+from paged_dist.cache.head_padding import pad_heads
 from paged_dist.kernels.cache_update import write_kv_pages
 from paged_dist.mesh import MeshAxes
 from paged_dist.ops.arguments import Implementation, interpret_of

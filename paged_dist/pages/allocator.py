@@ -1,7 +1,7 @@
 """`PageAllocator`: which sequence owns which pages. Host-side bookkeeping in NumPy, no device is touched.
 
 The class is the public face: it checks arguments, asks another module for the decision, and has `PageLedger` carry it
-out. Each decision is a module: `placement` (which shards, which row), `growth`, `copy_on_write`, `prefix_cache`;
+out. Each decision is a module: `page_placement` (which shards, which row), `growth`, `copy_on_write`, `prefix_cache`;
 `relocation` and `saved_state` take the whole elsewhere. `allocator_view` is what can be asked of it.
 """
 
@@ -22,18 +22,17 @@ from paged_dist.pages.allocator_view import AllocatorView
 from paged_dist.pages.geometry import Geometry
 from paged_dist.pages.growth import changes_pages, give_planned_pages, plan_growth
 from paged_dist.pages.out_of_pages import out_of_pages
-from paged_dist.pages.placement import choose_row, plan_new_row
+from paged_dist.pages.page_placement import plan_new_row
 from paged_dist.pages.prefix_cache import (
     PrefixMatch,
     as_namespace,
     as_token_ids,
     check_prefix,
-    find_prefix,
     publish_prefix,
 )
 from paged_dist.pages.relocation import relocate
 from paged_dist.pages.rows import read_only
-from paged_dist.pages.saved_state import load_state, state_of, state_sizes
+from paged_dist.pages.saved_state import load_state, state_sizes
 
 
 class PageAllocator(AllocatorView):
@@ -99,32 +98,6 @@ class PageAllocator(AllocatorView):
         super().__init__(spec, Geometry.of(spec, mesh, num_sequences, pages_per_sequence, axes))
 
     # Rows.
-
-    def place(self, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
-        """A free row for a sequence of `num_tokens` tokens, on a data shard that has the pages. `allocate` takes it.
-
-        Of the data shards with a free row and the pages, it is the one with the most free pages; the lowest shard, then
-        its lowest row, where several are alike. With a `prefix`, the shard on which the row can begin with the most
-        cached tokens comes first. Where no such shard has a free row and the pages, it is another shard, without the
-        prefix: `allocate` returns how many tokens are cached there.
-
-        Raises:
-          ValueError: num_tokens is negative or more than a block table holds; a prefix that is longer, or of which a
-            page holds something else by now.
-          OutOfPages: no shard has both a free row and the pages (`shard` is None; `free` the most there are
-            beside a free row). A sequence that ends may help, unless `asked` is above `pages_per_shard`.
-
-        Example:
-          >>> pages = pd.PageAllocator(pd.CacheSpec(4, 128, num_pages=8), pd.make_pod_mesh(data=2, model=4), 4, 4)
-          >>> pages.allocate(pages.place(200), 200)  # row 0, on data shard 0
-          0
-          >>> pages.place(500)  # data shard 1 has more pages free; its rows are 2 and 3
-          2
-        """
-        num_tokens = whole_number("num_tokens", num_tokens)
-        count = self._ledger.pages_asked(num_tokens)
-        check_prefix(self._ledger, prefix, num_tokens)
-        return choose_row(self._ledger, count, prefix)
 
     def allocate(self, row: int, num_tokens: int, prefix: PrefixMatch | None = None) -> int:
         """Gives the free row `row` to a sequence of `num_tokens` tokens (0 allowed), with the pages for them.
@@ -347,42 +320,6 @@ class PageAllocator(AllocatorView):
         tokens = as_token_ids(token_ids)[: self._ledger.lengths.tokens[row]]
         return publish_prefix(self._ledger, row, tokens, namespace) * self.spec.page_size
 
-    def prefix_match(
-        self, token_ids: np.ndarray | Sequence[int], data_shard: int | None = None, namespace: bytes = b""
-    ) -> PrefixMatch:
-        """The longest run of cached full pages that a prompt begins with. `allocate` takes them.
-
-        A page is found by a hash of the namespace, its tokens and all tokens before them (blake2b, 128 bits). At least
-        one token of a prompt must be run for its logits, so leave the last one out.
-
-        Args:
-          token_ids: [n] integers, the prompt.
-          data_shard: where to look; None: everywhere, the lowest of those that hold the most.
-          namespace: what the pages were cached under, see `cache_prefix`.
-
-        Returns:
-          A PrefixMatch, of 0 tokens where nothing was found. It holds until the next call that changes the allocator.
-
-        Raises:
-          ValueError: token_ids are not integers in one dimension, no such data shard, or a namespace that is no bytes.
-
-        Example:
-          >>> pages = pd.PageAllocator(pd.CacheSpec(8, 128, num_pages=16), pd.make_pod_mesh(model=8), 2, 4)
-          >>> prompt = list(range(300))
-          >>> _ = pages.allocate(0, 300), pages.cache_prefix(0, prompt)  # once its 2 full pages are written
-          >>> match = pages.prefix_match(prompt[:-1])
-          >>> row = pages.place(300, match)
-          >>> pages.allocate(row, 300, match)  # tokens that are there; 0 where only shards without them had room
-          256
-          >>> pages.block_tables.tolist()
-          [[0, 1, 2, -1], [0, 1, 3, -1]]
-        """
-        shards = range(self.num_shards) if data_shard is None else (whole_number("data_shard", data_shard),)
-        rule = f"there are {self.num_shards} data shards"
-        require(0 <= shards[0] < self.num_shards, "data_shard", data_shard, rule)
-        tokens, namespace = as_token_ids(token_ids)[: self.max_tokens], as_namespace(namespace)
-        return find_prefix(self._ledger, tokens, namespace, shards)
-
     def forget_prefixes(self, namespace: bytes | None = None) -> int:
         """Withdraws what `cache_prefix` published under a namespace, or under any: nobody finds it any more.
 
@@ -436,14 +373,6 @@ class PageAllocator(AllocatorView):
         require(rows >= self.num_sequences, "num_sequences", rows, rule)
         new = PageAllocator(spec, mesh, rows, self.pages_per_sequence, axes=axes)
         return new, np.array(relocate(self._ledger, new._ledger), np.int32).reshape(-1, 2)
-
-    def to_state(self) -> dict[str, Any]:
-        """The sequences and cached prefixes as numbers, strings and lists, which JSON can hold; `from_state` reads it.
-
-        Raises:
-          ValueError: copies are due, see `take_copies`.
-        """
-        return state_of(self._ledger)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], spec: CacheSpec) -> PageAllocator:

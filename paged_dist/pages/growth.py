@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from paged_dist.pages.ledger import PageLedger
 from paged_dist.pages.out_of_pages import check_room
-from paged_dist.pages.placement import next_shards
+from paged_dist.pages.page_placement import next_shards
 
 
 def changes_pages(ledger: PageLedger, row: int, num_tokens: int) -> bool:

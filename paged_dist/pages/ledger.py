@@ -15,7 +15,7 @@ class PageLedger:
     """Who holds which page, and how long each row is: what `PageAllocator` decides over, without any decision.
 
     Its methods move pages between pool and rows and keep both in step. Which pages to give, and whether they are
-    there, is for `placement`, `growth`, `copy_on_write` and `prefix_cache` to say.
+    there, is for `page_placement`, `growth`, `copy_on_write` and `prefix_cache` to say.
 
     Attributes:
       geometry: sizes and shards.

@@ -14,11 +14,11 @@ from paged_dist.pages.page_content import PageContent, page_digests
 from paged_dist.pages.page_pool import PagePool
 
 
-class PrefixRun(NamedTuple):
+class PrefixChain(NamedTuple):
     """Pages of one data shard that hold a prompt's first tokens, in the prompt's order, and what each is known to hold.
 
-    All pages of a run follow from one page 0, and so from one context shard: a data shard may have a run for each of
-    its context shards.
+    The pages of a chain follow from one page 0, which is on one context shard. A data shard may have a chain for each
+    of its context shards.
     """
 
     data_shard: int
@@ -34,13 +34,13 @@ class PrefixRun(NamedTuple):
 class PrefixMatch:
     """Cached pages that hold the first tokens of a prompt; `PageAllocator.prefix_match` gives it.
 
-    The fields tell of the longest run of pages. A row on another data shard begins with what that shard has, or with
+    The fields tell of the longest chain of pages. A row on another data shard begins with what that shard has, or with
     nothing: `PageAllocator.allocate` returns with how many tokens.
 
     Attributes:
-      data_shard: where the longest run is. None where nothing was found.
-      num_tokens: tokens that the run holds, a multiple of page_size.
-      pages: the run's global page ids, in the prompt's order.
+      data_shard: where the longest chain is. None where nothing was found.
+      num_tokens: tokens that the chain holds, a multiple of page_size.
+      pages: the chain's global page ids, in the prompt's order.
 
     Example:
       >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=16)
@@ -55,17 +55,17 @@ class PrefixMatch:
     data_shard: int | None
     num_tokens: int
     pages: tuple[int, ...]
-    _runs: tuple[PrefixRun, ...] = dataclasses.field(default=(), repr=False)  # the longest first
+    _chains: tuple[PrefixChain, ...] = dataclasses.field(default=(), repr=False)  # the longest first
 
-    def runs(self, data_shard: int | None = None) -> list[PrefixRun]:
+    def chains(self, data_shard: int | None = None) -> list[PrefixChain]:
         """What there is for the rows of one data shard, or of any, the longest first."""
-        return [run for run in self._runs if data_shard in (None, run.data_shard)]
+        return [chain for chain in self._chains if data_shard in (None, chain.data_shard)]
 
 
 def find_prefix(ledger: PageLedger, token_ids: np.ndarray, namespace: bytes, data_shards: Iterable[int]) -> PrefixMatch:
-    """The runs of cached pages that `token_ids` [n] begin with: the longest, then the lowest shards, first."""
+    """The chains of cached pages that `token_ids` [n] begin with: the longest, then the lowest shards, first."""
     geometry, pool = ledger.geometry, ledger.pool
-    wanted, runs = list(page_digests(token_ids, geometry.page_size, namespace)), []
+    wanted, chains = list(page_digests(token_ids, geometry.page_size, namespace)), []
     for data_shard in data_shards:
         for first in range(geometry.context):
             pages: list[int] = []
@@ -75,12 +75,12 @@ def find_prefix(ledger: PageLedger, token_ids: np.ndarray, namespace: bytes, dat
                     break
                 pages.append(page)
             if pages:
-                runs.append(PrefixRun(data_shard, tuple(pages), tuple(map(pool.content, pages))))
-    if not runs:
+                chains.append(PrefixChain(data_shard, tuple(pages), tuple(map(pool.content, pages))))
+    if not chains:
         return PrefixMatch(None, 0, ())
-    runs.sort(key=lambda run: -len(run.pages))  # stable
-    best = runs[0]
-    return PrefixMatch(best.data_shard, len(best.pages) * geometry.page_size, best.pages, tuple(runs))
+    chains.sort(key=lambda chain: -len(chain.pages))  # stable
+    best = chains[0]
+    return PrefixMatch(best.data_shard, len(best.pages) * geometry.page_size, best.pages, tuple(chains))
 
 
 def check_prefix(
@@ -91,7 +91,7 @@ def check_prefix(
         return
     require(prefix.num_tokens <= num_tokens, "prefix", prefix, f"must not be longer than the {num_tokens} tokens asked")
     require(
-        all(run.is_current(ledger.pool) for run in prefix.runs(data_shard)),
+        all(chain.is_current(ledger.pool) for chain in prefix.chains(data_shard)),
         "prefix",
         prefix,
         "is out of date: a page of it holds something else now",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from paged_dist.pages.ledger import PageLedger
 from paged_dist.pages.out_of_pages import check_room
 from paged_dist.pages.page_content import PageContent
-from paged_dist.pages.placement import next_shards
+from paged_dist.pages.page_placement import next_shards
 
 
 def relocate(old: PageLedger, new: PageLedger) -> list[tuple[int, int]]:

@@ -66,6 +66,7 @@ def _refusing_other_forms() -> Generator[None]:
 
 
 def _require_state(holds: bool, what: str) -> None:
+    """Raises ValueError, for `what` a state says, unless an allocator can be in it."""
     require(holds, "state", what, "is not what to_state() gives")
 
 

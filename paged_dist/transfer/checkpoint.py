@@ -31,25 +31,37 @@ def save(
     axes: MeshAxes = MeshAxes(),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
-    """Writes the live pages, and the sequences and cached prefixes that they belong to, for `restore`.
+    """Writes the live pages, with the sequences and cached prefixes that they belong to, for `restore`.
 
-    Every process calls it and writes its own shards, a chunk at a time, into a new folder in FOLDER; process 0 then
-    writes the manifest that names them, and with it the save is there. Until then the one before is, whole, whatever
-    interrupts the call, and what that leaves behind the next call removes. Nothing is renamed, so that FOLDER may be on
-    a mounted bucket. One save at a time goes to a folder. What else lies in FOLDER stays.
+    Every process calls it and writes its own shards, a chunk at a time, into a new folder in `folder`. Process 0 then
+    writes the manifest that names the files, and with that the save is there. Until then the save before it counts,
+    whole, whatever interrupts the call; the next call removes what is left over. Nothing is renamed, so that `folder`
+    may be on a mounted bucket. One save at a time goes to a folder. Other files in it stay.
 
     Args:
       folder: on a filesystem that all processes share. It is made where there is none; its parent must be there.
       cache, allocator: as they are. Copies that are due must be made first.
-      overwrite: whether it may hold a save, which this one replaces, or other files.
+      overwrite: whether `folder` may hold a save, which this one replaces, or other files.
       axes: which mesh axes are data, context and model.
       chunk_bytes: of pages that each device stages, and the host holds of each device, at once.
 
     Raises:
       ValueError: an allocator of another cache, copies that are due, a folder that exists, a file, a symbolic link
         (also with `overwrite`), or a folder that another save is being written to.
-      OSError: it could not be written; on every process, whichever it was that could not. Says what is there where that
-        is more than the save before.
+      OSError: it could not be written. It is raised on every process, whichever could not write, and says what is there
+        where that is more than the save before.
+
+    Example:
+      >>> import tempfile
+      >>> mesh = pd.make_pod_mesh(model=8)
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(8, 128, num_pages=8), mesh)
+      >>> pages = pd.PageAllocator(cache.spec, mesh, num_sequences=2, pages_per_sequence=4)
+      >>> _ = pages.allocate(0, 300)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     pd.save(folder, cache, pages, overwrite=True)
+      ...     cache, pages = pd.restore(folder, mesh)
+      >>> pages.lengths.tolist()
+      [300, 0]
     """
     mesh, folder = source_mesh(cache, allocator, axes), os.path.abspath(folder)
     state = allocator.to_state()
@@ -98,10 +110,10 @@ def restore(
     axes: MeshAxes = MeshAxes(),
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[PagedKVCache, PageAllocator]:
-    """The cache and the allocator of a folder that `save` wrote, on any mesh that the heads divide over.
+    """The cache and the allocator that `save` wrote, on any mesh that the heads divide over.
 
-    Each process reads the pages and heads of its own shards, a chunk at a time, and holds every record that it reads to
-    its digest.
+    Each process reads the pages and heads of its own shards, a chunk at a time. It checks every record that it reads
+    against the record's digest.
 
     Args:
       folder: what `save` was given.
@@ -116,6 +128,17 @@ def restore(
       ValueError: no finished save there, a file that is damaged or missing (its name, and what is wrong), or sizes that
         do not divide over the mesh.
       OutOfPages: the sequences do not fit in `num_pages`.
+
+    Example:
+      >>> import tempfile
+      >>> saving, mesh = pd.make_pod_mesh(model=8), pd.make_pod_mesh(data=2, context=2, model=2)
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(8, 128, num_pages=8), saving)
+      >>> pages = pd.PageAllocator(cache.spec, saving, num_sequences=2, pages_per_sequence=4)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     pd.save(folder, cache, pages, overwrite=True)
+      ...     cache, pages = pd.restore(folder, mesh, num_pages=32)
+      >>> cache.spec.num_pages, dict(cache.mesh.shape)
+      (32, {'data': 2, 'context': 2, 'model': 2})
     """
     path = os.path.abspath(folder)
     require(isinstance(mesh, Mesh), "mesh", mesh, "must be a jax.sharding.Mesh: it has devices")

@@ -1,13 +1,13 @@
-"""Which files of a folder are a saved cache: the manifest, written last, says so.
+"""Which files of a folder are a saved cache: a save counts once its manifest, which is written last, is whole.
 
     FOLDER/data-5ad0c1f2a97b3e64/pages-00000-00000.bin ...      what a save writes, under a name that no other has
     FOLDER/manifest-000001-5ad0c1f2a97b3e64.json                the names, sizes and digests of that, and its own digest
 
-The save of a folder is that of its newest whole manifest. Nothing is ever renamed: a mount of a bucket refuses to
-rename a folder, and what it calls the renaming of a file is a copy. A manifest that was not written to its end does not
-hold its own digest and counts for nothing. What older manifests name is removed once a newer one is on the disk.
+The newest whole manifest in a folder is the save. A manifest that was not written to its end lacks its own digest and
+counts for nothing. The files that older manifests name are removed once a newer one is on the disk. Nothing is ever
+renamed: a mount of a bucket refuses to rename a folder, and renames a file by copying it.
 
-In format 1 the manifest is manifest.json and the data lies beside it; it is read, and replaced, like any other.
+In format 1 the manifest is manifest.json, and its files lie beside it. Such a save is read and replaced like any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Unfinished(ValueError):
 
 
 def _order_of(name: str) -> int:
-    """Which of a folder's manifests it is, in the order they were written; 0 in format 1, -1 for another file."""
+    """The number of a manifest, which grows from save to save: 0 in format 1, -1 for a file that is no manifest."""
     if name == _FORMAT_1_MANIFEST:
         return 0
     match = _MANIFEST.fullmatch(name)
@@ -43,18 +43,23 @@ def _order_of(name: str) -> int:
 
 
 def _newest_first(folder: str) -> list[str]:
-    """The names of the manifests in a folder, whole or not."""
+    """The names of the manifests in a folder, whole or not, the newest first."""
     return sorted((name for name in os.listdir(folder) if _order_of(name) >= 0), key=_order_of, reverse=True)
 
 
 def data_folder(folder: str, name: str) -> str:
-    """Where the files lie that manifest `name` names."""
+    """The folder of the files that the manifest `name` names."""
     match = _MANIFEST.fullmatch(name)
     return os.path.join(folder, f"data-{match[2]}") if match else folder
 
 
 def load_manifest(folder: str, name: str) -> dict:
-    """A manifest, checked by its own digest. Raises ValueError where it is damaged, Unfinished where it ends early."""
+    """What a manifest says, checked by its own digest.
+
+    Raises:
+      Unfinished: it ends early, or cannot be read.
+      ValueError: it is damaged, or of another format.
+    """
     try:
         with open(os.path.join(folder, name), "rb") as f:
             outer = json.loads(f.read())
@@ -71,7 +76,7 @@ def load_manifest(folder: str, name: str) -> dict:
 
 
 def read_newest(folder: str) -> tuple[str, dict]:
-    """(where its files lie, the manifest) of the save in a folder.
+    """(the folder of its files, what its manifest says) of the save in a folder: that of the newest whole manifest.
 
     Raises:
       ValueError: no finished save there, or its manifest is damaged.
@@ -103,7 +108,7 @@ def check_place(folder: str, overwrite: bool) -> None:
 
 
 def _is_of_interrupted(folder: str, name: str) -> bool:
-    """Whether a file or folder, where nothing but its like is there, is left over from a save that was interrupted."""
+    """Whether a file or folder is left over from an interrupted save, if the folder holds nothing but such."""
     if _DATA.fullmatch(name):
         return True
     if _order_of(name) < 1:
@@ -118,7 +123,9 @@ def _is_of_interrupted(folder: str, name: str) -> bool:
 
 
 class NewSave:
-    """A save that is being made. Each process of a run has one; process 0's does what is done once.
+    """A save that is being made: begun, then committed or withdrawn. Each process of a run has one.
+
+    Process 0's alone does what is done once: it removes what is left over, and commits.
 
     Attributes:
       data: the folder to write its files into.
@@ -133,9 +140,10 @@ class NewSave:
         self._may_be_valid = False  # whether a manifest names the files, as far as can be known
 
     def begin(self, is_first: bool) -> None:
-        """Makes the folder for its files, and removes those of interrupted saves, which no manifest names.
+        """Makes the folder for the save's files. The first process removes the files of interrupted saves.
 
-        Every process makes it: a bucket's folder may be seen by others only when a file is in it.
+        Those are what no manifest names. Every process makes the folder: in a bucket, others may see a folder only once
+        a file is in it.
         """
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._folder)
@@ -151,7 +159,7 @@ class NewSave:
             os.mkdir(self.data)
 
     def _lock_folder(self) -> None:
-        """Raises ValueError where another save is under way: its files would be taken for left over."""
+        """Raises ValueError where another save is under way: its files would be removed as left over."""
         with contextlib.suppress(OSError):  # a mount without locks: one at a time is the caller's duty then
             self._lock = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         is_free = self._lock is None or try_lock(self._lock) is not False
@@ -164,7 +172,7 @@ class NewSave:
                 os.close(self._lock)
 
     def commit(self, manifest: dict) -> None:
-        """Writes the manifest, from when on the save is valid; then removes what it replaces.
+        """Writes the manifest, which makes the save valid, then removes the saves that it replaces.
 
         Raises:
           OSError: says which saves are there.
@@ -196,7 +204,7 @@ class NewSave:
                 self._remove(other)
 
     def withdraw(self) -> bool:
-        """Removes what was written, unless a manifest has made it valid, or might have; whether it did."""
+        """Removes what was written, unless a manifest has made it valid or might have. Returns whether it did."""
         if self._may_be_valid:
             return False
         if self._manifest is not None:
@@ -214,7 +222,7 @@ class NewSave:
         return True
 
     def _remove(self, name: str) -> None:
-        """Removes the save of an older manifest, that last: until then it tells what is left to remove."""
+        """Removes the save of an older manifest, and last the manifest: until then it names what is to be removed."""
         try:
             if _order_of(name):
                 with contextlib.suppress(FileNotFoundError):

@@ -29,13 +29,13 @@ def reshard(
     """The live pages on another mesh: another shape over the same devices, or other devices (prefill to decode pod).
 
     Pages go in chunks: every shard stages some for each shard of the new mesh, one exchange brings them there, each
-    shard writes them into its pool. So no device and no host holds a whole pool, but where both meshes have a device,
-    it holds its parts of both caches, and about `chunk_bytes` twice. All chunks run one program.
+    shard writes them into its pool. All chunks run one program. No device and no host ever holds a whole pool. A device
+    that both meshes have holds its parts of both caches, and about `chunk_bytes` twice.
 
     Args:
       cache, allocator: as they are; see `resize`.
-      new_mesh: the devices and the shape. Over other devices than the cache's every device must be this process's: a
-        mesh of other processes takes `save` and `restore`.
+      new_mesh: the devices and the shape. Where it has other devices than the cache's mesh, all of them must belong to
+        this process; for a mesh of other processes take `save` and `restore`.
       num_pages, num_sequences: of the new pool and batch; default: as before.
       axes, new_axes: which mesh axes are data, context and model, here and there; new_axes None: as here.
       chunk_bytes: what each device stages at once; at least a page for each shard of the other side.
@@ -47,6 +47,15 @@ def reshard(
       ValueError: sizes that do not divide over the new mesh, an allocator of another cache, copies that are due, or
         other devices in a run of several processes.
       OutOfPages: the live pages do not fit. Nothing is moved then.
+
+    Example:
+      >>> prefill, decode = pd.make_pod_mesh(model=8), pd.make_pod_mesh(data=2, model=4)
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(8, 128, num_pages=8), prefill)
+      >>> pages = pd.PageAllocator(cache.spec, prefill, num_sequences=2, pages_per_sequence=4)
+      >>> _ = pages.allocate(1, 300)
+      >>> cache, pages = pd.reshard(cache, pages, decode)
+      >>> dict(cache.mesh.shape), pages.block_tables[1].tolist()  # row 1 is on data shard 1, which owns pages 4 to 7
+      ({'data': 2, 'context': 1, 'model': 4}, [4, 5, 6, -1])
     """
     new_axes = axes if new_axes is None else new_axes
     mesh = source_mesh(cache, allocator, axes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paged_dist.cache import CacheSpec, PagedKVCache
+from paged_dist.kernels.arithmetic import power_of_two_at_least, round_up
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
@@ -30,14 +32,14 @@ def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
 
 
 def round_slots(spec: CacheSpec, slots: int) -> int:
-    """`slots` pages a shard, rounded up to what a cache of `spec` may have."""
+    """`slots` pages on each shard, rounded up to a number that a cache of `spec` may have."""
     unit = pages_of_whole_tiles(spec.page_size) if spec.is_quantized else 1
-    return -(-slots // unit) * unit
+    return round_up(slots, unit)
 
 
 def power_of_two(count: int) -> int:
-    """`count`, rounded up to a power of two: so few sizes of staging there are, whatever the number of live pages."""
-    return 1 << max(0, count - 1).bit_length()
+    """`count`, rounded up to a power of two, so that staging caches come in few sizes: each size is a program."""
+    return power_of_two_at_least(max(1, count))
 
 
 def staging_spec(spec: CacheSpec, shards: int, slots: int) -> CacheSpec:
@@ -67,11 +69,14 @@ def copy_between(
     axes: MeshAxes,
     implementation: Implementation = None,
 ) -> PagedKVCache:
-    """`into`, donated, with pages of `source`: two caches of one mesh that differ in their number of pages.
+    """Copies pages of `source` into `into`, which is donated: caches on one mesh that differ in num_pages only.
 
     Args:
-      lists: of each page shard [n, 2] int32, local ids: page of source, page of into.
-      length: how many of a shard's list are copied at once. Calls with the same one share a program.
+      lists: for each shard of pages [n, 2] int32: (page of source, page of into), ids local to the shard.
+      length: how many copies of each shard one launch makes. Calls with the same length share a program.
+
+    Returns:
+      `into` with the pages copied.
     """
     at, mesh = P(axes.pages or None), into.mesh
     assert isinstance(mesh, Mesh)  # `zeros_like_cache` made it, or it holds the pages that go elsewhere
@@ -83,26 +88,37 @@ def copy_between(
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "implementation"), donate_argnames="into")
-def copy_chunk(into, source, copies, counts, *, axes, implementation):
-    def local(into, source, copies, counts):
+def copy_chunk(
+    into: PagedKVCache,
+    source: PagedKVCache,
+    copies: jax.Array,
+    counts: jax.Array,
+    *,
+    axes: MeshAxes,
+    implementation: Implementation,
+) -> PagedKVCache:
+    """One launch of `copy_between`: `counts` [shards] of each shard's `copies` [shards, length, 2]."""
+
+    def local(into: PagedKVCache, source: PagedKVCache, copies: jax.Array, counts: jax.Array) -> PagedKVCache:
         pools, sources = ((*c.stacked_pages(), *c.stacked_scales().values()) for c in (into, source))
         interpret = interpret_of(implementation)
         made = copy_stored_pages(pools, copies[0], counts[0], into.spec.page_size, interpret, sources=sources)
         return into.with_pools(*made)
 
-    pools, pages = into.partition_specs(axes), axes.pages or None
+    mesh, pools, pages = into.mesh, into.partition_specs(axes), axes.pages or None
+    assert mesh is not None  # see `copy_between`
     specs = (pools, source.partition_specs(axes), P(pages, None, None), P(pages))
-    return run_sharded(local, into.mesh, specs, pools, into, source, copies, counts)
+    return run_sharded(local, mesh, specs, pools, into, source, copies, counts)
 
 
 def zeros_like_cache(spec: CacheSpec, mesh: Mesh, axes: MeshAxes) -> PagedKVCache:
-    """`PagedKVCache.create`, without its warnings: the cache it comes from had them."""
+    """`PagedKVCache.create` without its warnings, which the cache that the pages come from has given."""
     return _zeros(spec, mesh, axes)()
 
 
 @functools.lru_cache(maxsize=8)
-def _zeros(spec: CacheSpec, mesh: Mesh, axes: MeshAxes):
-    """The program of `zeros_like_cache`, compiled once for all chunks."""
+def _zeros(spec: CacheSpec, mesh: Mesh, axes: MeshAxes) -> Callable[[], PagedKVCache]:
+    """The program of `zeros_like_cache`, which is compiled once for all chunks of a transfer."""
     made = PagedKVCache.abstract(spec, mesh, axes=axes)
     shardings = PagedKVCache.shardings(spec, mesh, axes=axes)
     return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made), out_shardings=shardings)

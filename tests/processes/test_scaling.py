@@ -234,7 +234,7 @@ def test_advice_for_one_slice_of_a_plan_fits_all_when_given_back(slices, argumen
         with flagsaver.flagsaver():
             flags.FLAGS(["scaling", f"--plan={slices}", *arguments, *more])
             sweep_flags.check_sweep_flags()
-            return absent_pods.plan_sweep()
+            return absent_pods.plan_sweep(slices.split(","))
 
     with pytest.raises(ValueError, match="--") as e:
         check()

@@ -76,7 +76,7 @@ def test_a_path_that_is_wrong_fails_the_run_which_says_so(monkeypatch, capsys, t
         query = query if cache.key_smoothing is None else query / jnp.repeat(cache.key_smoothing, 4, axis=0)
         return right(query.astype(jnp.bfloat16), cache, *args, **kw)
 
-    monkeypatch.setattr(paged_dist, "sharded_paged_attention", unsmoothed)
+    monkeypatch.setattr(accuracy, "sharded_paged_attention", unsmoothed)
     monkeypatch.setattr(host, "simulate_devices", lambda *_, **__: None)
     path = tmp_path / "out.jsonl"
     with settings_of(context_lengths=["64"], output=str(path)):

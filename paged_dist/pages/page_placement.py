@@ -75,12 +75,12 @@ class NewRowPlan(NamedTuple):
 def plan_new_row(ledger: PageLedger, data_shard: int, count: int, prefix: PrefixMatch | None) -> NewRowPlan:
     """How a new row of a data shard gets its `count` pages: with the most cached pages of `prefix` that leave it room.
 
-    Where no choice leaves it room, the plan is that of the longest run of cached pages.
+    Where no choice leaves it room, the plan is that of the longest chain of cached pages.
     """
     geometry, pool = ledger.geometry, ledger.pool
-    runs = [run.pages for run in prefix.runs(data_shard)] if prefix is not None else []
+    chains = [chain.pages for chain in prefix.chains(data_shard)] if prefix is not None else []
     plans = []
-    for shared in (*runs, ()):
+    for shared in (*chains, ()):
         asked = collections.Counter(geometry.shard_of_page(page) for page in shared if pool.is_cached(page))
         row = geometry.rows_of(data_shard)[0]
         shards = next_shards(ledger, row, shared, count - len(shared), asked)

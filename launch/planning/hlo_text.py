@@ -8,13 +8,17 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jax.stages import Compiled
 
+# `%copy.3 = bf16[8,128]{1,0:T(8,128)} copy(%param.0), metadata={...}`: name, type, operation, rest of the line.
 # A tuple's type has parentheses inside: those of its arrays' tiles.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls|(?:branch|called)_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _NO_MEMORY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
 _NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "opt-barrier"}
 _KERNEL = 'custom_call_target="tpu_custom_call"'
@@ -136,22 +140,18 @@ def collectives(hlo: str) -> list[HloCollective]:
         operands = re.findall(r"%([\w.\-]+)", rest[: rest.index(")")])
         arrays = [f"{dtype}[{dims}]" for x in operands for dtype, dims in _ARRAY.findall(types[x])]
         size = sum(_array_bytes(" ".join(arrays)))
-        found.append(HloCollective(kind[1], tuple(arrays), size, _groups(name, rest), loops.get(inside, 0)))
+        found.append(HloCollective(kind[1], tuple(arrays), size, _replica_groups(name, rest), loops.get(inside, 0)))
     return found
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"\b(body|condition|to_apply|calls|(?:branch|called)_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-
-
-def _instructions(hlo: str):
+def _instructions(hlo: str) -> Iterator[tuple[str, str, str, str, str]]:
     """(computation, name, type, operation, rest of the line) of each instruction."""
     inside = ""
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
             inside = match[1]
         elif match := _INSTRUCTION.match(line):
-            yield inside, *match.groups()
+            yield inside, match[1], match[2], match[3], match[4]
 
 
 def loop_depths(hlo: str) -> dict[str, int]:
@@ -193,7 +193,7 @@ def sends(hlo: str) -> list[Send]:
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
-def _groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
+def _replica_groups(name: str, text: str) -> tuple[tuple[int, ...], ...]:
     """The replica groups of an instruction, which XLA writes in one of four ways."""
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}"
     if match := re.search(mesh, text):

@@ -19,10 +19,9 @@ from paged_dist.launch.common.chips import Chip
 from paged_dist.launch.common.number_formats import gib
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.step_weights import weights_bytes
-from paged_dist.launch.serving.workload import MOST_TOKENS, Request, pages_needed, whole_pool
+from paged_dist.launch.serving.workload import MOST_TOKENS, ROWS_A_SHARD, Request, pages_needed, whole_pool
 
 KEPT = 0.02  # of HBM, for what the program needs beside cache and weights, where --num_pages does not say
-_ROWS_A_SHARD = 16
 _INT32 = 2**31 - 1  # the largest number of pages: their ids are int32
 
 
@@ -135,7 +134,7 @@ def fit(s: PodSettings, mesh: Mesh | AbstractMesh, chip: Chip, kept: int | None 
     columns = s.pages_per_sequence or pages_needed(max(longest, s.context_tokens or 0), s.page_size)
     tokens = s.context_tokens or mean
     step = math.lcm(s.batch_step, data // math.gcd(data, s.times))  # of --batch: data divides B
-    batch = s.batch or _ROWS_A_SHARD * data // s.times
+    batch = s.batch or ROWS_A_SHARD * data // s.times
     most = room(hbm - weight_bytes - (int(hbm * KEPT) if kept is None else kept))
     out = _ways_out(s, Way("batch", -(-batch // step) * step, step), tokens, most, unit * shards)
     over = model * context

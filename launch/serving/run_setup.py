@@ -18,10 +18,8 @@ from paged_dist.launch.common import flag_checks, provenance, shared_flags
 from paged_dist.launch.serving.fits import check_memory
 from paged_dist.launch.serving.programs import Model
 from paged_dist.launch.serving.row_schedule import Pool
-from paged_dist.launch.serving.workload import Request, pages_needed, whole_pool
+from paged_dist.launch.serving.workload import ROWS_A_SHARD, Request, pages_needed, whole_pool
 from paged_dist.mesh.pod_mesh import devices_to_simulate
-
-ROWS_A_SHARD = 16  # of a data shard, where --batch is not given
 
 
 @dataclasses.dataclass(frozen=True)

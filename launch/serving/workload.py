@@ -14,6 +14,8 @@ from paged_dist.kernels.tiling import LANES, SUBLANES
 
 MOST_TOKENS = 2**31 - 256  # of a sequence: positions are int32, and its last page, of 256 at most, is whole
 
+ROWS_A_SHARD = 16  # rows decoded together on a data shard, where --batch is not given
+
 # Standard-normal scores of the 5th, 50th, 90th and 99th percentile, and of the largest of 19,366 draws.
 _SCORES = (-1.6449, 0.0, 1.2816, 2.3263, 3.88)
 # Lengths there, in tokens, of a production conversation service over one hour: Azure public dataset,

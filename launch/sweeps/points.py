@@ -11,7 +11,7 @@ from typing import NamedTuple
 from paged_dist._errors import require
 from paged_dist.launch.common import shared_flags
 from paged_dist.launch.planning import plan_flags
-from paged_dist.launch.serving import run_setup
+from paged_dist.launch.serving.workload import ROWS_A_SHARD
 from paged_dist.launch.sweeps import sweep_flags
 
 
@@ -93,7 +93,7 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
     )
     points = []
     for mode, size, times in runs:
-        rows = run_setup.ROWS_A_SHARD * data_of(sizes[-1].devices if mode == "strong" else smallest)
+        rows = ROWS_A_SHARD * data_of(sizes[-1].devices if mode == "strong" else smallest)
         rows = -(-rows // step) * step if batch is None else batch
         mesh = data_of(size.devices), context, model
         point = Point(mode, mesh, size.processes, size.topology, rows * times, times, 0)

@@ -66,7 +66,7 @@ _PREFILL_TOKENS = 2048  # tokens of a sequence that one prefill call writes
 
 
 class AccuracySettings(NamedTuple):
-    """What to measure. B, Hq, Hkv, D, P, and the context lengths in tokens, ascending."""
+    """What to measure: B, Hq, Hkv, D, P, a seed, and the context lengths in tokens, ascending."""
 
     batch: int
     num_q_heads: int
@@ -132,7 +132,7 @@ def draw(s: AccuracySettings) -> dict[str, CaseData]:
 
 
 def shuffled_tables(s: AccuracySettings) -> np.ndarray:
-    """int32 [B, S] page ids, shuffled."""
+    """A block table [B, S] int32 of shuffled page ids, with room for the longest context."""
     columns = -(-max(s.lengths) // s.page_size)
     rng = np.random.default_rng([s.seed, 4])
     return rng.permutation(s.batch * columns).reshape(s.batch, columns).astype(np.int32)

@@ -64,7 +64,7 @@ _CONTEXT_TOKENS = 4096  # where no flag names other lengths
 
 @dataclasses.dataclass(frozen=True)
 class KernelReportSettings:
-    """What to compile: one chip's shapes and the lengths to count for, checked as far as flags go."""
+    """What to compile: the chips, one chip's shapes, and the lengths to count DMAs for."""
 
     chips: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -130,7 +130,7 @@ def trace_lengths(path: str, batch: int) -> tuple[tuple[int, ...], str]:
 
 
 def plan_of(s: KernelReportSettings, target):
-    """The plan of `paged_decode_attention` for the whole batch, on a chip that is the `Target` of the op.
+    """The launch plan of `paged_decode_attention` for the whole batch, on a chip that `target` describes.
 
     Raises:
       ValueError: shapes or block sizes that the op refuses.
@@ -159,7 +159,7 @@ def plan_of(s: KernelReportSettings, target):
 
 
 def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
-    """What the decode kernel is on the chip of `mesh`."""
+    """The decode kernel, compiled for the chip of `mesh`: blocks, memory, DMAs, and the XLA operations around it."""
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, s.head_dim), p.query_dtype)
@@ -198,7 +198,7 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
 
 
 def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
-    """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
+    """The same of JAX's own paged attention, which plans no VMEM."""
     pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.jax_call(plan, pages, mesh)
     return {
@@ -263,11 +263,12 @@ _COLUMNS = (  # heading in two lines, width, what stands there
 
 
 def _kib_cell(size: int | None) -> str:
+    """A column's number of KiB, which stands in its heading; '-' where there is none."""
     return "-" if size is None else f"{size / 1024:.0f}"
 
 
 def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: dict[str, str]) -> str:
-    """The report as lines."""
+    """The report as lines, a row for each chip and kernel."""
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
     scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
@@ -299,7 +300,7 @@ def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: 
 
 
 def _line(columns, cells) -> str:
-    """Names to the left, numbers to the right of their columns."""
+    """A row of the table: names to the left of their columns, numbers to the right."""
     widths = [width for _, _, width, _ in columns]
     names = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     return " ".join(names + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]).rstrip()

@@ -1,4 +1,4 @@
-"""The flags of a scaling sweep: which runs it has, which flags of the decode benchmark and of a plan it takes."""
+"""The flags of a scaling sweep: its own, and those of the decode benchmark and of plans that it takes."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _tables(rng, shard: Shard) -> tuple[np.ndarray, int]:
 def _jax(shard: Shard, device: jax.Device) -> Prepared:
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    from paged_dist.kernels.target import has_megacore
+    from paged_dist.kernels.chips import has_megacore
 
     rng = np.random.default_rng(0)
     tables, pages = _tables(rng, shard)

@@ -29,6 +29,7 @@ class Row:
       times: microseconds of each run.
       floor_us: the least that HBM lets the case take on this device; None where its bandwidth is not known.
       small: the shapes were shrunk for a CPU: the row says nothing of the claim.
+      baseline_us: median time of what the claim compares with, where it is a ratio.
     """
 
     claim: str
@@ -38,11 +39,17 @@ class Row:
     times: Times
     floor_us: float | None
     small: bool = False
+    baseline_us: float | None = None
 
     @property
     def share(self) -> float | None:
         """Floor over time: 1 is the HBM limit."""
         return None if self.floor_us is None else self.floor_us / self.times.median
+
+    @property
+    def ratio(self) -> float | None:
+        """Time over that of the baseline."""
+        return None if self.baseline_us is None else self.times.median / self.baseline_us
 
     @property
     def projected(self) -> float | None:
@@ -66,6 +73,7 @@ class Row:
             "spread": self.times.spread,
             "floor_us": self.floor_us,
             "share": self.share,
+            "ratio": self.ratio,
             "projected": self.projected,
             "unit": PROJECTIONS[self.claim]["unit"],
             "small": self.small,
@@ -82,8 +90,8 @@ def floor_us(live_bytes: int, device: jax.Device) -> float | None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table: measured beside projected, in the unit that the claim has."""
     lines = [
-        "| case | kernel | device | us | kernels alone | spread | share of the HBM floor | projected |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | kernel | device | us | kernels alone | spread | share of the HBM floor | ratio | projected |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     show = lambda value, form: "-" if value is None else format(value, form)
     for row in rows:
@@ -92,7 +100,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.case}{' (small)' if row.small else ''} | {row.kernel} | {row.device_kind}, {row.times.clock} "
             f"| {row.times.median:.1f} | {show(row.times.kernels_median, '.1f')} | {row.times.spread:.0%} "
-            f"| {show(row.share, '.0%')} | {show(row.projected, form)} |"
+            f"| {show(row.share, '.0%')} | {show(row.ratio, '.2f')} | {show(row.projected, form)} |"
         )
     return "\n".join(lines)
 

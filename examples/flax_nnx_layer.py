@@ -2,7 +2,7 @@
 
     python examples/flax_nnx_layer.py
 
-The cache is no part of the module: it goes in and comes out, so that the jitted step can donate it. B rows, E width,
+The cache is an argument and a result, not part of the module, so that the jitted step can donate it. B rows, E width,
 Hq and Hkv heads of D channels, F hidden channels of the MLP, L layers.
 """
 
@@ -89,7 +89,7 @@ class DecoderLayer(nnx.Module):
 
 
 def stacked_layers(c: Config, seed: int = 0) -> DecoderLayer:
-    """L layers in one module, whose parameters have one more axis in front, that no mesh axis splits.
+    """L layers in one module: each parameter has a leading axis L, which no mesh axis splits.
 
     Under `jax.set_mesh(mesh)` each parameter is made in its shards.
     """
@@ -101,7 +101,7 @@ def stacked_layers(c: Config, seed: int = 0) -> DecoderLayer:
 def decode_step(graph, params, x, cache, positions, lengths, block_tables):
     """One new token a row through all layers. graph, params: `nnx.split` of the stacked layers. Returns (x, cache).
 
-    A scan over the parameters, not `nnx.scan`, which would return them too: a decode step reads them only.
+    A scan over the parameters, which a decode step only reads. `nnx.scan` would return them too.
     """
 
     def body(carry, layer_and_params):
@@ -112,7 +112,7 @@ def decode_step(graph, params, x, cache, positions, lengths, block_tables):
 
 
 def put_rows(mesh, array):
-    """A NumPy array [B, ...], alike on every process, as a global one whose rows are split over data.
+    """A NumPy array [B, ...], the same on every process, as a global array whose rows are split over data.
 
     Each process fills its own devices. `jax.device_put` would first compare the array across all processes, each step.
     """

@@ -2,13 +2,15 @@
 
     python examples/plain_jax_layer.py
 
-runs some decode steps on the attached devices (four or more), on a host without accelerators on eight simulated ones.
+runs some decode steps on the attached devices (four or more), or on eight simulated devices where the host has no
+accelerator.
 
-Arrays are global; where they lie is said once, by `WEIGHTS` and `paged_dist`'s own shardings, and jit does the rest:
+Arrays are global. `WEIGHTS` gives the shardings of the weights, `paged_dist` those of the cache, and jit does the rest.
+What the mesh axes split:
 
-    data      rows of the batch. Nothing crosses it, so on several slices nothing crosses DCN.
+    data      rows of the batch. Nothing is sent over it, so on several slices nothing crosses DCN.
     model     KV heads, with their query heads: wq, wk, wv, and the cache.
-    context   the pages of each sequence. Attention leaves each context shard its part of the heads
+    context   the pages of each sequence. Attention returns a part of the heads to each context shard
               (output_heads="scattered"): wo and the MLP are split over model x context, the chips of a sequence.
 
 B rows, E width, Hq and Hkv heads of D channels, F hidden channels of the MLP, L layers.
@@ -39,8 +41,8 @@ class Config:
 
 SEQUENCE = ("model", "context")  # the chips that share a sequence
 
-# name: its axes, and how they are split. wq, wk and wv lie on every context shard, each of which needs all heads of
-# its model shard; to split them too would take an all-gather of query, key and value.
+# Name: (axes, how they are split). wq, wk and wv are whole on every context shard, which needs all heads of its model
+# shard. Splitting them over context too would take an all-gather of query, key and value.
 WEIGHTS = {
     "attention_norm": ("L E", P(None, None)),
     "wq": ("L E Hq D", P(None, None, "model", None)),
@@ -96,7 +98,7 @@ def rotary(x, positions):
 def decoder_layer(w, x, cache, positions, lengths, block_tables, layer):
     """One new token a row through one layer. Returns (x, cache).
 
-    w: this layer's weights; x: [B, E]; positions: [B], of the new tokens, -1 in a row that gets none and writes none.
+    w: this layer's weights; x: [B, E]; positions: [B], of the new tokens, -1 for a row without one: it writes none.
     """
     y = rms_norm(x, w["attention_norm"])
     query, key, value = (jnp.einsum("be,ehd->bhd", y, w[name]) for name in ("wq", "wk", "wv"))  # heads over model
@@ -130,7 +132,7 @@ def decode_step(weights, x, cache, positions, lengths, block_tables):
 
 
 def put_rows(mesh, array):
-    """A NumPy array [B, ...], alike on every process, as a global one whose rows are split over data.
+    """A NumPy array [B, ...], the same on every process, as a global array whose rows are split over data.
 
     Each process fills its own devices. `jax.device_put` would first compare the array across all processes, each step.
     """

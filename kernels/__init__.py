@@ -1,4 +1,8 @@
-"""Pallas kernels for one chip: paged attention and the KV cache update."""
+"""Pallas kernels for one chip, each in a folder with the form that CPUs and GPUs run.
+
+`decode` is the attention kernel that every op runs, `cache_update` writes new tokens and copies pages, `seed` keeps the
+kernels that have JAX's and ejkernel's signatures. `attention` holds what all attention kernels share.
+"""
 
 from paged_dist.kernels.attention.checks import DEFAULT_MASK_VALUE
 from paged_dist.kernels.cache_update import write_kv_pages

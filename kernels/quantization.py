@@ -1,4 +1,4 @@
-"""Eight-bit keys and values: one f32 scale for each token and kv head, and how the scales are stored."""
+"""Eight-bit keys and values: one f32 scale for each token and kv head. `scale_layout` says how scales are stored."""
 
 from __future__ import annotations
 
@@ -6,37 +6,45 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from paged_dist._compat import broadcasts, reshape_minor
+from paged_dist._compat import broadcasts
 from paged_dist._errors import require
-from paged_dist.kernels.tiling import LANES
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what a token's largest channel becomes
 
 
-def is_quantized(dtype) -> bool:
+def is_quantized(dtype: DTypeLike) -> bool:
     """Whether pages of this dtype come with scales."""
     return jnp.dtype(dtype).name in LARGEST
 
 
 @broadcasts
-def quantize_kv(x: jax.Array, dtype, *, smoothing: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Symmetric absmax quantisation of keys or values: `append_kv` and `write_prefill_kv` store just this.
+def quantize_kv(x: jax.Array, dtype: DTypeLike, *, smoothing: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Symmetric absmax quantisation of keys or values, as `append_kv` and `write_prefill_kv` store them.
 
-    scale = max_d |x[..., d]| / 127 (int8) or / 448 (e4m3); value = x / scale, rounded to nearest even. int8 never
-    takes -128. A vector of zeros has scale 0 and stays zero.
+    Each token and head has one scale, max_d |x[..., d]| / 127 (int8) or / 448 (e4m3). Its values are x / scale, rounded
+    to nearest even; int8 never takes -128. A vector of zeros has scale 0 and stays zero.
 
     Args:
       x: [..., Hkv, D], or [..., D], any float dtype.
       dtype: int8 or float8_e4m3fn.
-      smoothing: [Hkv, D] (anything that broadcasts to x), divides x first; of keys only, whose queries are then
+      smoothing: [Hkv, D] (anything that broadcasts to x), divides x first. For keys only: their queries are then
         multiplied by it. See `calibrate_key_smoothing`.
 
     Returns:
-      (values, x's shape in `dtype`; scales, x's shape less D, f32).
+      (values, scales): values of x's shape in `dtype`; scales f32 of x's shape without D.
 
     Raises:
       ValueError: another dtype.
+
+    Example:
+      >>> x = jnp.array([[1.0, -2.0, 0.5, 0.0]])
+      >>> values, scales = pd.quantize_kv(x, jnp.int8)
+      >>> values.tolist(), scales.shape
+      ([[64, -127, 32, 0]], (1,))
+      >>> bool(jnp.allclose(pd.dequantize_kv(values, scales), x, atol=0.01))
+      True
     """
     name = jnp.dtype(dtype).name
     require(name in LARGEST, "dtype", name, f"must be one of {tuple(LARGEST)}")
@@ -45,12 +53,12 @@ def quantize_kv(x: jax.Array, dtype, *, smoothing: jax.Array | None = None) -> t
 
 
 def smooth(x: jax.Array, smoothing: jax.Array | None) -> jax.Array:
-    """x / smoothing in f32; x itself where there is none."""
+    """x / smoothing in f32; x itself where there is no smoothing."""
     return x if smoothing is None else x.astype(jnp.float32) / smoothing.astype(jnp.float32)
 
 
-def scaled_to(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """x [..., D] f32 in the range of `dtype`, f32, for int8 rounded; and what it was divided by, [..., 1] f32."""
+def scaled_to(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """(x / scale [..., D] f32, scale [..., 1] f32): x [..., D] f32 in the range of `dtype`; for int8 it is rounded."""
     name = jnp.dtype(dtype).name
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     # Below the smallest normal number its reciprocal is infinite, and TPUs take it for 0 anyway.
@@ -63,9 +71,9 @@ def scaled_to(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def fp8_bits(x: jax.Array) -> jax.Array:
-    """The bits of x f32, at most 448 either way or NaN, as float8_e4m3fn, to nearest even: int32.
+    """The bits of x (f32, between -448 and 448, or NaN) as float8_e4m3fn, rounded to nearest even: int32.
 
-    Inside a kernel, where only some chips convert to fp8.
+    For use inside a kernel: only some chips convert to fp8 there.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     size = bits & 0x7FFFFFFF
@@ -78,13 +86,13 @@ def fp8_bits(x: jax.Array) -> jax.Array:
 
 @broadcasts
 def dequantize_kv(
-    values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype=jnp.float32
+    values: jax.Array, scales: jax.Array, *, smoothing: jax.Array | None = None, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """What `quantize_kv` made stands for: values * scales, times `smoothing` if given.
+    """The inverse of `quantize_kv`, but for its rounding: values * scales, times `smoothing` if given.
 
     Args:
       values: [..., D], int8 or float8_e4m3fn (any dtype).
-      scales: [...] f32, values' shape less D.
+      scales: [...] f32, values' shape without D.
       smoothing: [Hkv, D], what x was divided by.
       dtype: of the result.
 
@@ -93,6 +101,11 @@ def dequantize_kv(
 
     Raises:
       ValueError: scales of another shape.
+
+    Example:
+      >>> values, scales = jnp.array([[[100, -127]]], jnp.int8), jnp.array([[0.5]])
+      >>> pd.dequantize_kv(values, scales, smoothing=jnp.array([[2.0, 1.0]])).tolist()
+      [[[100.0, -63.5]]]
     """
     require(scales.shape == values.shape[:-1], "scales.shape", scales.shape, f"must be {values.shape[:-1]}")
     x = values.astype(jnp.float32) * scales[..., None]
@@ -101,23 +114,24 @@ def dequantize_kv(
 
 @broadcasts
 def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -> jax.Array:
-    """A divisor of keys for each channel, from a sample of them: keys that are divided by it lose less in 8 bits.
+    """A divisor for each channel of the keys, from a sample of keys: keys divided by it lose less in 8 bits.
 
-    Each channel's divisor is its root mean square, in units of the head's geometric mean: channels come out alike, so
-    that none loses its bits to a large one, as a token's scale has to follow its largest channel. The idea of
-    SmoothQuant (arXiv:2211.10438) with its exponent at 1: for given queries no other divisor of the same largest
-    quotient has less error.
+    Each channel's divisor is its root mean square, in units of the head's geometric mean. Divided by it, all channels
+    are about as large. A token's scale follows its largest channel, so that otherwise a large channel takes the bits of
+    all others. This is the idea of SmoothQuant (arXiv:2211.10438) with its exponent at 1: for given queries no other
+    divisor of the same largest quotient has less error.
 
-    A sample may show a channel smaller than it will be, and a channel divided by too little takes all others' bits. So
-    root mean squares are bounded, by their head's quartiles: far below the rest (by two interquartile ranges of their
-    logarithms, and under a quarter of the upper quartile) counts as that far below. None counts as less than 1/1024
-    of the upper quartile, or as more than 1024 of it. Channels that are zero throughout get 1.
+    A sample may show a channel smaller than it will be, and a channel that is divided by too little takes the others'
+    bits. So root mean squares are bounded by the quartiles of their head. One that lies far below the rest (by two
+    interquartile ranges of their logarithms, and under a quarter of the upper quartile) counts as lying just that far
+    below. None counts as less than 1/1024 of the upper quartile, or as more than 1024 of it. Channels that are zero
+    throughout get 1.
 
     Args:
-      keys: [..., Hkv, D], any float dtype, as they go to `append_kv`: all axes before Hkv are tokens, a few hundred of
-        them do. With `num_layers` [L, ..., Hkv, D].
-      num_layers: L of a cache with stacked layers, each of which then gets its own; `spec.num_layers` is right for
-        every cache. None: keys are of one layer.
+      keys: [..., Hkv, D], any float dtype, as they go to `append_kv`. All axes before Hkv are tokens; a few hundred are
+        enough. With `num_layers` [L, ..., Hkv, D].
+      num_layers: L of a cache with stacked layers, each of which gets divisors of its own. `spec.num_layers` is right
+        for every cache. None: keys are of one layer.
 
     Returns:
       [Hkv, D] f32, or [L, Hkv, D] with `num_layers`; finite and positive.
@@ -125,6 +139,12 @@ def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -
     Raises:
       ValueError: too few axes, no token, another number of layers; keys that are not finite in f32 (inside a jit,
         where that cannot be seen, the head they are in becomes NaN).
+
+    Example:
+      >>> keys = jnp.array([1.0, 8.0, -8.0, 1.0]).reshape(2, 1, 2)  # two tokens of one head; D = 2
+      >>> smoothing = pd.calibrate_key_smoothing(keys * jnp.array([1.0, 4.0]))
+      >>> smoothing.round(2).tolist()  # channel 1 is four times as large as channel 0
+      [[0.5, 2.0]]
     """
     keys = jnp.asarray(keys).astype(jnp.float32)
     layered = num_layers is not None
@@ -146,47 +166,3 @@ def calibrate_key_smoothing(keys: jax.Array, *, num_layers: int | None = None) -
     mean = jnp.sum(jnp.where(live, log, 0.0), axis=-1, keepdims=True)
     mean = mean / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
     return jnp.where(live, jnp.exp(log - mean), 1.0)
-
-
-def check_scale_rows(num_pages: int, page_size: int, argument: str = "page_size") -> None:
-    """Raises ValueError where a pool's scales do not fill whole rows of 128, or a page's would straddle two."""
-    fits = page_size % LANES == 0 or LANES % page_size == 0
-    rule = "with int8 and fp8 must divide 128 or be a multiple of it, for scales are stored 128 to a row"
-    require(fits, argument, page_size, rule)
-    pages = max(1, LANES // page_size)
-    require(
-        num_pages % pages == 0,
-        "num_pages",
-        num_pages,
-        f"with int8 and fp8 at page_size {page_size} must be a multiple of {pages} on each shard, for so many pages "
-        "share a row of scales",
-    )
-
-
-def scale_rows(num_pages: int, page_size: int) -> int:
-    """Rows of 128 that the scales of one head's pages take."""
-    return num_pages * page_size // LANES
-
-
-def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
-    """Scales [..., N, P] as stored, [..., N * P / 128, 128].
-
-    Token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row, R = P / tokens_per_row: where
-    two tokens share a row of the pool, first come all the first ones of a page, then the second ones, as the kernel's
-    scores have them side by side.
-    """
-    *lead, pages, page_size = scales.shape
-    if tokens_per_row > 1:
-        scales = reshape_minor(scales, (*lead, pages, page_size // tokens_per_row, tokens_per_row))
-        scales = jnp.swapaxes(scales, -1, -2)
-    return reshape_minor(scales, (*lead, scale_rows(pages, page_size), LANES))
-
-
-def unpack_scales(stored: jax.Array, page_size: int, tokens_per_row: int = 1) -> jax.Array:
-    """The inverse of `pack_scales`: [..., N, P]."""
-    *lead, rows, lanes = stored.shape
-    pages = rows * lanes // page_size
-    if tokens_per_row > 1:
-        stored = reshape_minor(stored, (*lead, pages, tokens_per_row, page_size // tokens_per_row))
-        stored = jnp.swapaxes(stored, -1, -2)
-    return reshape_minor(stored, (*lead, pages, page_size))

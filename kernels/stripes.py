@@ -1,4 +1,4 @@
-"""Sequences whose pages are dealt out over several chips: which tokens lie on this one, and where."""
+"""Sequences whose pages are dealt out over several chips in turn: which pages and tokens this chip has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import lax
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["first"], meta_fields=["stride"])
 @dataclasses.dataclass(frozen=True)
 class Stripes:
-    """Column k of a row's table here is page first + k * stride of its sequence; the other pages lie elsewhere.
+    """Which pages of each sequence lie on this chip: page first + k * stride is column k of its row's table here.
 
     Tokens are counted in two ways: in the sequence, or locally, in the order of the pages that lie here.
 
@@ -30,7 +30,7 @@ class Stripes:
         size = jnp.int32(page_size)
         first = self.first.reshape(-1, *(1 for _ in end.shape[1:]))
         page, token = lax.div(end, size), lax.rem(end, size)
-        before = page - first + (self.stride - 1)  # over the stride, rounded down: the whole pages here
+        before = page - first + (self.stride - 1)  # divided by the stride, rounded down: the whole pages here
         is_here = lax.rem(before, jnp.int32(self.stride)) == self.stride - 1
         return lax.div(before, jnp.int32(self.stride)) * size + jnp.where(is_here, token, 0)
 

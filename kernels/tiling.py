@@ -1,10 +1,12 @@
-"""The shape of a TPU register, which decides what an array's minor axes may be without padding."""
+"""The shape of a TPU register: an array whose two minor axes do not fill it is padded or laid out anew."""
 
-LANES = 128  # minor axis: a stored row is a multiple of it, or XLA pads or relayouts the pool
-SUBLANES = 8  # rows, at 4 bytes an element; of the smallest tile that a DMA can address, at any dtype
+from paged_dist.kernels.arithmetic import round_up
+
+LANES = 128  # of the minor axis: a stored row is a multiple of it, or XLA pads or copies the pool
+SUBLANES = 8  # rows of a register at 4 bytes an element; rows of the smallest tile that a DMA takes, at any dtype
 
 
 def stored_head_dim(head_dim: int) -> int:
-    """Lanes that one head's token takes in a stored page: 64, of which two fill a row, or whole rows of 128."""
+    """Lanes that a token of one head takes in a stored page: 64, two tokens to a row, or a multiple of 128."""
     half = LANES // 2
-    return half if head_dim <= half else -(-head_dim // LANES) * LANES
+    return half if head_dim <= half else round_up(head_dim, LANES)

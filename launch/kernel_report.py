@@ -16,13 +16,12 @@ import jax.numpy as jnp
 
 from paged_dist import CacheSpec
 from paged_dist._errors import require
-from paged_dist.cache.head_dim import cut_heads, pad_heads
+from paged_dist.cache.head_padding import cut_heads, pad_heads
 from paged_dist.kernels import BlockSizes
 from paged_dist.kernels.attention.checks import check_pools
-from paged_dist.kernels.decode import launch_plan as decode_plan
-from paged_dist.kernels.decode import traffic as decode_cost
+from paged_dist.kernels.decode import plan_choice, traffic
 from paged_dist.kernels.decode.api import decode_stored_pages
-from paged_dist.kernels.quantization import scale_rows
+from paged_dist.kernels.scale_layout import scale_rows
 from paged_dist.kernels.target import Target
 from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
 from paged_dist.launch.common import flag_registry as flags
@@ -152,9 +151,9 @@ def plan_of(s: KernelReportSettings, target):
         scales,
     )
     sizes = None if s.block_sizes is None else BlockSizes(*s.block_sizes)
-    plan = decode_plan.make_plan(problem, target, sizes, sliding_window=s.sliding_window)
-    decode_plan.check_block_sizes(plan)
-    decode_plan.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
+    plan = plan_choice.make_launch_plan(problem, target, sizes, sliding_window=s.sliding_window)
+    plan_choice.check_block_sizes(plan)
+    plan_choice.rows_per_launch(plan)  # refuses a row of the table that scalar memory cannot hold
     return plan
 
 
@@ -186,13 +185,13 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
         )
         return cut_heads(output, spec)
 
-    rows = min(p.batch, decode_plan.rows_per_launch(plan))
+    rows = min(p.batch, plan_choice.rows_per_launch(plan))
     launch = dataclasses.replace(plan, problem=p.replace(batch=rows))
     return {
         "block_sizes": dataclasses.asdict(plan.sizes),
         "vmem_planned": launch.vmem_bytes,
         "smem_planned": launch.smem_bytes,
-        **_dma_counts(decode_cost.copies(plan, s.lengths), decode_cost.live_bytes(plan, s.lengths)),
+        **_dma_counts(traffic.page_traffic(plan, s.lengths), traffic.live_bytes(plan, s.lengths)),
         **_program_facts(absent_chips.timed_compile(mesh, attend, query, pool, pool, lengths, table, *scales), plan),
     }
 
@@ -206,7 +205,7 @@ def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
         "megacore_mode": op.keywords["megacore_mode"],
         "vmem_planned": None,
         "smem_planned": jax_kernel.jax_smem_bytes(plan, pages),
-        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), decode_cost.live_bytes(plan, s.lengths)),
+        **_dma_counts(jax_kernel.jax_page_copies(plan, s.lengths, pages), traffic.live_bytes(plan, s.lengths)),
         **_program_facts(absent_chips.timed_compile(mesh, op, *arrays), plan),
     }
 

@@ -1,12 +1,14 @@
-"""The one place that words the errors of bad input: the argument, its value, the rule, what would work."""
+"""Errors of bad input, all worded alike: the argument, its value, the rule, what would work."""
 
 from __future__ import annotations
 
 import numbers
+import operator
+from typing import TypeGuard
 
 
 class BadValue(ValueError):
-    """Bad input that was found by a check of ours, and not by what runs under it."""
+    """Bad input that a check of this library found, not jax or NumPy below it."""
 
 
 def bad_value(argument: str, value: object, rule: str, works: str | None = None) -> BadValue:
@@ -29,10 +31,16 @@ def not_yet(what: str, instead: str | None = None) -> NotImplementedError:
     return NotImplementedError(f"{what} is not in this release" + (f"; {instead}" if instead else ""))
 
 
-def whole_number(argument: str, value: int) -> int:
-    """`value` as an int; raises ValueError for what is no whole number, True and False among it."""
-    if type(value) is int:  # the usual case, first: it is on the decode loop's path
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Whether `value` is an integer, Python's or NumPy's. True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def whole_number(argument: str, value: object, *, at_least: int | None = None) -> int:
+    """`value` as an int; raises ValueError for what is no whole number, or one below `at_least`."""
+    if type(value) is int and at_least is None:  # the usual case, first: it is on the decode loop's path
         return value
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise bad_value(argument, value, "must be a whole number")
-    return int(value)
+    rule = "must be a whole number" + ("" if at_least is None else f", at least {at_least}")
+    if not is_whole_number(value) or (at_least is not None and value < at_least):
+        raise bad_value(argument, value, rule)
+    return operator.index(value)

@@ -1,1 +1,1 @@
-"""What every paged-attention kernel shares: the checks of a call, the oracle, and the form in XLA operations."""
+"""What every paged-attention kernel shares: a call's sizes and their checks, the NumPy oracle, the XLA form."""

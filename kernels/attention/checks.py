@@ -1,12 +1,9 @@
-"""What a paged-attention call may look like: shapes, dtypes, options, and the bytes a launch needs on chip.
+"""The checks of a paged-attention call: shapes, dtypes and options that do not fit raise a ValueError that says why.
 
-Pure functions of shapes and dtypes, shared by the op, the launchers and the tests: nothing here compiles or
-allocates.
+Pure functions of shapes and dtypes, shared by the ops, the launchers and the tests: nothing here compiles or allocates.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +11,13 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._errors import require
-from paged_dist.kernels.quantization import LARGEST, check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.attention.problem import Problem
+from paged_dist.kernels.quantization import LARGEST
+from paged_dist.kernels.scale_layout import check_stored_scales
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 
+# What a masked logit becomes, as in JAX's and ejkernel's paged attention: far below every score, and still finite after
+# a difference of two of them. `page_attention(..., mask_value=kernels.DEFAULT_MASK_VALUE)` is what it does by itself.
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
 
 MAX_QUERIES = 16  # new tokens a sequence
@@ -24,53 +25,6 @@ MAX_QUERIES = 16  # new tokens a sequence
 _FLOATS = ("bfloat16", "float32")
 _CACHE_NAMES = ("query", "key_cache", "value_cache", "context_lens", "block_tables")
 _POOL_NAMES = ("query", "key_pages", "value_pages", "lengths", "block_tables")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static half of a call, letters as in the arrays' shapes."""
-
-    batch: int  # B
-    num_q_heads: int  # Hq
-    num_kv_heads: int  # Hkv
-    head_dim: int  # D
-    num_layers: int  # L
-    num_pages: int  # N
-    rows: int  # R, stored rows a page
-    width: int  # W, stored lanes a row
-    pages_per_sequence: int  # S
-    query_dtype: str
-    cache_dtype: str
-    num_queries: int = 1  # Q, new tokens a sequence
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the pages are 8-bit, with scales."""
-        return is_quantized(self.cache_dtype)
-
-    @property
-    def group(self) -> int:
-        """G, query heads that share a kv head."""
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def rows_per_head(self) -> int:
-        """Query rows that are multiplied by one kv head's K: a group's heads, of each of the new tokens."""
-        return self.group * self.num_queries
-
-    @property
-    def tokens_per_row(self) -> int:
-        """Tokens side by side in one stored row."""
-        return self.width // self.head_dim
-
-    @property
-    def page_size(self) -> int:
-        """P, tokens a page."""
-        return self.rows * self.tokens_per_row
-
-    def replace(self, **changes) -> Problem:
-        """This problem with other values in some fields."""
-        return dataclasses.replace(self, **changes)
 
 
 def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Problem:
@@ -95,7 +49,7 @@ def check_cache(query, key_cache, value_cache, context_lens, block_tables) -> Pr
         key_cache.shape,
         f"page_size {page_size} must be a multiple of {SUBLANES}",
     )
-    return _check(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
+    return _check_arrays(_CACHE_NAMES, query, key_cache, value_cache, context_lens, block_tables, layers=1)
 
 
 def check_pools(
@@ -123,7 +77,7 @@ def check_pools(
             "add a leading axis of 1 to a single layer's pool",
         )
     dtypes = _FLOATS if key_scales is None and value_scales is None else tuple(LARGEST)
-    problem = _check(
+    problem = _check_arrays(
         _POOL_NAMES,
         query,
         key_pages,
@@ -135,18 +89,14 @@ def check_pools(
         takes_queries=takes_queries,
     )
     if problem.is_quantized:
-        check_scale_rows(problem.num_pages, problem.page_size)
-        rows = scale_rows(problem.num_pages, problem.page_size)
-        check_scales(key_scales, value_scales, (*key_pages.shape[:2], rows, LANES))
+        check_stored_scales(
+            key_scales,
+            value_scales,
+            (problem.num_layers, problem.num_kv_heads),
+            num_pages=problem.num_pages,
+            page_size=problem.page_size,
+        )
     return problem
-
-
-def check_scales(key_scales, value_scales, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless both scales are there, f32, of this shape."""
-    for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
-        require(scales is not None, name, None, "8-bit pages need both key_scales and value_scales")
-        require(scales.shape == shape, f"{name}.shape", scales.shape, f"must be {shape}, one for each token and head")
-        require(scales.dtype == jnp.float32, f"{name}.dtype", jnp.dtype(scales.dtype).name, "must be float32")
 
 
 def check_queries(query) -> None:
@@ -167,8 +117,8 @@ def check_output_dtype(output_dtype) -> None:
     require(name is None or name in _FLOATS, "output_dtype", name, f"must be None or one of {_FLOATS}")
 
 
-def _check(
-    names,
+def _check_arrays(
+    names: tuple[str, str, str, str, str],
     query,
     keys,
     values,
@@ -179,6 +129,7 @@ def _check(
     dtypes: tuple[str, ...] = _FLOATS,
     takes_queries: bool = False,
 ) -> Problem:
+    """The problem of keys and values [.., Hkv, N, R, W]. Raises ValueError; its text calls the arrays by `names`."""
     q_name, k_name, v_name, n_name, t_name = names
     if takes_queries:
         check_queries(query)
@@ -259,7 +210,7 @@ def check_options(
 ) -> dict[str, float | int | None]:
     """sm_scale, soft_cap and sliding_window by name, as Python's own numbers.
 
-    Raises ValueError for an option outside its rule; all four are numbers known before tracing.
+    Raises ValueError for an option outside its rule, or a traced one: all four are compiled into the kernel.
     """
     for name, value in (
         ("sm_scale", sm_scale),
@@ -275,26 +226,22 @@ def check_options(
             "name it in static_argnames"
             + ("; paged_decode_attention takes a traced one" if name == "sliding_window" else ""),
         )
-    require(_finite(sm_scale), "sm_scale", sm_scale, "must be a finite number")
+    require(_is_finite_in_f32(sm_scale), "sm_scale", sm_scale, "must be a finite number")
     require(
-        soft_cap is None or (_finite(soft_cap) and soft_cap > 0),
+        soft_cap is None or (_is_finite_in_f32(soft_cap) and soft_cap > 0),
         soft_cap_name,
         soft_cap,
         "must be None or a positive number",
     )
+    whole = isinstance(sliding_window, int | np.integer) and not isinstance(sliding_window, bool)
     require(
-        sliding_window is None
-        or (
-            isinstance(sliding_window, int | np.integer)
-            and sliding_window >= 1
-            and not isinstance(sliding_window, bool)
-        ),
+        sliding_window is None or (whole and bool(sliding_window >= 1)),
         "sliding_window",
         sliding_window,
         "must be None or a whole number of tokens, at least 1",
     )
     require(
-        _finite(mask_value) and mask_value < 0,
+        _is_finite_in_f32(mask_value) and mask_value < 0,
         "mask_value",
         mask_value,
         "must be a finite negative number",
@@ -314,7 +261,7 @@ def check_lengths(lengths, *shape: int) -> None:
 
 
 def check_starts(starts, *shape: int) -> jax.Array | None:
-    """`starts` [B] int32 ([B, Q] beside such lengths), or None, as an array. Raises ValueError for anything else."""
+    """`starts` as an int32 array of `shape` ([B] or [B, Q], as lengths have it), or None. Else raises ValueError."""
     if starts is None:
         return None
     starts = jnp.asarray(starts)
@@ -324,7 +271,7 @@ def check_starts(starts, *shape: int) -> jax.Array | None:
 
 
 def check_sinks(sinks, num_q_heads: int) -> jax.Array | None:
-    """`sinks` [Hq] f32 or bf16, or None, as an array. Raises ValueError for another shape or dtype."""
+    """`sinks` as an array [Hq], f32 or bf16, or None. Raises ValueError for another shape or dtype."""
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)
@@ -335,7 +282,7 @@ def check_sinks(sinks, num_q_heads: int) -> jax.Array | None:
 
 
 def check_interpret(interpret) -> None:
-    """Raises ValueError unless `interpret` is one of the values that `_dispatch.dispatch` takes."""
+    """Raises ValueError unless `interpret` is one of the values that `dispatch.dispatch` takes."""
     require(
         interpret is None or isinstance(interpret, bool | pltpu.InterpretParams),
         "interpret",
@@ -344,112 +291,9 @@ def check_interpret(interpret) -> None:
     )
 
 
-def _finite(value) -> bool:
-    """Whether `value` is a number within f32's range, in which it is used."""
+def _is_finite_in_f32(value) -> bool:
+    """Whether `value` is a number within f32's range; the kernels use it as f32."""
     try:
         return abs(float(value)) <= float(np.finfo(np.float32).max)
     except (TypeError, ValueError):
         return False
-
-
-MEGACORE_MODES = (None, "kv_head", "batch")
-NUM_CORES = 2  # of a megacore chip
-
-SMEM_BYTES = 1 << 20  # on every chip from v4 to v7x
-SMEM_RESERVED = 8 << 10  # Mosaic keeps 2.5 to 3 KiB of it (seen by compiling at the limit); the rest is headroom
-VMEM_BYTES = 15 << 20  # of the 16 MiB that Mosaic gives a kernel by default on the smallest chips
-_BLOCK_TOKENS = (
-    2048  # the default block: half the core time a token of 1024 (v6e, projected), short beside long sequences
-)
-_BLOCK_BYTES = 10 << 20  # VMEM the default block may take
-
-
-def check_megacore(problem: Problem, megacore_mode: str | None) -> None:
-    """Raises ValueError for an unknown mode, or heads or sequences that two cores cannot share evenly."""
-    require(megacore_mode in MEGACORE_MODES, "megacore_mode", megacore_mode, f"must be one of {MEGACORE_MODES}")
-    for mode, name, count in (("kv_head", "kv heads", problem.num_kv_heads), ("batch", "sequences", problem.batch)):
-        require(
-            megacore_mode != mode or count % NUM_CORES == 0,
-            "megacore_mode",
-            megacore_mode,
-            f"needs an even number of {name}, not {count}",
-            "None runs on one core",
-        )
-
-
-def smem_bytes(batch: int, pages_per_sequence: int) -> int:
-    """Scalar memory of one launch: lengths, flat table, layer and the two flags, each padded."""
-    return sum(_round_up(4 * n, 512) for n in (batch, batch * pages_per_sequence, 1, 1, 1))
-
-
-def check_smem(problem: Problem, rows: int | None = None) -> None:
-    """Raises ValueError where lengths and table, or `rows` rows of them, do not fit in one launch's scalar memory."""
-    rows = problem.batch if rows is None else rows
-    need, there = smem_bytes(rows, problem.pages_per_sequence), SMEM_BYTES - SMEM_RESERVED
-    what, works = (
-        ("the table and context_lens need", "split the batch, or use larger pages")
-        if rows == problem.batch
-        else (f"{rows} of its rows need", "use larger pages")
-    )
-    require(
-        need <= there,
-        "block_tables.shape",
-        (problem.batch, problem.pages_per_sequence),
-        f"{what} {need} bytes of SMEM, of which there are {there}",
-        works,
-    )
-
-
-def rows_per_launch(problem: Problem, multiple: int) -> int:
-    """The most sequences, a multiple of `multiple`, whose part of the table fits in one launch; 0 if none do."""
-    rows = -(-problem.batch // multiple) * multiple
-    while rows and smem_bytes(rows, problem.pages_per_sequence) > SMEM_BYTES - SMEM_RESERVED:
-        rows -= multiple
-    return rows
-
-
-def vmem_bytes(problem: Problem, pages_per_compute_block: int) -> int:
-    """Vector memory of one launch: double buffers of K, V and the grid's blocks, and a block's f32 values."""
-    p, size = problem, jnp.dtype(problem.cache_dtype).itemsize
-    rows = p.tokens_per_row * p.group
-    lanes = _round_up(p.width, LANES)
-    buffers = 4 * pages_per_compute_block * _round_up(p.rows, SUBLANES * 4 // size) * lanes * size
-    tokens = pages_per_compute_block * p.rows
-    values = 2 * tokens * lanes * 4 + 3 * _round_up(rows, SUBLANES) * _round_up(tokens, LANES) * 4
-    blocks = 2 * _round_up(rows, 2 * SUBLANES) * (2 * lanes + 2 * LANES) * 4
-    return buffers + values + blocks
-
-
-def choose_pages_per_compute_block(problem: Problem) -> int:
-    """Pages a block where the caller names none: about two thousand tokens, less where VMEM is short."""
-    most = max(1, min(problem.pages_per_sequence, _BLOCK_TOKENS // problem.page_size))
-    while most > 1 and vmem_bytes(problem, most) > _BLOCK_BYTES:
-        most -= 1
-    return most
-
-
-def check_pages_per_compute_block(problem: Problem, pages: int) -> int:
-    """`pages`, cut to the table's width. Raises ValueError for none, or more than VMEM holds."""
-    whole = isinstance(pages, int | np.integer) and not isinstance(pages, bool)
-    require(whole and pages >= 1, "pages_per_compute_block", pages, "must be None or a whole number, at least 1")
-    pages = min(int(pages), problem.pages_per_sequence)
-    need = vmem_bytes(problem, pages)
-    require(
-        vmem_bytes(problem, 1) <= VMEM_BYTES,
-        "page_size",
-        problem.page_size,
-        f"a block of one page needs {vmem_bytes(problem, 1)} bytes of VMEM, of which there are {VMEM_BYTES}",
-        "use smaller pages",
-    )
-    require(
-        need <= VMEM_BYTES,
-        "pages_per_compute_block",
-        pages,
-        f"needs {need} bytes of VMEM, of which there are {VMEM_BYTES}",
-        f"{choose_pages_per_compute_block(problem)} is the default here",
-    )
-    return pages
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Paged attention in float64 NumPy: what the other forms are held against."""
+"""The oracle: paged attention in float64 NumPy, which tests compare every other form with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def attention_oracle(
     sliding_window=None,
     sinks=None,
 ):
-    """Attention of one query token a sequence, or of Q, straight from the formula, touching live tokens only.
+    """Attention of one query token of each sequence, or of Q, from the formula; it reads live tokens only.
 
     Args:
       query: [B, Hq, D]; key_pages, value_pages: [Hkv, N, P, D]; lengths: [B]; block_tables: [B, S]. Or

@@ -1,4 +1,4 @@
-"""Matrix products of the attention kernels: in f32 at the accuracy of the pages, and over rows of several tokens."""
+"""The attention kernels' matrix products, summed in f32, and how a query meets rows that hold two tokens each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import lax
 
 
 def dot(x, y, axis, query_dtype):
-    """x [M, K] times y, contracted over y's `axis`, in f32: as exact as the query and y's dtype deserve.
+    """x [M, K] times y, contracted over y's `axis`, summed in f32; as many passes as the query's and y's dtypes need.
 
     The MXU takes bf16: f32 pages go through it in several passes, over bf16 pages an f32 query (and its weights) in
     two, as the sum of two bf16, and a bf16 query's in one. int8 is exact in bf16; e4m3 it takes as it is, beside bf16.

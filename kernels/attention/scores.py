@@ -1,4 +1,4 @@
-"""The range of a score, in every form of paged attention: f32's, and below it the score of a token that is masked."""
+"""The range of a score (q.k, scaled and capped): a live token's is finite in f32, a masked token's is -inf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sliding window that is known when a program is traced, or only when it runs: then it becomes first tokens."""
+"""Sliding windows: a Python number is compiled into the kernel, a traced one becomes each sequence's first token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA: what a shard on a CPU or GPU runs."""
+"""Paged attention in plain XLA: the form that a shard on a CPU or GPU runs, and the oracle for shapes and shardings."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from paged_dist._compat import vary_like
-from paged_dist.kernels.attention.checks import (
-    Problem,
-    check_options,
-    check_output_dtype,
-    check_pools,
-    check_starts,
-)
-from paged_dist.kernels.attention.queries import as_rows, from_rows
+from paged_dist.kernels.attention.checks import check_options, check_output_dtype, check_pools, check_starts
+from paged_dist.kernels.attention.problem import Problem
+from paged_dist.kernels.attention.queries import queries_as_rows, rows_as_queries
 from paged_dist.kernels.attention.scores import LOWEST, in_range
 from paged_dist.kernels.dispatch import meant_dtype
 
-# A step takes so many tokens of a sequence, and of as many sequences side by side as make up so many elements of K:
+# A step takes _TOKENS_PER_CHUNK tokens of a sequence, and as many sequences side by side as make _STEP_ELEMENTS of K:
 # 1 MB of K as bf16 and 2 MB of V as f32 stay cached from gather to product. On two cores, at 8 kv heads of 128, twice
 # the size takes the same time, four times 1.5x; at 1 kv head 8 sequences take 0.6 of 2's time.
-_CHUNK_TOKENS = 256
+_TOKENS_PER_CHUNK = 256
 _STEP_ELEMENTS = 1 << 19
 _MOST_ROWS = 8  # a group runs as long as its longest sequence does
 
@@ -78,7 +73,7 @@ def attend_pages_xla(
     )
     scales = tuple(None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
     problem = check_pools(
-        query, *map(_as_meant, (key_pages, value_pages)), lengths, block_tables, *scales, takes_queries=True
+        query, _as_meant(key_pages), _as_meant(value_pages), lengths, block_tables, *scales, takes_queries=True
     )
     check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     p, batch = problem, problem.batch
@@ -87,12 +82,12 @@ def attend_pages_xla(
     starts = check_starts(starts, *lengths.shape)
     has_queries, output_dtype = query.ndim == 4, query.dtype if output_dtype is None else output_dtype
     if has_queries:
-        query, lengths, starts = as_rows(p, query, lengths, starts)
+        query, lengths, starts = queries_as_rows(p, query, lengths, starts)
 
     # One row of `pool` is one page of one head of one layer, so a gather picks the layer too.
     pools = [pool.reshape(-1, p.rows, p.width) for pool in (key_pages, value_pages)]
     if p.is_quantized:
-        pools += [x.reshape(-1, p.page_size) for x in scales]
+        pools += [x.reshape(-1, p.page_size) for x in scales if x is not None]
     lengths = jnp.clip(lengths, 0, p.pages_per_sequence * p.page_size)
     starts = jnp.zeros_like(lengths) if starts is None else jnp.clip(starts, 0, lengths)
     if sliding_window is not None:
@@ -135,7 +130,7 @@ def attend_pages_xla(
     rows_of_all = p.num_kv_heads * p.rows_per_head
     output = output.reshape(-1, rows_of_all, p.head_dim)[place].astype(output_dtype)
     lse = lse.reshape(-1, rows_of_all)[place]
-    return (from_rows(p, output), from_rows(p, lse)) if has_queries else (output, lse)
+    return (rows_as_queries(p, output), rows_as_queries(p, lse)) if has_queries else (output, lse)
 
 
 def _as_meant(pool) -> jax.ShapeDtypeStruct:
@@ -145,7 +140,7 @@ def _as_meant(pool) -> jax.ShapeDtypeStruct:
 
 def _step_shape(p: Problem) -> tuple[int, int]:
     """(C pages of a sequence, M sequences) that one step takes."""
-    chunk = max(1, min(p.pages_per_sequence, _CHUNK_TOKENS // p.page_size))
+    chunk = max(1, min(p.pages_per_sequence, _TOKENS_PER_CHUNK // p.page_size))
     rows = _STEP_ELEMENTS // (chunk * p.page_size * p.num_kv_heads * p.head_dim)
     return chunk, max(1, min(rows, _MOST_ROWS, p.batch))
 
@@ -172,7 +167,7 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         k, v = (
             _gather(pool, ids, i).reshape(m_rows, p.num_kv_heads, chunk * p.page_size, p.head_dim) for pool in pools[:2]
         )  # [M, Hkv, T, D]
-        k = lax.bitcast_convert_type(k, jnp.bfloat16) if narrow else _widen(k, p.cache_dtype)
+        k = lax.bitcast_convert_type(k, jnp.bfloat16) if narrow else _pages_as_f32(k, p.cache_dtype)
         token = page[:, :, None] * p.page_size + jnp.arange(p.page_size, dtype=jnp.int32)
         token = token.reshape(m_rows, -1)  # [M, T]
         live = ((token >= starts[:, None]) & (token < lengths[:, None]))[:, None]  # [M, 1, T]
@@ -184,9 +179,9 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
 
         s = jnp.einsum("mhgd,mhtd->mhgt", q, k, precision=exact, preferred_element_type=jnp.float32)
         s = sm_scale * s
+        scales = [_gather_scales(p, pool, ids) for pool in pools[2:]]  # [M, Hkv, 1, T], of 8-bit pages
         if p.is_quantized:
-            k_scale, v_scale = (_gather_scales(p, pool, ids) for pool in pools[2:])  # [M, Hkv, 1, T]
-            s = s * k_scale
+            s = s * scales[0]
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         s = jnp.where(seen, in_range(s), LOWEST)
@@ -195,9 +190,9 @@ def _attend_rows(p: Problem, chunk: int, q, pools, layer, lengths, starts, table
         keep = jnp.exp(m - m_next)
         l = keep * l + weight.sum(axis=-1, keepdims=True)
         if p.is_quantized:
-            weight = weight * jnp.where(seen, v_scale, 0.0)
+            weight = weight * jnp.where(seen, scales[1], 0.0)
         # A dead row of V may hold NaN, and 0 x NaN is NaN.
-        v = jnp.where(live[..., None], _widen(v, p.cache_dtype), 0.0)
+        v = jnp.where(live[..., None], _pages_as_f32(v, p.cache_dtype), 0.0)
         return m_next, l, keep * acc + jnp.einsum("mhgt,mhtd->mhgd", weight, v, precision=exact)
 
     stat = (*q.shape[:-1], 1)
@@ -231,7 +226,7 @@ def _gather_scales(p: Problem, pool, ids):
     return scales.reshape(*ids.shape[:2], 1, -1)
 
 
-def _widen(pages, dtype: str):
+def _pages_as_f32(pages, dtype: str):
     """What `_gather` gave of a pool of `dtype`, as f32."""
     if dtype == "bfloat16":  # the upper half of the f32 that it stands for
         return lax.bitcast_convert_type(pages.astype(jnp.uint32) << 16, jnp.float32)

@@ -1,4 +1,4 @@
-"""Writes into the page pools, in place: new tokens (`write_kv_pages`) and copies of whole pages."""
+"""Writes into the page pools of one chip, in place: of new tokens (`write_kv_pages`) and of copies of whole pages."""
 
 from paged_dist.kernels.cache_update.api import write_kv_pages
 

@@ -1,19 +1,19 @@
-"""Writing new tokens into stored page pools, one chip's worth."""
+"""`write_kv_pages`: writes new tokens into the stored page pools of one chip."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from paged_dist._errors import require
-from paged_dist.kernels.attention.checks import check_scales
 from paged_dist.kernels.cache_update.kernel import write_tiles_pallas
 from paged_dist.kernels.cache_update.tiles import PoolShape, pool_shape
 from paged_dist.kernels.cache_update.xla_form import write_tiles_xla
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, as_stored_dtype, dispatch, meant_dtype
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_stored_scales
 from paged_dist.kernels.stripes import Stripes
-from paged_dist.kernels.tiling import LANES
 
 
 def write_kv_pages(
@@ -32,16 +32,16 @@ def write_kv_pages(
     stripes: Stripes | None = None,
     interpret: Interpret = None,
 ) -> tuple[jax.Array, ...]:
-    """Writes new tokens' keys and values into their pages, in place where the pools are donated.
+    """Writes the keys and values of new tokens into their pages, in place where the pools are donated.
 
-    Each touched page is read, blended and written back in aligned tiles by DMA; tiles that are all new are only
-    written. Into 8-bit pools go the tokens as `quantize_kv` makes them, and their scales into rows of 128, read,
-    blended and written back likewise. Nothing else of the pools moves.
+    On TPU the kernel reads the aligned tiles of stored rows that the tokens fall in by DMA, blends the tokens in and
+    writes the tiles back. Tiles of which every row is new are written only. Into 8-bit pools it writes the tokens as
+    `quantize_kv` makes them, and their scales likewise, in rows of 128. Nothing else of the pools moves.
 
     Args:
-      key_pages, value_pages: [L, Hkv, N, R, W], the stored form: a page of one head is R rows of W lanes, one
-        token a row at head_dim D = W, W // D consecutive tokens a row below. bf16, f32, int8 or float8_e4m3fn;
-        uint16 and uint8 are the bits of bf16 and fp8.
+      key_pages, value_pages: [L, Hkv, N, R, W], the stored form: a page of one head is R rows of W lanes. A row holds
+        W // D consecutive tokens: one, or two at head_dim D = 64. bf16, f32, int8 or float8_e4m3fn; uint16 and uint8
+        are the bits of bf16 and fp8.
       key, value: [B, T, Hkv, D], any float dtype; cast to the pool's. Row t becomes token starts[b] + t.
       starts: [B] int32, position of the first new token (0-based); a negative one writes nothing.
       ends: [B] int32, one past the last token to write; at most starts + T are.
@@ -50,8 +50,8 @@ def write_kv_pages(
       layer: int32 scalar, traced or not; None is 0. Outside [0, L) nothing is written.
       key_scales, value_scales: [L, Hkv, N * P / 128, 128] f32 of 8-bit pools, as `pack_scales` stores them.
       key_smoothing: [Hkv, D], divides the keys before they are quantised.
-      stripes: which pages the table's columns are, where a sequence's pages lie on several chips: starts and ends
-        stay those of the sequence, and tokens whose pages lie elsewhere are not written.
+      stripes: which pages the table's columns are, where a sequence's pages lie on several chips. starts and ends still
+        count the sequence's tokens; tokens whose pages lie on other chips are not written.
       interpret: see `paged_dist.kernels.dispatch.dispatch`.
 
     Returns:
@@ -59,6 +59,15 @@ def write_kv_pages(
 
     Raises:
       ValueError: shapes that disagree; 8-bit pools without scales, others with scales or a smoothing.
+
+    Example:
+      >>> pool = jnp.zeros((1, 1, 4, 8, 128))  # one layer, one head, 4 pages of 8 tokens, head_dim 128
+      >>> new = jnp.ones((1, 2, 1, 128))  # two tokens of one sequence
+      >>> starts, ends, block_tables = jnp.array([7]), jnp.array([9]), jnp.array([[3, 1]])
+      >>> write = jax.jit(kernels.write_kv_pages)
+      >>> key_pages, value_pages = write(pool, pool, new, new, starts, ends, block_tables)
+      >>> jnp.argwhere(key_pages[0, 0, :, :, 0]).tolist()  # [page, token in it] of tokens 8 and 7
+      [[1, 0], [3, 7]]
     """
     batch, _, kv_heads, head_dim = key.shape
     require(key.shape == value.shape, "value.shape", value.shape, f"must equal key.shape {key.shape}")
@@ -88,7 +97,7 @@ def write_kv_pages(
         require(array.shape == shape, f"{name}.shape", array.shape, f"must be {shape}")
         require(jnp.issubdtype(array.dtype, jnp.integer), f"{name}.dtype", array.dtype, "must be an integer dtype")
     pool = pool_shape(key_pages, head_dim)
-    _check_scales(pool, key_pages.dtype, key_scales, value_scales, key_smoothing)
+    _check_written_scales(pool, key_pages.dtype, key_scales, value_scales, key_smoothing)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     stored, quantized = key_pages.dtype, key_scales is not None
     pools = (key_pages, value_pages, key_scales, value_scales)[: 4 if quantized else 2]
@@ -110,13 +119,18 @@ def write_kv_pages(
     return dispatch(kernel, xla, *pools, key, value, starts, ends, block_tables, layer, *last, interpret=interpret)
 
 
-def _check_scales(pool: PoolShape, dtype, key_scales, value_scales, key_smoothing) -> None:
-    """Raises ValueError unless scales and smoothing fit the pools' dtype and shape."""
-    dtype = meant_dtype(dtype)
+def _check_written_scales(
+    pool: PoolShape,
+    stored: DTypeLike,
+    key_scales: jax.Array | None,
+    value_scales: jax.Array | None,
+    key_smoothing: jax.Array | None,
+) -> None:
+    """Raises ValueError unless scales and smoothing go with the pools' dtype and shape."""
+    dtype = meant_dtype(stored)
     if is_quantized(dtype):
-        check_scale_rows(pool.pages, pool.page_size)
-        rows = scale_rows(pool.pages, pool.page_size)
-        check_scales(key_scales, value_scales, (pool.layers, pool.kv_heads, rows, LANES))
+        layers_and_heads = pool.layers, pool.kv_heads
+        check_stored_scales(key_scales, value_scales, layers_and_heads, num_pages=pool.pages, page_size=pool.page_size)
         shape = (pool.kv_heads, pool.head_dim)
         given = shape if key_smoothing is None else key_smoothing.shape
         require(given == shape, "key_smoothing.shape", given, f"must be {shape}, (Hkv, D)")

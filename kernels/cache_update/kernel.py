@@ -1,8 +1,13 @@
-"""The write on TPU: DMA aligned tiles out of the pool, blend the new tokens in, DMA them back, in place."""
+"""The write of new tokens on TPU: DMA aligned tiles out of the pool, blend the tokens in, DMA the tiles back, in place.
+
+`tiles` plans which tiles are written. `write_tiles_pallas` brings the new tokens into the form of tiles and launches
+`_update_kernel`, which treats some tiles in each grid step, with all their DMAs in flight together.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,12 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import out_struct
+from paged_dist.kernels.arithmetic import round_up
 from paged_dist.kernels.cache_update.tiles import (
     ITEMS_PER_STEP,
     VMEM_BUDGET,
     PoolShape,
     align,
-    as_rows,
+    as_stored_rows,
     choose_tile_rows,
     plan_tiles,
     scale_unit,
@@ -31,42 +37,51 @@ from paged_dist.kernels.stripes import Stripes
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 ITEMS_PER_LAUNCH = 32768  # five int32 a tile in SMEM, at most: 640 KiB of its 1 MiB
-QUANTIZE_ELEMENTS = 8192  # at a time: eight f32 registers, whose maxima over lanes do not wait for one another
+QUANTIZE_ELEMENTS = 8192  # at a time, eight f32 registers: their maxima over lanes do not wait for one another
 
 
 class _Plan(NamedTuple):
-    """What a launch is told of its tiles, in SMEM: [M] int32 each, as in `Tiles`."""
+    """Which tiles a launch writes, in SMEM: [M] int32 each, as in `Tiles`."""
 
     layer: jax.Ref  # [1]
     page: jax.Ref
     row: jax.Ref
     first: jax.Ref
     last: jax.Ref
-    leader: jax.Ref | None  # the step's first tile whose scales lie in the same rows; None: each its own
+    leader: jax.Ref | None  # the step's first tile whose scales lie in the same rows; None: no two tiles share rows
 
 
 class _Pool(NamedTuple):
-    """One of the two pools inside the kernel."""
+    """The key pool or the value pool inside the kernel, with its buffers for the C tiles of a step."""
 
     pages: jax.Ref  # [1, L, Hkv, N, rows, W] in HBM, aliased to the operand
-    new: jax.Ref  # [C, Hkv, tile_rows, W] in the pool's dtype; one token a tile: [C, Hkv, W] f32, or int32 bits
+    new: jax.Ref  # [C, Hkv, tile_rows, W] in the pool's dtype; with one token a tile [C, Hkv, W] f32, or int32 bits
     tile: jax.Ref  # [C, Hkv, tile_rows, W] what was read, then what is written
     read: jax.Ref  # [C] DMA semaphores
     write: jax.Ref  # [C]
 
 
 class _Scales(NamedTuple):
-    """The scales of one of them: U rows of 128 a head are read, blended and written together."""
+    """The scales of one of the pools: U rows of 128 a head are read, blended and written together."""
 
-    stored: jax.Ref  # [1, L, Hkv, rows, 1, 128] in HBM, aliased to the operand: single rows can be named
-    new: jax.Ref  # [C, Hkv, U, 128] f32, less U where it is 1, as it is where one token is a tile
-    unit: jax.Ref  # [C, Hkv, U, 128] f32, less U where it is 1
+    stored: jax.Ref  # [1, L, Hkv, rows, 1, 128] in HBM, aliased to the operand; a DMA can name a single row
+    new: jax.Ref  # [C, Hkv, U, 128] f32; [C, Hkv, 128] where U is 1 or one token is a tile
+    unit: jax.Ref  # [C, Hkv, U, 128] f32; [C, Hkv, 128] where U is 1. What was read, then what is written
     read: jax.Ref  # [C]
     write: jax.Ref  # [C]
 
 
-def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_token: bool, shared: bool, quantized: bool):
-    """One grid step: `items` tiles, all their DMAs in flight together."""
+def _update_kernel(
+    *refs: jax.Ref, shape: PoolShape, tile_rows: int, items: int, one_token: bool, shared: bool, quantized: bool
+) -> None:
+    """One grid step: `items` tiles, all their DMAs in flight together.
+
+    Args:
+      refs: see `_group`.
+      one_token: each tile gets one new token.
+      shared: tiles of a step may have their scales in the same rows, which are then read and written once.
+      quantized: the pools are 8-bit, with scales.
+    """
     step = pl.program_id(0)
     plan, pools, scales, raw = _group(refs, one_token, shared, quantized)
     tile_tokens = tile_rows * shape.tokens_per_row
@@ -83,12 +98,12 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
         return scale.stored.at[0, layer, :, row if unit == 1 else pl.ds(row, unit), 0, :]
 
     def leader(c, item):
-        return plan.leader[item] if shared else c
+        return c if plan.leader is None else plan.leader[item]
 
     def touched(item):
         return is_layer & (plan.last[item] > plan.first[item])
 
-    def whole(item):  # every token is new: nothing to read, and the new rows go out as they came in
+    def whole(item):  # every token of the tile is new: nothing is read, and the new rows are written as they are
         return plan.last[item] - plan.first[item] == tile_tokens
 
     def each_tile(body):
@@ -140,7 +155,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
             for scale in scales:
                 pltpu.make_async_copy(stored_unit(scale, item), scale.unit.at[c], scale.read.at[c]).wait()
 
-        leading_only(c, item, wait)  # it comes before those that it leads
+        leading_only(c, item, wait)  # a leader comes before the tiles that it leads
         into = leader(c, item)
         page = plan.page[item] * shape.page_size % (unit * LANES)  # where in the rows the page's scales are
         token = _token_of_scale(shape, page, scales[0].unit.shape[1:]) - plan.row[item] * shape.tokens_per_row
@@ -159,7 +174,7 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
         leading_only(c, item, write)
 
     def finish(c, item):
-        for pool in pools:  # both sources have the tile's bytes, and a wait counts only those
+        for pool in pools:  # blended or all new, a tile has the same bytes, and a wait counts nothing else
             pltpu.make_async_copy(pool.tile.at[c], stored(pool, item), pool.write.at[c]).wait()
 
         def finish_scales():
@@ -178,12 +193,17 @@ def _update_kernel(*refs, shape: PoolShape, tile_rows: int, items: int, one_toke
     each_tile(finish)
 
 
-def _group(refs, one_token: bool, shared: bool, quantized: bool):
-    """The launch's refs as (_Plan, two _Pools, two or no _Scales, what is still to be quantised), as `_launch` lists
-    them: the plan, new tokens, pools, pools again, buffers like tiles, semaphores, buffers for what is quantised."""
+def _group(
+    refs: Sequence[jax.Ref], one_token: bool, shared: bool, quantized: bool
+) -> tuple[_Plan, list[_Pool], list[_Scales], list[jax.Ref]]:
+    """The launch's refs as (_Plan, two _Pools, two or no _Scales, what is still to be quantised).
+
+    `_launch_write` lists them in the order in which they are taken here: the plan, new tokens, pools as operands and as
+    results, buffers like tiles, semaphores, and buffers for what is quantised.
+    """
     refs = list(refs)
     take = lambda n: [refs.pop(0) for _ in range(n)]
-    plan = _Plan(*take(6)) if shared else _Plan(*take(5), None)
+    plan = _Plan(*take(5), leader=take(1)[0] if shared else None)
     count = 4 if quantized else 2
     here = quantized and one_token
     new = take(2 if here else count)
@@ -194,13 +214,14 @@ def _group(refs, one_token: bool, shared: bool, quantized: bool):
     return plan, [_Pool(*of(i)) for i in range(2)], [_Scales(*of(i)) for i in range(2, count)], raw
 
 
-def _quantize_rows(rows, bits, scales, dtype) -> None:
-    """Rows [C, Hkv, W] f32 as `quantize_kv` makes them: bits [C, Hkv, W] int32, scales over all lanes [C, Hkv, 128].
+def _quantize_rows(rows: jax.Ref, bits: jax.Ref, scales: jax.Ref, dtype: jnp.dtype) -> None:
+    """Quantises rows [C, Hkv, W] f32 as `quantize_kv` does: into bits [C, Hkv, W] int32 and scales [C, Hkv, 128].
 
-    In here and not in XLA, which makes six small loops of it, more than all else around the kernel.
+    A row's scale fills all 128 lanes. This is done in the kernel because XLA makes six small loops of it, which take
+    longer than everything else around the kernel.
     """
     items, heads, lanes = rows.shape
-    group = max(1, QUANTIZE_ELEMENTS // (-(-heads // SUBLANES) * SUBLANES * lanes))
+    group = max(1, QUANTIZE_ELEMENTS // (round_up(heads, SUBLANES) * lanes))
     group = max(n for n in range(1, min(group, items) + 1) if items % n == 0)
 
     def quantize(i, _):
@@ -212,8 +233,8 @@ def _quantize_rows(rows, bits, scales, dtype) -> None:
     lax.fori_loop(0, items // group, quantize, None)
 
 
-def _blend(mask, new, old):
-    """`old` [tile_rows, W] with `new`, such a tile or one row for all its rows, where `mask` is."""
+def _blend(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`old` [tile_rows, W], and `new` where `mask` is true: `new` is such a tile, or one row for all rows."""
     if new.dtype == jnp.int32:  # the bits of one 8-bit row: fp8 is never computed with
         bits = pltpu.bitcast(old, jnp.int8).astype(jnp.int32)
         blended = jnp.where(mask, jnp.broadcast_to(new, old.shape), bits).astype(jnp.int8)
@@ -221,10 +242,11 @@ def _blend(mask, new, old):
     return jnp.where(mask, jnp.broadcast_to(new, old.shape).astype(old.dtype), old)
 
 
-def _token_of_scale(shape: PoolShape, page, at: tuple[int, ...]) -> jax.Array:
-    """Which token of its page each scale of rows `at` [Hkv, U, 128] (less U where it is 1) belongs to.
+def _token_of_scale(shape: PoolShape, page: jax.Array, at: tuple[int, ...]) -> jax.Array:
+    """Which token of its page each scale in rows of shape `at` belongs to: [Hkv, U, 128], or [Hkv, 128] where U is 1.
 
-    The page's scales begin at number `page` of the rows; those of its neighbours there get tokens outside the page.
+    The page's scales begin at number `page` of these rows. Scales of other pages in the same rows get tokens outside
+    the page.
     """
     number = lax.broadcasted_iota(jnp.int32, at, len(at) - 1) - page
     if len(at) == 3:
@@ -257,42 +279,62 @@ def write_tiles_pallas(
     tile_rows = choose_tile_rows(pool, new_tokens, dtype.itemsize)
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
     new = tuple(align(x, tiles, tile_rows * pool.tokens_per_row) for x in (smooth(key, key_smoothing), value))
-    if quantized and new_tokens > 1:  # of tiles, not before: a gather of scales is slow, and XLA of jax 0.12 dies of it
+    if quantized and new_tokens > 1:  # after `align`: to gather scales is slow, and XLA of jax 0.12 dies of it
         made, unit = [quantize_kv(x, dtype) for x in new], scale_unit(pool)
         lanes = [spread_scales(scales, pool, max(pool.page_size, LANES)) for _, scales in made]
         new = (
             *(values for values, _ in made),
             *(x if unit == 1 else x.reshape(*x.shape[:2], unit, LANES) for x in lanes),
         )
-    new = (*(as_rows(x, pool) for x in new[:2]), *new[2:])
-    if new_tokens == 1:  # a row of f32 broadcasts over a tile for nothing; the values are exact in it
+    new = (*(as_stored_rows(x, pool) for x in new[:2]), *new[2:])
+    if new_tokens == 1:  # f32, in which a row broadcasts over a tile at no cost; the values are exact in it
         new = tuple(x[:, :, 0].astype(jnp.float32) for x in new)
     plan = (tiles.page, tiles.row, tiles.first, tiles.last)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     for begin in range(0, tiles.page.shape[0], ITEMS_PER_LAUNCH):
         part = lambda x, begin=begin: x[begin : begin + ITEMS_PER_LAUNCH]
-        pools = _launch(pools, jax.tree.map(part, plan), jax.tree.map(part, new), layer, pool, tile_rows,
+        pools = _launch_write(pools, jax.tree.map(part, plan), jax.tree.map(part, new), layer, pool, tile_rows,
                         new_tokens == 1, interpret)  # fmt: skip
     return pools
 
 
-def _leaders(page, first, last, items: int, pool: PoolShape) -> jax.Array:
-    """[M]: the first tile of each one's step that is written and whose scales lie in the same rows."""
+def _leaders(page: jax.Array, first: jax.Array, last: jax.Array, items: int, pool: PoolShape) -> jax.Array:
+    """[M]: for each tile the first written tile of its step whose scales lie in the same rows."""
     rows = jnp.where(last > first, page * pool.page_size // LANES, -1).reshape(-1, items)
     same = rows[:, :, None] == rows[:, None, :]
     return jnp.min(jnp.where(same, jnp.arange(items, dtype=jnp.int32), items), axis=-1).reshape(-1)
 
 
-def _launch(pools, plan, new, layer, pool: PoolShape, tile_rows: int, one_token: bool, interpret: Interpret):
+def _launch_write(
+    pools: tuple[jax.Array, ...],
+    plan: tuple[jax.Array, ...],
+    new: tuple[jax.Array, ...],
+    layer: jax.Array,
+    pool: PoolShape,
+    tile_rows: int,
+    one_token: bool,
+    interpret: Interpret,
+) -> tuple[jax.Array, ...]:
+    """One launch of `_update_kernel` over some tiles.
+
+    Args:
+      pools: key and value pages, and their scales where they are 8-bit.
+      plan: page, row, first and last of each tile, see `Tiles`.
+      new: the new tokens in the form of `_Pool.new`, and their scales in that of `_Scales.new`.
+
+    Returns:
+      `pools`, written.
+    """
     count, dtype, quantized = plan[0].shape[0], pools[0].dtype, len(pools) == 4
     items = min(count, ITEMS_PER_STEP, max(1, VMEM_BUDGET // tile_bytes(pool, tile_rows, dtype.itemsize)))
-    steps = -(-count // items)
+    steps = pl.cdiv(count, items)
     pad = steps * items - count
     if pad:  # first == last == 0: untouched
         plan, new = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), (plan, new))
-    # Of one-token tiles, each a sequence's own page, none shares rows of scales from 128 tokens a page on.
+    # Tiles of one token lie in pages of different sequences. From 128 tokens a page on, no two pages share a row.
     shared = quantized and items > 1 and not (one_token and pool.page_size >= LANES)
-    leaders = (_leaders(plan[0], *plan[2:], items, pool),) if shared else ()
+    page, _, first, last = plan
+    leaders = (_leaders(page, first, last, items, pool),) if shared else ()
 
     block = lambda x: pl.BlockSpec((items, *x.shape[1:]), lambda i, *_: (i,) + (0,) * (x.ndim - 1))
     in_place = pl.BlockSpec(memory_space=pl.ANY)

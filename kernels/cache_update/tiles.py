@@ -1,8 +1,8 @@
-"""Where new tokens go: aligned tiles of stored rows, planned in XLA from starts, ends and page tables.
+"""Which tiles of stored rows new tokens fall in, planned in XLA from starts, ends and page tables.
 
-A DMA cannot write one token's row into a page (rows are packed into (8, 128) tiles in HBM), so a write reads an
-aligned tile, blends the new tokens in and writes it back. The plan lists the tiles; tiles that nothing lands in
-have `first == last`.
+A DMA cannot write one token's row into a page: in HBM rows are packed into (8, 128) tiles. So a write reads an aligned
+tile, blends the new tokens in and writes the tile back. The plan lists the tiles; a tile with `first == last` gets no
+token. The Pallas kernel and the XLA form both follow it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.stripes import Stripes
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
@@ -33,26 +34,29 @@ class PoolShape(NamedTuple):
 
     @property
     def tokens_per_row(self) -> int:
+        """Tokens side by side in one stored row."""
         return self.lanes // self.head_dim
 
     @property
     def page_size(self) -> int:
+        """P, tokens a page."""
         return self.rows * self.tokens_per_row
 
 
 def pool_shape(pool: jax.Array, head_dim: int) -> PoolShape:
     """The PoolShape of a stored pool [L, Hkv, N, rows, lanes]."""
-    return PoolShape(*pool.shape, head_dim)
+    layers, kv_heads, pages, rows, lanes = pool.shape
+    return PoolShape(layers, kv_heads, pages, rows, lanes, head_dim)
 
 
 class Tiles(NamedTuple):
-    """M = B * tiles_per_sequence tiles, sequence-major."""
+    """The tiles of a write: M = B * tiles_per_sequence of them, sequence-major."""
 
     page: jax.Array  # [M] int32, in [0, N)
     row: jax.Array  # [M] int32, first stored row inside the page, a multiple of tile_rows
     first: jax.Array  # [M] int32, first token written, counted from the tile's start
     last: jax.Array  # [M] int32, one past the last token written; == first where nothing is written
-    source: jax.Array  # [M] int32, which new token is the tile's first; may lie outside of those there are
+    source: jax.Array  # [M] int32, which new token is the tile's first; may be negative or past the last
 
     def blend_mask(self, tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
         """[M, 1, tile_rows, W] bool: which stored elements are replaced."""
@@ -70,7 +74,7 @@ def token_in_tile(tile_rows: int, tokens_per_row: int, lanes: int) -> jax.Array:
 
 
 def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
-    """Rows of a tile: the smallest that a DMA takes for a few tokens, up to a page for a prompt.
+    """Rows of a tile: the fewest that a DMA takes where a few tokens are written, up to a page for a prompt.
 
     Mosaic takes 8 rows of any dtype, 8-bit ones too. A prompt's tile is the largest 8 * 2^k rows that divide a page
     and leave the launch within VMEM_BUDGET, so that most tiles are written whole and never read.
@@ -84,14 +88,14 @@ def choose_tile_rows(pool: PoolShape, new_tokens: int, itemsize: int) -> int:
 
 
 def scale_unit(pool: PoolShape) -> int:
-    """Rows of 128 scales that are read and written together: a page's, or the one that several pages share."""
-    return max(1, pool.page_size // LANES)
+    """U, the rows of 128 scales that are read and written together: a page's rows, or the one that pages share."""
+    return rows_of_page(pool.page_size)
 
 
 def tile_bytes(pool: PoolShape, tile_rows: int, itemsize: int) -> int:
-    """VMEM that one tile in flight takes: K and V, each a buffer and the new rows, those double-buffered.
+    """VMEM that one tile in flight takes: for K and for V a buffer, and the new rows, which are double-buffered.
 
-    8-bit tiles have their scales beside them; where one token is written, its row and scale come as 32-bit numbers.
+    8-bit tiles have their scales beside them. Where one token is written, its row and scale are 32-bit numbers.
     """
     row = pool.lanes * itemsize
     scales = scale_unit(pool) * LANES * 4 if itemsize == 1 else 0
@@ -113,11 +117,11 @@ def plan_tiles(
     Args:
       starts, ends: [B] int32; a negative start writes nothing, nor do tokens from starts + new_tokens on.
       block_tables: [B, S] int32; tokens past S pages and pages with ids outside [0, N) are not written.
-      new_tokens: T, the most of a sequence.
+      new_tokens: T, the most new tokens of a sequence.
       pool: the stored pool.
       tile_rows: rows of a tile, a divisor of `pool.rows`.
-      stripes: which pages the table's columns are, where sequences lie on several chips: tiles are of this one's
-        pages alone. starts and ends count the sequence's tokens all the same.
+      stripes: which pages the table's columns are, where sequences lie on several chips: the tiles are of this chip's
+        pages alone. starts and ends still count the sequence's tokens.
     """
     tile, page_size = tile_rows * pool.tokens_per_row, pool.page_size
     stride = 1 if stripes is None else stripes.stride
@@ -155,10 +159,10 @@ def plan_tiles(
 
 
 def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
-    """Tokens [B, T, Hkv, D] by tiles of `tile` tokens, [M, Hkv, tile, D]; or [M, Hkv, 1, D] where T = 1.
+    """Tokens [B, T, Hkv, D] as tiles of `tile` tokens, [M, Hkv, tile, D]; as [M, Hkv, 1, D] where T = 1.
 
-    Token j of a tile is new token `source` + j; what that leaves undefined is some other token, for `first` and `last`
-    to mask.
+    Token j of a tile is new token `source` + j. Where there is no such token it is some other one, which `first` and
+    `last` mask.
     """
     batch, new_tokens, kv_heads, head_dim = new.shape
     new = jnp.swapaxes(new, 1, 2)
@@ -172,19 +176,19 @@ def align(new: jax.Array, tiles: Tiles, tile: int) -> jax.Array:
     return jnp.swapaxes(rows, 1, 2).reshape(batch * count, kv_heads, tile, head_dim)
 
 
-def as_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
-    """What `align` made as stored rows, [M, Hkv, tile_rows, W]; a lone token in all places of its row, for a mask."""
+def as_stored_rows(tokens: jax.Array, pool: PoolShape) -> jax.Array:
+    """The tiles of `align` as stored rows, [M, Hkv, tile_rows, W]. A lone token fills every place of its one row."""
     if tokens.shape[2] == 1:
         return jnp.tile(tokens, (1, 1, 1, pool.tokens_per_row))
     return tokens.reshape(*tokens.shape[:2], -1, pool.lanes)
 
 
 def spread_scales(scales: jax.Array, pool: PoolShape, lanes: int) -> jax.Array:
-    """Scales of tiles [M, Hkv, tile] in the order that `pack_scales` stores them, repeated to [M, Hkv, lanes].
+    """Scales of tiles [M, Hkv, tile] in the order of `pack_scales`, repeated to [M, Hkv, lanes], a multiple of P.
 
-    A tile's scales lie side by side (packed: those of its rows' first tokens do, and those of the second ones),
-    wherever in the page the tile does, so that every place of a lane can hold what the tile has for it: the mask
-    picks the place, and nothing is shifted. `lanes` is a multiple of P.
+    Repeated, because a mask can then pick the tile's place in its page, and nothing has to be shifted. That works
+    because a tile's scales lie side by side wherever in the page the tile lies (of two tokens a row: those of the rows'
+    first tokens do, and those of their second tokens).
     """
     rows = jnp.swapaxes(scales.reshape(*scales.shape[:2], -1, pool.tokens_per_row), -1, -2)
     page = jnp.tile(rows, pool.rows // rows.shape[-1]).reshape(*rows.shape[:2], pool.page_size)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from paged_dist.kernels.cache_update.tiles import PoolShape, align, as_rows, plan_tiles, spread_scales, token_in_tile
+from paged_dist.kernels.cache_update.tiles import (
+    PoolShape,
+    align,
+    as_stored_rows,
+    plan_tiles,
+    spread_scales,
+    token_in_tile,
+)
 from paged_dist.kernels.dispatch import as_stored_dtype, meant_dtype
 from paged_dist.kernels.quantization import quantize_kv, smooth
 from paged_dist.kernels.stripes import Stripes
@@ -24,7 +31,7 @@ def write_tiles_xla(
     *,
     pool: PoolShape,
 ) -> tuple[jax.Array, ...]:
-    """Same arguments and results as `write_tiles_pallas`. One token is one row here, more are whole pages."""
+    """Same arguments and results as `write_tiles_pallas`. A tile is one row where T is 1, else a whole page."""
     new_tokens, tokens_per_row = key.shape[1], pool.tokens_per_row
     tile_rows = 1 if new_tokens == 1 else pool.rows
     tiles = plan_tiles(starts, ends, block_tables, new_tokens, pool, tile_rows, stripes)
@@ -33,7 +40,7 @@ def write_tiles_xla(
     target = jnp.where(writes, tiles.page, pool.pages)  # out of range: dropped
 
     def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-        new = as_rows(new, pool)
+        new = as_stored_rows(new, pool)
         if tile_rows == pool.rows:
             old = pages[layer, :, tiles.page]  # [M, Hkv, rows, W]
             return pages.at[layer, :, target].set(jnp.where(mask, new, old), mode="drop")

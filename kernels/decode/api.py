@@ -1,4 +1,4 @@
-"""`paged_decode_attention`: the fast kernel, which everything above the kernel level uses."""
+"""`paged_decode_attention`: the checks of a call, and the choice between the Pallas kernel and plain XLA."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from paged_dist.kernels.attention.checks import (
     check_lengths,
     check_options,
     check_queries,
-    check_scales,
     check_sinks,
     check_starts,
 )
 from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.window import later_starts, split_window
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.decode.launch_plan import BlockSizes
+from paged_dist.kernels.decode.block_sizes import BlockSizes
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
 from paged_dist.kernels.dispatch import Interpret, as_kernel_dtype, dispatch
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, pack_scales, unpack_scales
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, check_scales, pack_scales, unpack_scales
 from paged_dist.kernels.target import on_target
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
@@ -47,7 +47,9 @@ def paged_decode_attention(
     block_sizes: BlockSizes | None = None,
     interpret: Interpret = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of one new token a sequence, or of a few, over its pages, on one chip: each live page is read once.
+    """Attention of the newest token of each sequence, or its newest few, over the sequence's pages, on one chip.
+
+    Each live page is read once.
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over tokens starts[b] <= t < lengths[b].
     Of Q new tokens a sequence, as a speculative decoder verifies them, token q is at position lengths[b] - Q + q, and
@@ -90,7 +92,21 @@ def paged_decode_attention(
         of the table that does not fit in SMEM. (A whole table need not: the batch is split into several launches.)
 
     Method: PagedAttention (arXiv:2309.06180), online softmax (arXiv:1805.02867), and the schedule that
-    `decode_kernel.py` describes.
+    `decode/kernel.py` describes.
+
+    Example:
+      Two sequences of 5 and 130 tokens in pages of 128, 8 query heads over 2 kv heads.
+
+      >>> pages = jnp.ones((2, 8, 128, 64), jnp.bfloat16)  # [Hkv, N, P, D], here of keys and values alike
+      >>> query = jnp.ones((2, 8, 64), jnp.bfloat16)
+      >>> lengths = jnp.array([5, 130], jnp.int32)
+      >>> tables = jnp.array([[3, 0], [1, 7]], jnp.int32)  # the first sequence has one page: 3
+      >>> options = dict(sm_scale=64**-0.5, return_lse=True)
+      >>> output, lse = kernels.paged_decode_attention(query, pages, pages, lengths, tables, **options)
+      >>> output.shape, output.dtype.name, lse.shape
+      ((2, 8, 64), 'bfloat16', (2, 8))
+      >>> np.round(np.exp(lse[:, 0] - 64**0.5)).tolist()  # every token has the same score, 8
+      [5.0, 130.0]
     """
     query, key_cache, value_cache, lengths, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, lengths, block_tables)
@@ -122,7 +138,7 @@ def paged_decode_attention(
             lengths, starts = causal_spans(lengths, starts, query.shape[1], most)
         if window is not None:
             starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
-    scales = _check_scales(key_cache, key_scales, value_scales)
+    scales = _checked_and_packed_scales(key_cache, key_scales, value_scales)
     pools = (key_cache, value_cache) if layer is not None else (key_cache[None], value_cache[None])
     key_scales, value_scales = scales if layer is not None or scales[0] is None else (x[None] for x in scales)
     return decode_stored_pages(
@@ -142,15 +158,20 @@ def paged_decode_attention(
     )
 
 
-def _check_scales(key_cache, key_scales, value_scales):
-    """Scales [.., Hkv, N, P] as stored, or (None, None). Raises ValueError where they do not go with the pages."""
+def _checked_and_packed_scales(key_cache, key_scales, value_scales):
+    """The scales [.., Hkv, N, P] as `pack_scales` stores them, or (None, None) where there are none.
+
+    Raises ValueError where they do not go with the pages.
+    """
     if key_scales is None and value_scales is None:
         return None, None
     dtype = jnp.dtype(key_cache.dtype).name
     require(is_quantized(dtype), "key_scales", "given", f"go with int8 and float8_e4m3fn pages only, not {dtype}")
     key_scales, value_scales = (x if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
     check_scales(key_scales, value_scales, key_cache.shape[:-1])
-    check_scale_rows(*key_cache.shape[-3:-1], "key_cache.shape[-2]")
+    num_pages, page_size = key_cache.shape[-3:-1]
+    check_scale_rows(num_pages, page_size, "key_cache.shape[-2]")
+    assert key_scales is not None and value_scales is not None  # `check_scales` refuses one alone
     return pack_scales(key_scales), pack_scales(value_scales)
 
 

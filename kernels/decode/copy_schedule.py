@@ -1,33 +1,37 @@
-"""The decode kernel's copies of pages: scalar work in small pieces, to be done between pieces of vector work."""
+"""How the decode kernel starts the DMAs of pages: a few at a time, between pieces of vector work.
+
+Looking up a page and starting its copies is scalar work. Done in one go it would leave the vector units idle; spread
+over a step's products it is scheduled beside them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.refs import Ref, Refs, given
 from paged_dist.kernels.decode.work_list import Cell, Ring, WorkList, div, rem
 from paged_dist.kernels.tiling import LANES
 
 _EARLY = 0.85  # where K's and V's copies are one stream; between 0.8 and 0.9 by replay
 
 
-class Paced:
-    """A stream of small pieces of scalar work, done in equal parts between pieces of vector work.
+class PacedWork:
+    """Small pieces of scalar work, of which each `advance` does an equal part.
 
-    `early`: the share of them that the parts do; `finish` does the rest, beside the last products' latency.
+    `early`: the share of the pieces that the calls of `advance` do; `finish` does the rest, beside the last products'
+    latency.
     """
 
     def __init__(self, pieces, count: int, early: float = 1.0):
         self._pieces, self._count, self._parts = pieces, int(count * early), 0
 
     def advance(self, parts: int) -> None:
-        """Does the next of `parts` parts."""
+        """Does the pieces of one turn, of `parts` turns in all."""
         before, self._parts = self._parts, self._parts + 1
         for _ in range(self._count * self._parts // parts - self._count * before // parts):
             next(self._pieces)
@@ -39,22 +43,27 @@ class Paced:
 
 
 @dataclasses.dataclass
-class Copies:
-    """Starts the copies of pages: the next step's K, and the V of a step whose K was taken before."""
+class StepCopies:
+    """Starts the copies of one step's K and of one step's V.
 
-    plan: Plan
-    refs: NamedTuple  # decode_kernel.Refs
+    `cursor` is where the work list goes on: K's copies take the step's cells from there, V's use the same cells later.
+    """
+
+    plan: LaunchPlan
+    refs: Refs
     work: WorkList
     cursor: tuple | None
 
     def start_keys(self, ring: Ring, *, with_values: bool) -> None:
+        """All of `keys` at once."""
         self.keys(ring, with_values=with_values).finish()
 
     def start_values(self, ring: Ring) -> None:
+        """All of `values` at once."""
         self.values(ring).finish()
 
-    def keys(self, ring: Ring, *, with_values: bool) -> Paced:
-        """The next step's cells are taken from the cursor into `ring`'s slots."""
+    def keys(self, ring: Ring, *, with_values: bool) -> PacedWork:
+        """The copies of K (and V) of the next step: its cells are taken from the cursor and noted at `ring`."""
 
         def cells():
             tiles = pages = jnp.int32(0)
@@ -73,13 +82,13 @@ class Copies:
             pages.append((refs.value_pages.at[layer], refs.v.at[ring.of_values(plan)]))
         scales = []
         if plan.is_quantized:  # V's scales come with K's: their page is looked up anyway
-            scales.append((refs.key_scales.at[layer], refs.k_scales.at[ring.here]))
-            scales.append((refs.value_scales.at[layer], refs.v_scales.at[ring.cells]))
+            scales.append((given(refs.key_scales).at[layer], given(refs.k_scales).at[ring.here]))
+            scales.append((given(refs.value_scales).at[layer], given(refs.v_scales).at[ring.cells]))
         early = _EARLY if with_values else 1.0
         return self._paced(cells(), PageCopies(pages, scales, refs.k_sems.at[ring.here]), early)
 
-    def values(self, ring: Ring) -> Paced:
-        """The cells that `keys` noted in `ring`'s slots."""
+    def values(self, ring: Ring) -> PacedWork:
+        """The copies of V of the step whose cells `keys` noted at `ring`."""
         plan, refs = self.plan, self.refs
         cells = (Cell.load(refs.cells, ring.cells, c, plan) for c in range(plan.C))
         pages = [(refs.value_pages.at[self._layer], refs.v.at[ring.of_values(plan)])]
@@ -92,7 +101,7 @@ class Copies:
         layers = self.plan.problem.num_layers
         return 0 if self.refs.layer is None else jnp.clip(self.refs.layer[0], 0, layers - 1)
 
-    def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> Paced:
+    def _paced(self, cells, copies: PageCopies, early: float = 1.0) -> PacedWork:
         plan = self.plan
 
         def pieces():
@@ -101,9 +110,10 @@ class Copies:
                     self._start_page(cell, p, copies.of_cell(c))
                     yield
 
-        return Paced(pieces(), plan.C * plan.pages_per_cell, early)
+        return PacedWork(pieces(), plan.C * plan.pages_per_cell, early)
 
     def _start_page(self, cell: Cell, p: int, copies: PageCopies) -> None:
+        """Starts the copy of the cell's page p: whole, or the live tiles of a sequence's first or last page."""
         plan = self.plan
         page = self.work.page_id(cell, p)
         is_whole = cell.rows >= (p + 1) * plan.R
@@ -142,18 +152,22 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class PageCopies:
-    """Where a step's pages, or a cell's, come from and go to: pairs of a layer's pool and the buffers."""
+    """Source and destination of a step's (or one cell's) page copies: pairs of a layer's pool and VMEM buffers."""
 
-    pages: list[tuple[jax.Array, jax.Array]]  # [Hkv, N, R, W]; [C, blocks, T, 128], of a cell less C
-    scales: list[tuple[jax.Array, jax.Array]]  # [Hkv, rows, 1, 128]; [C, Hkv, rows, 1, 128]
-    sem: jax.Array
+    pages: list[tuple[Ref, Ref]]  # [Hkv, N, R, W]; [C, blocks, T, 128], of a cell less C
+    scales: list[tuple[Ref, Ref]]  # [Hkv, rows, 1, 128]; [C, Hkv, rows, 1, 128]
+    sem: Ref
 
     def of_cell(self, c: int) -> PageCopies:
+        """Those of the step's cell c."""
         pages, scales = ([(pool, to.at[c]) for pool, to in pairs] for pairs in (self.pages, self.scales))
         return PageCopies(pages, scales, self.sem)
 
-    def start(self, plan: Plan, page, source, there) -> None:
-        """All heads in one copy; rows of more than 128 lanes, whose tiles differ in HBM and VMEM, in pieces."""
+    def start(self, plan: LaunchPlan, page, source, there) -> None:
+        """Rows `source` of a page to rows `there` of its buffer, all heads in one copy.
+
+        Rows of more than 128 lanes go in pieces of 128, for their tiles differ in HBM and VMEM.
+        """
         for pool, to in self.pages:
             if plan.W == LANES:
                 pltpu.make_async_copy(pool.at[:, page, source], to.at[:, there], self.sem).start()
@@ -164,7 +178,7 @@ class PageCopies:
                     block = to.at[h * (plan.W // LANES) + i, there]
                     pltpu.make_async_copy(pool.at[h, page, source, lanes], block, self.sem).start()
 
-    def start_scales(self, plan: Plan, page, p: int) -> None:
+    def start_scales(self, plan: LaunchPlan, page, p: int) -> None:
         """All rows of scales of a cell's page p; a row that pages share comes once for each."""
         rows = plan.scale_rows_per_page
         first = page * rows if plan.page_size >= LANES else div(page, LANES // plan.page_size)

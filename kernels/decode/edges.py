@@ -1,4 +1,7 @@
-"""Dead tokens that share a tile with live ones: zeros, for what they hold may be NaN, and 0 x NaN is NaN."""
+"""Clears the dead tokens that share a fetched tile with live ones, at a sequence's two ends.
+
+They may hold NaN. Their weight is 0, and 0 x NaN is NaN.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.decode.work_list import Cell, Ring, div
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
-def clear_edges(plan: Plan, notes, ring: Ring, buffers) -> None:
+def clear_edges(plan: LaunchPlan, notes, ring: Ring, buffers) -> None:
     """Clears the tiles in which the sequences of the step at `ring` begin and end, in `buffers` [C, blocks, T, 128].
 
     notes: `Refs.cells`. Every other tile that was fetched is live throughout.
@@ -26,7 +29,7 @@ def clear_edges(plan: Plan, notes, ring: Ring, buffers) -> None:
             _clear_tile(plan, buffers.at[c], cell, edge)
 
 
-def _clear_tile(plan: Plan, buffer, cell: Cell, edge) -> None:
+def _clear_tile(plan: LaunchPlan, buffer, cell: Cell, edge) -> None:
     """Clears the tile that `edge`'s token is in, by whole registers' rows."""
     rows = plan.register_rows
     edge = jnp.clip(edge, 0, plan.tokens_per_cell - 1)
@@ -39,7 +42,7 @@ def _clear_tile(plan: Plan, buffer, cell: Cell, edge) -> None:
         _clear_register(plan, buffer, cell, first + i)
 
 
-def _clear_register(plan: Plan, buffer, cell: Cell, at) -> None:
+def _clear_register(plan: LaunchPlan, buffer, cell: Cell, at) -> None:
     """Rows that share a 32-bit word are cleared as its parts, whatever they stand for."""
     rows, in_word = plan.register_rows, plan.register_rows // SUBLANES
     word, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))

@@ -1,28 +1,31 @@
-"""Which of a cell's tokens the rows of the scores attend to: all to the same, or each new token's to its own span."""
+"""The mask of a cell's scores: which tokens each query row attends to.
+
+With one new token all rows have the same span; with several, each new token's rows have their own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.refs import Refs
 from paged_dist.kernels.decode.work_list import Cell, of_query
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveRows:
-    """The live span of each row of a cell's scores, in tokens from the cell's first: int32, or [M, 128] where Q > 1."""
+    """The live span of a cell's score rows, in tokens from the cell's first: an int32 scalar, [M, 128] where Q > 1."""
 
     end: jax.Array
     start: jax.Array | None
 
     @classmethod
-    def of(cls, plan: Plan, refs: NamedTuple, cell: Cell) -> LiveRows:
+    def of(cls, plan: LaunchPlan, refs: Refs, cell: Cell) -> LiveRows:
         end = jnp.minimum(cell.end, plan.tokens_per_cell) if plan.rows_per_cell < plan.T else cell.end
         if plan.Q == 1:
             return cls(end, cell.start if plan.has_starts else None)
@@ -47,8 +50,11 @@ class LiveRows:
         return live
 
 
-def _by_row(plan: Plan, of_query: list[jax.Array]) -> jax.Array:
-    """[M, 128] int32 with each row's new token's scalar, register by register: few hold more than one token's rows."""
+def _by_row(plan: LaunchPlan, by_query: list[jax.Array]) -> jax.Array:
+    """[M, 128] int32: in each row the scalar of the row's new token.
+
+    Made register by register, for few registers hold more than one token's rows.
+    """
     made = {}
     registers = []
     for first in range(0, plan.M, SUBLANES):
@@ -56,10 +62,10 @@ def _by_row(plan: Plan, of_query: list[jax.Array]) -> jax.Array:
         if queries not in made:
             shape = (len(queries), LANES)
             row = lax.broadcasted_iota(jnp.int32, shape, 0)
-            x = jnp.full(shape, of_query[queries[0]])
+            x = jnp.full(shape, by_query[queries[0]])
             for r in range(1, len(queries)):
                 if queries[r] != queries[r - 1]:
-                    x = jnp.where(row < r, x, of_query[queries[r]])
+                    x = jnp.where(row < r, x, by_query[queries[r]])
             made[queries] = x
         registers.append(made[queries])
     return registers[0] if len(registers) == 1 else jnp.concatenate(registers, axis=0)

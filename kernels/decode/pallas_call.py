@@ -1,8 +1,9 @@
-"""Launches the decode kernel over stored, stacked pools, in as many launches as scalar memory asks for."""
+"""Launches the decode kernel over stored, stacked pools; a batch that does not fit on chip becomes several launches."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import COPIES_A_LONE_RESULT, out_struct
-from paged_dist.kernels.attention import queries
 from paged_dist.kernels.attention.checks import check_output_dtype, check_pools
 from paged_dist.kernels.attention.products import block_diagonal
-from paged_dist.kernels.decode.kernel import Refs, decode_kernel
-from paged_dist.kernels.decode.launch_plan import (
-    NUM_FIELDS,
-    BlockSizes,
-    Plan,
+from paged_dist.kernels.attention.queries import queries_as_rows, rows_as_queries
+from paged_dist.kernels.decode.block_sizes import BlockSizes
+from paged_dist.kernels.decode.kernel import decode_kernel
+from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, LaunchPlan
+from paged_dist.kernels.decode.plan_choice import (
     check_block_sizes,
     fits,
-    make_plan,
+    make_launch_plan,
     rows_per_launch,
     vmem_limit,
 )
+from paged_dist.kernels.decode.refs import Refs
 from paged_dist.kernels.dispatch import Interpret, in_hbm, result_in_hbm
 from paged_dist.kernels.target import Target, simulation
 from paged_dist.kernels.tiling import LANES
@@ -72,9 +73,9 @@ def decode_pages_pallas(
     arrays = (key_pages, value_pages, lengths, block_tables, key_scales, value_scales)
     p = check_pools(query, *arrays, takes_queries=True)
     check_output_dtype(output_dtype)
-    options = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    options: dict[str, Any] = dict(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     options |= dict(return_lse=return_lse, output_dtype=output_dtype)
-    plan = make_plan(
+    plan = make_launch_plan(
         p,
         target,
         block_sizes,
@@ -106,18 +107,18 @@ def decode_pages_pallas(
     check_block_sizes(plan)
     has_queries = query.ndim == 4
     if has_queries:
-        query, lengths, starts = queries.as_rows(p, query, lengths, starts)
+        query, lengths, starts = queries_as_rows(p, query, lengths, starts)
     rows = rows_per_launch(plan)
     layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     pools = dict(key_pages=key_pages, value_pages=value_pages)
-    if p.is_quantized:  # a row by itself is what a copy can address
+    if key_scales is not None and value_scales is not None:  # a row by itself is what a copy can address
         one = (*key_scales.shape[:-1], 1, key_scales.shape[-1])
         pools |= dict(key_scales=key_scales.reshape(one), value_scales=value_scales.reshape(one))
     pools = dict(zip(pools, in_hbm(*pools.values(), interpret=interpret), strict=True))
     part = lambda x, i: None if x is None else x[i : i + rows]
     parts = [
-        _launch(
+        launch_once(
             dataclasses.replace(plan, problem=p.replace(batch=min(rows, p.batch - i))),
             part(query, i),
             pools,
@@ -136,11 +137,15 @@ def decode_pages_pallas(
         else (None if x[0] is None else jnp.concatenate(x) for x in zip(*parts, strict=True))
     )
     if has_queries:
-        output, lse = (None if x is None else queries.from_rows(p, x) for x in (output, lse))
+        output, lse = (None if x is None else rows_as_queries(p, x) for x in (output, lse))
     return (output, lse) if return_lse else output
 
 
-def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sinks, *, interpret):
+def launch_once(plan: LaunchPlan, query, pools, lengths, block_tables, layer, starts, sinks, *, interpret: Interpret):
+    """One launch: (output [B, Hq, D], lse [B, Hq] or None), rows as `queries_as_rows` orders them.
+
+    pools: key_pages and value_pages, and with 8-bit pages key_scales and value_scales, by name.
+    """
     q = query
     if plan.tokens_per_row > 1:
         q = query.reshape(plan.B, plan.H, plan.heads_per_group * plan.rows_per_head, plan.D)
@@ -177,8 +182,9 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
     names = (*scalars, *arrays, *results, *scratch)
 
     def kernel(*refs):
-        given = dict(zip(names, refs, strict=True))
-        decode_kernel(plan, Refs(**{name: given.get(name) for name in Refs._fields}))
+        by_name: dict[str, Any] = dict(zip(names, refs, strict=True))
+        fields: dict[str, Any] = {name: by_name.get(name) for name in Refs._fields}
+        decode_kernel(plan, Refs(**fields))
 
     whole = pl.BlockSpec(memory_space=pltpu.HBM)
     made = pl.pallas_call(
@@ -197,7 +203,7 @@ def _launch(plan: Plan, query, pools, lengths, block_tables, layer, starts, sink
             disable_bounds_checks=True,
             vmem_limit_bytes=vmem_limit(plan.num_cores),
         ),
-        interpret=simulation("batch" if plan.num_cores > 1 else None, interpret),
+        interpret=simulation(plan.num_cores, interpret),
         name="paged_decode_attention" + ("_on_two_cores" if plan.num_cores > 1 else ""),
     )(*operands)
     return made[0], made[1].reshape(plan.B, plan.Hq) if plan.return_lse else None

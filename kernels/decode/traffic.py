@@ -1,4 +1,4 @@
-"""What the decode kernel fetches from HBM: a pure function of a plan and the lengths, for reports and tests."""
+"""Counts the bytes and DMAs that the decode kernel fetches from HBM for given lengths; for reports and tests."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paged_dist.kernels.decode.launch_plan import Plan
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.tiling import LANES
 
 _SCALE_BYTES = 4
 
 
-class Copies(NamedTuple):
+class PageTraffic(NamedTuple):
     """DMAs out of the pools, K's and V's, and the bytes that they move."""
 
     count: int
     bytes: int
 
 
-def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copies:
-    """The decode kernel's copies of pages; those of the query and the output, a few per sequence, are not counted.
+def page_traffic(plan: LaunchPlan, lengths, starts=None, *, unit: int | None = None) -> PageTraffic:
+    """The decode kernel's copies of pages for sequences of `lengths`.
+
+    Copies of the query and the output, a few for each sequence, are not counted.
 
     A page that holds a live token is copied once, whole but at the ends of its sequence: of the last page the rows up
     to the last live one, of the first those from the first live one, in units of `unit` rows. A copy is of all kv
@@ -48,17 +50,17 @@ def copies(plan: Plan, lengths, starts=None, *, unit: int | None = None) -> Copi
     if plan.is_quantized:
         rows = 2 * int(pages.sum()) * plan.scale_rows_per_page
         count, size = count + 2 * int(pages.sum()), size + rows * plan.Hkv * LANES * _SCALE_BYTES
-    return Copies(count, size)
+    return PageTraffic(count, size)
 
 
-def live_bytes(plan: Plan, lengths, starts=None) -> int:
-    """Bytes of the K and V that are attended to, and of their scales: the least that any kernel reads."""
+def live_bytes(plan: LaunchPlan, lengths, starts=None) -> int:
+    """Bytes of live K and V, and of their scales: the least that any kernel reads."""
     first, end = live_span(plan, lengths, starts)
     return int((end - first).sum()) * bytes_per_token(plan)
 
 
-def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
-    """(first live token, the one behind the last), both [B] int64, of each sequence; the same where it has none.
+def live_span(plan: LaunchPlan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]:
+    """(first live token, one past the last) of each sequence, both int64 [B]; equal where it has none.
 
     With several new tokens, from where the first's span begins to where the last's ends.
     """
@@ -74,10 +76,10 @@ def live_span(plan: Plan, lengths, starts=None) -> tuple[np.ndarray, np.ndarray]
     return np.minimum(first, end), end
 
 
-def bytes_per_token(plan: Plan) -> int:
+def bytes_per_token(plan: LaunchPlan) -> int:
     """Bytes of one token's K and V, all local heads, scales included."""
     return _bytes_of_token(plan) + (2 * plan.Hkv * _SCALE_BYTES if plan.is_quantized else 0)
 
 
-def _bytes_of_token(plan: Plan) -> int:
+def _bytes_of_token(plan: LaunchPlan) -> int:
     return 2 * plan.Hkv * plan.D * plan.cache_dtype.itemsize

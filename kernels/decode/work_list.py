@@ -1,4 +1,4 @@
-"""The scalar side of the decode kernel: which pages make a cell, and where in the rings a step lives.
+"""The decode kernel's work as a flat list: which pages make a cell, and which ring slots a step uses.
 
 Nothing here branches: the work of the next step's copies is scheduled among this step's vector instructions.
 """
@@ -14,13 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, Plan
+from paged_dist.kernels.decode.launch_plan import NUM_FIELDS, LaunchPlan
+from paged_dist.kernels.decode.refs import Refs, given
 
 _SPANS_AT_ONCE = 8  # sequences looked at in one turn of the list's loop: a turn costs some 20 cycles by itself
 
 
 class Cell(NamedTuple):
-    """Up to `pages_per_cell` pages of one sequence. `start` and `end` count tokens from the cell's first."""
+    """Up to `pages_per_cell` consecutive pages of one sequence: the unit of work. The last step has empty ones.
+
+    `start` and `end` count tokens from the cell's first.
+    """
 
     b: jax.Array  # the sequence; B where there is none
     is_first: jax.Array  # of its sequence
@@ -31,21 +35,22 @@ class Cell(NamedTuple):
     start: jax.Array  # first live token: 0 or less but in a sequence's first cell
 
     @classmethod
-    def load(cls, ref, slot, c: int | jax.Array, plan: Plan) -> Cell:
+    def load(cls, ref, slot, c: int | jax.Array, plan: LaunchPlan) -> Cell:
         """The cell `c` of the step in `slot`, from SMEM."""
         at = slot * (plan.C * NUM_FIELDS)
         packed, end, column, rows = (ref[at + (c * NUM_FIELDS + i)] for i in range(4))
         start = ref[at + (c * NUM_FIELDS + 4)] if plan.has_starts else jnp.int32(0)
         return cls(div(packed, 4), (packed & 1) != 0, (packed & 2) != 0, end, column, rows, start)
 
-    def store(self, ref, slot, c: int, plan: Plan) -> None:
+    def store(self, ref, slot, c: int, plan: LaunchPlan) -> None:
+        """Notes it in SMEM as the cell `c` of the step in `slot`."""
         at = slot * (plan.C * NUM_FIELDS)
         packed = self.b * 4 + jnp.where(self.is_first, 1, 0) + jnp.where(self.is_last, 2, 0)
         fields = (packed, self.end, self.column, self.rows, self.start)
         for i, value in enumerate(fields if plan.has_starts else fields[:-1]):
             ref[at + (c * NUM_FIELDS + i)] = value
 
-    def rows_skipped(self, plan: Plan):
+    def rows_skipped(self, plan: LaunchPlan):
         """Stored rows before the first live tile; only the first page has some."""
         if not plan.has_starts:
             return jnp.int32(0)
@@ -56,9 +61,10 @@ class Cell(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("here", "cells"), meta_fields=("ahead",))
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots of step s: `here` in K's and V's rings of `ahead` + 1 buffers, `cells` in the ring of `ahead` + 2 notes.
+    """The slots of one step s in the ring buffers.
 
-    What comes with K and is used a step later, scales of V or V itself, is in a ring like the notes'.
+    `here`: in the rings of `ahead` + 1 buffers of K, and of V. `cells`: in the ring of `ahead` + 2 notes of cells. What
+    is fetched with K and used a step later (V's scales, or V itself) lies in a ring of `ahead` + 2 too.
     """
 
     here: jax.Array
@@ -66,35 +72,37 @@ class Ring:
     ahead: int
 
     @classmethod
-    def start(cls, plan: Plan) -> Ring:
+    def start(cls, plan: LaunchPlan) -> Ring:
+        """Those of step 0."""
         return cls(jnp.int32(0), jnp.int32(0), plan.sizes.steps_ahead)
 
-    def of_values(self, plan: Plan):
+    def of_values(self, plan: LaunchPlan):
         """V's slot."""
         return self.cells if plan.values_with_keys else self.here
 
     def plus(self, by: int) -> Ring:
-        """Step s + by's."""
-        wrap = lambda slot, size: slot if by % size == 0 else _wrap(slot + by % size, size)
+        """Those of step s + by."""
+        wrap = lambda slot, size: slot if by % size == 0 else _wrap_slot(slot + by % size, size)
         return Ring(wrap(self.here, self.ahead + 1), wrap(self.cells, self.ahead + 2), self.ahead)
 
 
-def _wrap(slot, size: int):
+def _wrap_slot(slot, size: int):
+    """A slot of 0 to 2 * size - 1, modulo size, without a division."""
     return jnp.where(slot >= size, slot - size, slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkList:
-    """One core's sequences that are not empty, by number in SMEM, and the cells that they make."""
+    """The sequences that one core works on: their numbers are in SMEM (`Refs.work`), empty ones left out."""
 
-    plan: Plan
-    refs: NamedTuple
+    plan: LaunchPlan
+    refs: Refs
     rows: jax.Array  # this core's live sequences
     live_rows: jax.Array  # those of all cores
     is_ragged: jax.Array  # whether any cell of any core may have a token that is not live
 
     @staticmethod
-    def span(plan: Plan, refs, b):
+    def span(plan: LaunchPlan, refs: Refs, b):
         """(first page, pages, start, end) of sequence b: 0 pages if empty, tokens counted from the first page's.
 
         Of several new tokens' spans, from where the first's begins to where the last's ends.
@@ -116,7 +124,7 @@ class WorkList:
         return first, jnp.where(end > start, pages, 0), start - skipped, end - skipped
 
     @classmethod
-    def build(cls, plan: Plan, refs, core) -> WorkList:
+    def build(cls, plan: LaunchPlan, refs: Refs, core) -> WorkList:
         """Walks the lengths once. Two cores deal the sequences out among them: each goes to the one with less."""
         zero = jnp.int32(0)
         at_once = min(_SPANS_AT_ONCE, plan.B)
@@ -132,7 +140,7 @@ class WorkList:
         def look_at_one(b, rows, live_rows, mine, others, dead):
             inside = b < plan.B
             b = b if plan.B % at_once == 0 else jnp.minimum(b, plan.B - 1)
-            start, end = jnp.int32(0), refs.lengths[of_query(plan, b, plan.Q - 1)]
+            pages, start, end = 0, jnp.int32(0), refs.lengths[of_query(plan, b, plan.Q - 1)]
             if plan.S % plan.pages_per_cell:  # a full table ends inside a cell
                 end = jnp.minimum(end, plan.S * plan.page_size)
             live = end > 0
@@ -203,12 +211,14 @@ class WorkList:
         """Keeps how many tiles and rows of scales a step fetches for K, and for V, until it is waited for."""
         self.refs.tiles[slot] = tiles
         if self.plan.is_quantized:
-            self.refs.pages[slot] = pages
+            given(self.refs.pages)[slot] = pages
 
     def pages_of(self, slot):
-        return self.refs.pages[slot]
+        """How many pages the step in this slot fetches scales of."""
+        return given(self.refs.pages)[slot]
 
     def tiles_of(self, slot):
+        """How many tiles of K the step in this slot fetches."""
         return self.refs.tiles[slot]
 
     def has_step(self, slot):
@@ -223,7 +233,7 @@ class WorkList:
             Cell(jnp.int32(self.plan.B), no, no, zero, zero, zero, zero).store(self.refs.cells, slot, c, self.plan)
 
 
-def of_query(plan: Plan, b, q: int):
+def of_query(plan: LaunchPlan, b, q: int):
     """The place of sequence b's new token q in `Refs.lengths` and `Refs.starts`."""
     return b if plan.Q == 1 else b * plan.Q + q
 

@@ -1,4 +1,7 @@
-"""Kernels with the signatures of JAX's and ejkernel's paged attention: kept and tested, no op runs on them."""
+"""The seed's kernels: the signatures of JAX's and ejkernel's paged attention, kept and tested for code that has them.
+
+No op of this library runs on them: the ops run `paged_dist.kernels.decode`.
+"""
 
 from paged_dist.kernels.seed.api import page_attention
 from paged_dist.kernels.seed.descriptor import MultiPageAsyncCopyDescriptor

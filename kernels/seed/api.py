@@ -8,22 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from paged_dist._errors import not_yet, require
-from paged_dist.kernels.attention.checks import (
-    DEFAULT_MASK_VALUE,
-    Problem,
-    check_cache,
-    check_interpret,
-    check_megacore,
-    check_options,
-    check_pages_per_compute_block,
-    check_smem,
-    choose_pages_per_compute_block,
-)
+from paged_dist.kernels.attention.checks import DEFAULT_MASK_VALUE, check_cache, check_interpret, check_options
+from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
 from paged_dist.kernels.decode.api import paged_decode_attention
 from paged_dist.kernels.dispatch import Interpret, dispatch
+from paged_dist.kernels.seed.block_choice import (
+    check_megacore,
+    check_megacore_target,
+    check_pages_per_compute_block,
+    check_smem,
+    choose_pages_per_compute_block,
+    cores_of,
+)
 from paged_dist.kernels.seed.pallas_call import attend_pages_pallas
-from paged_dist.kernels.target import check_target, simulation
+from paged_dist.kernels.target import simulation
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 
@@ -88,6 +87,16 @@ def page_attention(
 
     Method: JAX's jax.experimental.pallas.ops.tpu.paged_attention, after PagedAttention (arXiv:2309.06180) and
     FlashAttention's online softmax (arXiv:2205.14135).
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> query = jnp.asarray(rng.normal(size=(2, 4, 64)), jnp.float32)  # [B, Hq, D]
+      >>> keys, values = jnp.asarray(rng.normal(size=(2, 1, 8, 16, 64)), jnp.float32)  # [Hkv, N, P, D] each
+      >>> lengths, tables = jnp.array([20, 3], jnp.int32), jnp.array([[6, 1], [2, 0]], jnp.int32)
+      >>> output = kernels.page_attention(query * 64**-0.5, keys, values, lengths, tables)
+      >>> plain = kernels.ref_paged_attention(query * 64**-0.5, keys, values, lengths, tables)
+      >>> np.allclose(output, plain, atol=1e-4)
+      True
     """
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if hasattr(cache, "weight") and hasattr(cache, "scales"):
@@ -104,7 +113,7 @@ def page_attention(
     )
     if key_scales is not None or value_scales is not None:
         _check_no_shape_of_the_seed(pages_per_compute_block, megacore_mode, inline_seq_dim)
-        return paged_decode_attention(
+        output = paged_decode_attention(
             query,
             key_cache,
             value_cache,
@@ -117,14 +126,16 @@ def page_attention(
             sliding_window=sliding_window,
             interpret=interpret,
         )
+        assert isinstance(output, jax.Array)  # no lse was asked for
+        return output
     query, key_cache, value_cache, context_lens, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)
     )
     problem = check_cache(query, key_cache, value_cache, context_lens, block_tables)
     check_interpret(interpret)
     check_megacore(problem, megacore_mode)
-    interpret = simulation(megacore_mode, interpret)
-    check_target(megacore_mode, interpret, query, key_cache)
+    interpret = simulation(cores_of(megacore_mode), interpret)
+    check_megacore_target(megacore_mode, interpret, query, key_cache)
     check_smem(problem)
     stored = _stored(problem)
     if pages_per_compute_block is None:

@@ -1,4 +1,4 @@
-"""The copy of several pages of one head from HBM to VMEM."""
+"""`MultiPageAsyncCopyDescriptor`: the copy of several pages of one head from HBM to VMEM."""
 
 from __future__ import annotations
 
@@ -26,6 +26,25 @@ class MultiPageAsyncCopyDescriptor:
       num_pages_to_load: pages to copy, at most the buffer's. An int, or a traced int32: ids behind it are then
         neither read nor fetched, and the rest of the buffer keeps what it held.
       head_index: the kv head, may be traced.
+
+    Example:
+      A kernel that loads the two pages whose ids stand at 1 and 2 of its table.
+
+      >>> from jax.experimental import pallas as pl
+      >>> from jax.experimental.pallas import tpu as pltpu
+      >>> def load(table, pages, out, buffer, sem):
+      ...     copy = kernels.MultiPageAsyncCopyDescriptor(pages, buffer, sem, table, 1, 2, 0)
+      ...     copy.start()
+      ...     out[...] = copy.wait_and_get_loaded()
+      >>> pages = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], (1, 4, 8, 128))  # page n holds n
+      >>> grid = pltpu.PrefetchScalarGridSpec(
+      ...     num_scalar_prefetch=1, grid=(1,), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+      ...     out_specs=pl.BlockSpec((16, 128)), scratch_shapes=[pltpu.VMEM((2, 8, 128), jnp.float32),
+      ...     pltpu.SemaphoreType.DMA])
+      >>> out = jax.ShapeDtypeStruct((16, 128), jnp.float32)
+      >>> made = pl.pallas_call(load, grid_spec=grid, out_shape=out, interpret=True)(jnp.array([0, 3, 1]), pages)
+      >>> made[::8, 0].tolist()
+      [3.0, 1.0]
     """
 
     def __init__(

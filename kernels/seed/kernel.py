@@ -1,4 +1,4 @@
-"""The kernel bodies: flash attention of one sequence and kv head over blocks of pages.
+"""The seed's kernel bodies: flash attention of one sequence and kv head over blocks of pages.
 
 The schedule is that of JAX's paged attention (jax.experimental.pallas.ops.tpu.paged_attention): a double buffer
 of blocks of pages, and the next block, be it of this head, the next head or the next sequence that is not empty,
@@ -19,68 +19,8 @@ from jax.experimental import pallas as pl
 from paged_dist._compat import broadcasts
 from paged_dist.kernels.attention.products import dot
 from paged_dist.kernels.attention.scores import LOWEST, in_range
+from paged_dist.kernels.seed.block_schedule import BlockSchedule
 from paged_dist.kernels.seed.descriptor import MultiPageAsyncCopyDescriptor
-
-
-@dataclasses.dataclass(frozen=True)
-class _Schedule:
-    """Which block follows which, and what a block holds. b, h and i are absolute: sequence, kv head, block."""
-
-    lengths_ref: jax.Array
-    batch_size: int
-    num_kv_heads: int
-    page_size: int
-    pages_per_block: int
-    pages_per_sequence: int
-    sliding_window: int | None
-    b_start: jax.Array | int  # the core's first sequence and head, and how far it steps
-    b_step: jax.Array | int
-    h_start: jax.Array | int
-    h_step: jax.Array | int
-
-    def tokens(self, b):
-        """(start, end) of sequence b's live tokens; a length beyond the table is cut to it."""
-        end = jnp.minimum(self.lengths_ref[b], self.pages_per_sequence * self.page_size)
-        start = 0 if self.sliding_window is None else jnp.maximum(end - self.sliding_window, 0)
-        return start, end
-
-    def pages(self, b):
-        """(first page, number of pages) that sequence b reads."""
-        start, end = self.tokens(b)
-        first = lax.div(jnp.int32(start), jnp.int32(self.page_size))
-        return first, lax.div(end + (self.page_size - 1), jnp.int32(self.page_size)) - first
-
-    def num_blocks(self, b):
-        """Blocks of sequence b, 0 where it is empty."""
-        _, pages = self.pages(b)
-        return lax.div(pages + (self.pages_per_block - 1), jnp.int32(self.pages_per_block))
-
-    def block(self, b, i):
-        """(first page, pages) of block i: the last one holds what is left."""
-        first, pages = self.pages(b)
-        done = i * self.pages_per_block
-        return first + done, jnp.minimum(pages - done, self.pages_per_block)
-
-    def after(self, b, h, i):
-        """(b, h, i) of the block after this one on this core; b >= batch_size after the last."""
-
-        def next_sequence():
-            return (
-                lax.while_loop(
-                    lambda b: (b < self.batch_size) & (self.lengths_ref[jnp.minimum(b, self.batch_size - 1)] <= 0),
-                    lambda b: b + self.b_step,
-                    b + self.b_step,
-                ),
-                jnp.int32(self.h_start),
-                jnp.int32(0),
-            )
-
-        def next_head():
-            return lax.cond(
-                h + self.h_step < self.num_kv_heads, lambda: (b, h + self.h_step, jnp.int32(0)), next_sequence
-            )
-
-        return lax.cond(i + 1 < self.num_blocks(b), lambda: (b, h, i + 1), next_head)
 
 
 def paged_flash_attention_kernel(
@@ -128,14 +68,56 @@ def paged_flash_attention_kernel(
       attn_logits_soft_cap: logits become cap * tanh(logits / cap); None: they stay.
       sliding_window: attend to the last so many tokens; pages before them are not read.
       program_ids: (core, sequence, kv head, block) where it is called from another body.
+
+    Example:
+      Two sequences of 8 and 16 tokens; page n holds the value n, and all scores are alike.
+
+      >>> from functools import partial
+      >>> from jax.experimental import pallas as pl
+      >>> from jax.experimental.pallas import tpu as pltpu
+      >>> kernel = partial(kernels.paged_flash_attention_kernel, batch_size=2, pages_per_sequence=2,
+      ...     pages_per_compute_block=1, mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
+      ...     megacore_mode=None)
+      >>> a_head = pl.BlockSpec((None, None, 8, 128), lambda core, b, h, *_: (b, h, 0, 0))
+      >>> hbm, buffer = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM((2, 1, 8, 128), jnp.float32)
+      >>> grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=4, grid=(1, 2, 1, 2),
+      ...     in_specs=[a_head, hbm, hbm], out_specs=[a_head] * 3,
+      ...     scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))])
+      >>> query, keys = jnp.ones((2, 1, 8, 128)), jnp.zeros((1, 4, 8, 128))  # [B, Hkv, G, D], [Hkv, N, P, D]
+      >>> values = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], keys.shape)
+      >>> lengths, table = jnp.array([8, 16]), jnp.array([3, 0, 1, 2])
+      >>> output, m, l = pl.pallas_call(kernel, grid_spec=grid, out_shape=[query] * 3, interpret=True)(
+      ...     lengths, table, jnp.array([0]), jnp.array([1]), query, keys, values)
+      >>> output[:, 0, 0, 0].tolist(), l[:, 0, 0, 0].tolist()
+      ([3.0, 1.5], [8.0, 16.0])
     """
     core, b, h, i = program_ids or tuple(pl.program_id(axis) for axis in range(4))
-    attend_block(Body.of(core, locals()), b, h, i, o_ref, m_ref, l_ref)
+    body = FlashKernel(
+        core,
+        lengths_ref,
+        page_indices_ref,
+        buffer_index_ref,
+        init_flag_ref,
+        q_ref,
+        k_pages_hbm_ref,
+        v_pages_hbm_ref,
+        k_vmem_buffer,
+        v_vmem_buffer,
+        k_sems,
+        v_sems,
+        batch_size=batch_size,
+        pages_per_compute_block=pages_per_compute_block,
+        pages_per_sequence=pages_per_sequence,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        megacore_mode=megacore_mode,
+        sliding_window=sliding_window,
+    )
+    attend_block(body, b, h, i, o_ref, m_ref, l_ref)
 
 
 @broadcasts
-def attend_block(body: Body, b, h, i, o_ref, m_ref, l_ref) -> None:
-    """One step of the grid with blocks in it; refs as in `paged_flash_attention_kernel`, but for `Body`'s packing."""
+def attend_block(body: FlashKernel, b, h, i, o_ref, m_ref, l_ref) -> None:
+    """One step of the grid with blocks in it; refs as in `paged_flash_attention_kernel`, pages as in `FlashKernel`."""
     b, h = body.place(b, h)
     blocks = body.schedule.num_blocks(b)
 
@@ -181,13 +163,55 @@ def paged_flash_attention_kernel_inline_seq_dim(
     """`paged_flash_attention_kernel` with the blocks in a loop: one (sequence, kv head) a step of the grid.
 
     The grid is (cores, sequences, kv heads); refs and arguments are those of the other form.
+
+    Example:
+      Two sequences of 8 and 16 tokens; page n holds the value n, and all scores are alike.
+
+      >>> from functools import partial
+      >>> from jax.experimental import pallas as pl
+      >>> from jax.experimental.pallas import tpu as pltpu
+      >>> kernel = partial(kernels.paged_flash_attention_kernel_inline_seq_dim, batch_size=2, pages_per_sequence=2,
+      ...     pages_per_compute_block=1, mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
+      ...     megacore_mode=None)
+      >>> a_head = pl.BlockSpec((None, None, 8, 128), lambda core, b, h, *_: (b, h, 0, 0))
+      >>> hbm, buffer = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM((2, 1, 8, 128), jnp.float32)
+      >>> grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=4, grid=(1, 2, 1),
+      ...     in_specs=[a_head, hbm, hbm], out_specs=[a_head] * 3,
+      ...     scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))])
+      >>> query, keys = jnp.ones((2, 1, 8, 128)), jnp.zeros((1, 4, 8, 128))  # [B, Hkv, G, D], [Hkv, N, P, D]
+      >>> values = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], keys.shape)
+      >>> lengths, table = jnp.array([8, 16]), jnp.array([3, 0, 1, 2])
+      >>> output, m, l = pl.pallas_call(kernel, grid_spec=grid, out_shape=[query] * 3, interpret=True)(
+      ...     lengths, table, jnp.array([0]), jnp.array([1]), query, keys, values)
+      >>> output[:, 0, 0, 0].tolist(), l[:, 0, 0, 0].tolist()
+      ([3.0, 1.5], [8.0, 16.0])
     """
     core, b, h = (pl.program_id(axis) for axis in range(3))
-    attend_head(Body.of(core, locals()), b, h, o_ref, m_ref, l_ref)
+    body = FlashKernel(
+        core,
+        lengths_ref,
+        page_indices_ref,
+        buffer_index_ref,
+        init_flag_ref,
+        q_ref,
+        k_pages_hbm_ref,
+        v_pages_hbm_ref,
+        k_vmem_buffer,
+        v_vmem_buffer,
+        k_sems,
+        v_sems,
+        batch_size=batch_size,
+        pages_per_compute_block=pages_per_compute_block,
+        pages_per_sequence=pages_per_sequence,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        megacore_mode=megacore_mode,
+        sliding_window=sliding_window,
+    )
+    attend_head(body, b, h, o_ref, m_ref, l_ref)
 
 
 @broadcasts
-def attend_head(body: Body, b, h, o_ref, m_ref, l_ref) -> None:
+def attend_head(body: FlashKernel, b, h, o_ref, m_ref, l_ref) -> None:
     """One step of the grid without blocks in it: all of a head's; refs as in `attend_block`."""
     b, h = body.place(b, h)
     rows, width = body.q_ref.shape
@@ -208,7 +232,7 @@ def _divide(acc, l):
 
 
 @dataclasses.dataclass(frozen=True)
-class Body:
+class FlashKernel:
     """The refs and options of a kernel, named as `paged_flash_attention_kernel`'s arguments, and one step's work.
 
     Attributes:
@@ -240,19 +264,13 @@ class Body:
     sm_scale: float = 1.0
     tokens_per_row: int = 1
 
-    @classmethod
-    def of(cls, core, arguments: dict) -> Body:
-        """The `Body` of a kernel's arguments, picked from its locals by name."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"core"}
-        return cls(core=core, **{name: value for name, value in arguments.items() if name in names})
-
     @property
-    def schedule(self) -> _Schedule:
+    def schedule(self) -> BlockSchedule:
         num_kv_heads, _, rows, _ = self.k_pages_hbm_ref.shape
         cores = pl.num_programs(0)
         b_start, b_step = (self.core, cores) if self.megacore_mode == "batch" else (0, 1)
         h_start, h_step = (self.core, cores) if self.megacore_mode == "kv_head" else (0, 1)
-        return _Schedule(
+        return BlockSchedule(
             self.lengths_ref,
             self.batch_size,
             num_kv_heads,

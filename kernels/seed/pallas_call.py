@@ -1,4 +1,4 @@
-"""Launches the kernel bodies over stored, stacked pools."""
+"""Launches the seed's kernel bodies over stored, stacked pools."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from paged_dist._compat import broadcasts, out_struct
 from paged_dist._errors import require
-from paged_dist.kernels.attention.checks import (
-    NUM_CORES,
-    Problem,
-    check_megacore,
-    check_options,
-    check_pages_per_compute_block,
-    check_pools,
-    check_smem,
-    choose_pages_per_compute_block,
-    rows_per_launch,
-)
+from paged_dist.kernels.attention.checks import check_options, check_pools
+from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.attention.products import block_diagonal
 from paged_dist.kernels.dispatch import Interpret, in_hbm
-from paged_dist.kernels.seed.kernel import Body, attend_block, attend_head
-from paged_dist.kernels.target import check_target, simulation
+from paged_dist.kernels.seed.block_choice import (
+    check_megacore,
+    check_megacore_target,
+    check_pages_per_compute_block,
+    check_smem,
+    choose_pages_per_compute_block,
+    cores_of,
+    sequences_per_launch,
+)
+from paged_dist.kernels.seed.kernel import FlashKernel, attend_block, attend_head
+from paged_dist.kernels.target import simulation
 from paged_dist.kernels.tiling import LANES
 
 
@@ -73,18 +73,18 @@ def attend_pages_pallas(
         "store two tokens a row, as CacheSpec does",
     )
     check_megacore(p, megacore_mode)
-    interpret = simulation(megacore_mode, interpret)
-    check_target(megacore_mode, interpret, query, key_pages)
+    interpret = simulation(cores_of(megacore_mode), interpret)
+    check_megacore_target(megacore_mode, interpret, query, key_pages)
     if pages_per_compute_block is None:
         pages_per_compute_block = choose_pages_per_compute_block(p)
     pages_per_compute_block = check_pages_per_compute_block(p, pages_per_compute_block)
-    least = NUM_CORES if megacore_mode == "batch" else 1
+    least = cores_of(megacore_mode) if megacore_mode == "batch" else 1
     check_smem(p, rows=least)
-    rows = rows_per_launch(p, least)
+    rows = sequences_per_launch(p, least)
     layer = jnp.zeros((), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32)
-    pools = in_hbm(key_pages, value_pages, interpret=interpret)
+    k_pool, v_pool = in_hbm(key_pages, value_pages, interpret=interpret)
     launch = functools.partial(
-        _launch,
+        _launch_flash_attention,
         sm_scale=float(sm_scale),
         soft_cap=soft_cap,
         sliding_window=sliding_window,
@@ -94,13 +94,13 @@ def attend_pages_pallas(
         interpret=interpret,
     )
     parts = [
-        launch(query[i : i + rows], *pools, lengths[i : i + rows], block_tables[i : i + rows], layer)
+        launch(query[i : i + rows], k_pool, v_pool, lengths[i : i + rows], block_tables[i : i + rows], layer)
         for i in range(0, p.batch, rows)
     ]
     return parts[0] if len(parts) == 1 else tuple(map(jnp.concatenate, zip(*parts, strict=True)))
 
 
-def _launch(
+def _launch_flash_attention(
     query,
     key_pages,
     value_pages,
@@ -118,7 +118,7 @@ def _launch(
 ):
     """One launch: (output [B, Hq, D], lse [B, Hq])."""
     p = check_pools(query, key_pages, value_pages, lengths, block_tables)
-    cores = 1 if megacore_mode is None else NUM_CORES
+    cores = cores_of(megacore_mode)
     b_cores = cores if megacore_mode == "batch" else 1
     h_cores = cores if megacore_mode == "kv_head" else 1
     blocks = () if inline_seq_dim else (-(-p.pages_per_sequence // pages_per_compute_block),)
@@ -150,8 +150,10 @@ def _launch(
 
     def kernel(layer_ref, lengths, table, buffer_index, init_flag, q, k_pages, v_pages, o, m, l, *scratch):
         core, *step = (pl.program_id(axis) for axis in range(len(grid)))
-        pages = (pool.at[layer_ref[0]] for pool in (k_pages, v_pages))
-        body = Body(core, lengths, table, buffer_index, init_flag, q, *pages, *scratch, **options)
+        k_pages, v_pages = (pool.at[layer_ref[0]] for pool in (k_pages, v_pages))
+        k_buffer, v_buffer, k_sems, v_sems = scratch
+        refs = (lengths, table, buffer_index, init_flag, q, k_pages, v_pages, k_buffer, v_buffer, k_sems, v_sems)
+        body = FlashKernel(core, *refs, **options)
         attend(body, *step, o, m, l)
 
     buffer = pltpu.VMEM((2, pages_per_compute_block, p.rows, p.width), key_pages.dtype)
@@ -183,7 +185,7 @@ def _launch(
         ],
         # The descriptor clamps page ids, so Mosaic need not check each copy's bounds: that took longer than issuing it.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), disable_bounds_checks=True
+            dimension_semantics=(pltpu.PARALLEL, *[pltpu.ARBITRARY] * (len(grid) - 1)), disable_bounds_checks=True
         ),
         interpret=interpret,
         name="paged_attention" + ("" if inline_seq_dim else "_blocks_in_grid"),

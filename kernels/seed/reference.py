@@ -1,4 +1,4 @@
-"""Paged attention in a dozen lines of JAX: what the kernels compute, gathered whole."""
+"""`ref_paged_attention`: the plain reference, which gathers all pages and attends in a dozen lines of JAX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ref_paged_attention(
     attn_logits_soft_cap=None,
     sliding_window=None,
 ):
-    """Attention of one query token a sequence over its pages, the plain reference: clear, not fast.
+    """The plain reference of paged attention, one query token of each sequence: clear, not fast.
 
     softmax(cap(q k^T)) v over a sequence's live tokens, in f32; the query is not scaled. It gathers every page of
     the table, so its memory grows with B x S x P.
@@ -40,6 +40,16 @@ def ref_paged_attention(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
+
+    Example:
+      Page n holds the value n; all scores are alike, so that the output is the mean of the live tokens' values.
+
+      >>> keys = jnp.zeros((1, 4, 8, 64))  # [Hkv, N, P, D]
+      >>> values = jnp.broadcast_to(jnp.arange(4.0)[None, :, None, None], keys.shape)
+      >>> query, tables = jnp.ones((2, 4, 64)), jnp.array([[3, 1], [2, 0]], jnp.int32)
+      >>> lengths = jnp.array([16, 5], jnp.int32)  # 8 tokens of page 3 and 8 of page 1; 5 of page 2
+      >>> kernels.ref_paged_attention(query, keys, values, lengths, tables)[:, 0, 0].tolist()
+      [2.0, 2.0]
     """
     query, key_cache, value_cache, context_lens, block_tables = map(
         jnp.asarray, (query, key_cache, value_cache, context_lens, block_tables)

@@ -1,1 +1,1 @@
-"""What every launcher shares: its flags, how it starts and ends, and facts of TPU chips."""
+"""What the programs share: their flags, how they start and end, processes of a local pod, facts of TPU chips."""

@@ -37,7 +37,7 @@ def at_least(smallest: int, **by_flag: int | float | None) -> None:
 
 
 def at_most(largest: int, **by_flag: int | None) -> None:
-    """Raises ValueError where a flag's value is given and above `largest`: a typo is likelier than that it is meant."""
+    """Raises ValueError where a flag's value is given and above `largest`, which is likelier a typo than meant."""
     for name, value in by_flag.items():
         require(value is None or value <= largest, f"--{name}", value, f"must be at most {largest}")
 
@@ -56,7 +56,7 @@ _LARGEST_SIZES = {
 
 
 def check_sizes() -> None:
-    """Raises ValueError where a size is so large that the run would hang, or fail deep inside, before it is refused."""
+    """Raises ValueError where a flag's size is so large that the run would hang or fail deep inside."""
     for name, largest in _LARGEST_SIZES.items():
         at_most(largest, **{name: flags.FLAGS[name].value})
 
@@ -68,7 +68,7 @@ def check_head_counts() -> None:
 
 
 def check_host_memory(argument: str, value: object, need: int) -> None:
-    """Raises ValueError where `need` bytes, of which `argument` is the likeliest cause, are over what this host has."""
+    """Raises ValueError where this host has less than `need` bytes of memory; `argument` is the likeliest cause."""
     have = host.memory_bytes()
     rule = f"takes {gigabytes(need)}, where this host has {gigabytes(have)}"
     require(need <= have, argument, value, rule, "give smaller sizes")
@@ -104,7 +104,7 @@ def check_output(path: str | None, flag: str = "output", folder: bool = False) -
 
 
 def _writable_mount(folder: str) -> bool:
-    # For root every folder passes os.access but those of the kernel, which hold no files of ours.
-    if folder.startswith(("/proc", "/sys")):
+    """Whether the file system of `folder` takes files; root may write in every folder, says os.access."""
+    if folder.startswith(("/proc", "/sys")):  # the kernel's, which hold no files of ours
         return False
     return not os.statvfs(folder).f_flag & os.ST_RDONLY

@@ -1,7 +1,7 @@
-"""The launchers' flags, in a registry of their own: to import a launcher defines no flag in the importing program.
+"""The programs' flags in a registry of their own: who imports a program's module gets none of its flags.
 
-A launcher imports this module in the place of `absl.flags` and uses it the same way: `flags.DEFINE_integer(...)`,
-`flags.FLAGS`. The flags become absl's when the launcher runs as a program and `parse` reads its command line.
+A program imports this module in the place of `absl.flags` and uses it the same way: `flags.DEFINE_integer(...)`,
+`flags.FLAGS`. The flags become absl's when the program runs and `parse` reads its command line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ declare_key_flag = functools.partial(_absl.declare_key_flag, flag_values=FLAGS)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Reads a command line, absl's own flags (`--verbosity`) among it; returns the program's name and what is no flag.
+    """Reads a command line, with absl's own flags (`--verbosity`) too; returns the program's name and what is no flag.
 
     Raises:
       Error: an unknown flag, a value that is none of its type, or a flag that the program has defined itself.

@@ -1,4 +1,4 @@
-"""What --help prints of a launcher."""
+"""What --help prints of a program: its docstring, its flags in groups, the exit codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def help_text(module: str) -> str:
-    """What --help prints of a launcher: its docstring, its flags in groups, exit codes; at most 80 columns."""
+    """What --help prints of the program in `module`: at most 80 columns."""
     found = {f.name: f for f in flags.FLAGS.get_key_flags_for_module(module)}
     found |= {f.name: f for f in flags.FLAGS.get_flags_for_module(sys.argv[0])}  # of a module that is run as a script
     named = {name for names in FLAG_GROUPS.values() for name in names}
@@ -52,11 +52,12 @@ def help_text(module: str) -> str:
         lines = [_flag_line(found[name]) for name in names if name in found]
         if lines:
             parts.append("\n".join([f"{title}:", *lines]))
-    return "\n\n".join([*parts, _fill(_EXIT_CODES, 80)])
+    return "\n\n".join([*parts, _fill(_EXIT_CODES)])
 
 
-def _fill(text: str, width: int, **indents) -> str:
-    return textwrap.fill(text, width, break_on_hyphens=False, **indents)
+def _fill(text: str, first: str = "", rest: str = "") -> str:
+    """`text` as one paragraph of at most 80 columns, its first line and the rest indented."""
+    return textwrap.fill(text, 80, break_on_hyphens=False, initial_indent=first, subsequent_indent=rest)
 
 
 def _in_80_columns(text: str) -> str:
@@ -65,19 +66,18 @@ def _in_80_columns(text: str) -> str:
     for paragraph in text.strip().split("\n\n"):
         lines = paragraph.splitlines()
         if any(line.startswith((" ", "- ")) for line in lines):
-            filled = [
-                _fill(line, 80, subsequent_indent="        " if line.startswith("    ") else "  ") for line in lines
-            ]
+            filled = [_fill(line, rest="        " if line.startswith("    ") else "  ") for line in lines]
             paragraphs.append("\n".join(filled))
         else:
-            paragraphs.append(_fill(paragraph, 80))
+            paragraphs.append(_fill(paragraph))
     return "\n\n".join(paragraphs)
 
 
 def _flag_line(flag: flags.Flag) -> str:
+    """A flag, its help and its default, as an indented paragraph."""
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
     default, text = flag.default_as_str, flag.help
     if flag.default is not None:  # a launcher's own, where the shared text has another
         text = re.sub(r"\s*\bDefault: .*", "", text, flags=re.DOTALL)
     said = f" (default: {default.strip(chr(39))})" if default is not None and not flag.boolean else ""
-    return _fill(f"{name}: {text}{said}", 80, initial_indent="  ", subsequent_indent="      ")
+    return _fill(f"{name}: {text}{said}", "  ", "      ")

@@ -1,4 +1,4 @@
-"""This host, as a program finds it: its memory, its accelerators, and the CPU devices simulated where it has none."""
+"""The host on which a program runs: its memory, its accelerators, and the CPU devices simulated where it has none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def memory_bytes() -> int:
 
 
 def start_tpu_compiler() -> None:
-    """Makes ready for compiles for absent TPUs, a TPU of this host being left alone; UsageError without libtpu."""
+    """Makes ready for compiles for absent TPUs, and leaves a TPU of this host alone.
+
+    Raises:
+      UsageError: libtpu is not installed.
+    """
     from paged_dist.mesh.topology import has_libtpu
 
     if not has_libtpu():
@@ -27,8 +31,13 @@ def start_tpu_compiler() -> None:
 
 
 def choose_platform(count: int | None = None) -> None:
-    """CPU devices where they are asked for, or where the host has no accelerator: an installed libtpu then does not
-    look for a TPU that is not there."""
+    """Makes JAX use CPU devices where they are asked for, or where this host has no accelerator.
+
+    An installed libtpu then does not look for a TPU that is not there.
+
+    Args:
+      count: CPU devices that are asked for; None: as --cpu_devices says.
+    """
     count = CPU_DEVICES.value if count is None else count
     if count is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -55,7 +64,12 @@ def has_accelerator() -> bool:
 
 
 def simulate_devices(count: int | None, many_processes: bool) -> None:
-    """Sets the environment for `count` simulated CPU devices (see --cpu_devices); JAX must not have started."""
+    """Sets the environment and JAX's options for `count` simulated CPU devices; JAX must not have started any device.
+
+    Args:
+      count: how many; None: 8 in a run of one process, else as the environment says.
+      many_processes: whether the run has several processes.
+    """
     choose_platform(count)
     if count is None and not many_processes:
         count = 8

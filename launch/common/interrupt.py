@@ -1,4 +1,4 @@
-"""Ctrl-C on a run that has something to report: it ends like one that is asked to stop by SIGTERM."""
+"""Ctrl-C on a run that has something to report: the run stops before its next step, as after SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class CtrlC:
-    """While its block runs, the first Ctrl-C is passed on as SIGTERM; a second one is a KeyboardInterrupt as ever.
+    """A context in which the first Ctrl-C is passed on as SIGTERM; a second one raises KeyboardInterrupt as ever.
 
     Args:
       name: the program's, in front of the line that the first one prints.

@@ -1,4 +1,7 @@
-"""How a program of launch/ runs and ends: it reads its flags, prints an error as one line, exits with a code."""
+"""How a program of launch/ runs and ends: it reads its flags, prints an error as one line, exits with a code.
+
+Each program's `cli` calls `run_program`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from paged_dist.launch.common.interrupt import INTERRUPTED
 
 
 class UsageError(Exception):
-    """Bad input found before anything was compiled or written: its text is the one line that the user sees."""
+    """Bad input, found before anything was compiled or written. Its text is the one line that the user sees."""
 
 
 @contextlib.contextmanager
@@ -32,10 +35,18 @@ def usage_errors(kinds: tuple[type[Exception], ...] = (ValueError, NotImplemente
 
 
 def run_program(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
-    """Parses the flags, runs `main` and exits with its result; bad flags and UsageError give exit code 2."""
+    """Parses the flags, runs `main` and exits with its result; does not return.
+
+    Bad flags and UsageError end with one line and exit code 2, Ctrl-C with 130, an exception that has an `exit_code`
+    (`Disagreement`) with that.
+
+    Args:
+      main: of the program's name in a list, the exit code.
+      name: the program's, in front of the lines that it prints.
+    """
     from absl import app  # here, for it defines flags
 
-    def parse(argv):
+    def parse(argv: Sequence[str]) -> list[str]:
         if asks_for_help(argv):  # absl looks for the flags of the console script, which has none, and exits 1
             print(help_text(main.__module__))
             sys.exit(0)
@@ -48,7 +59,7 @@ def run_program(main: Callable[[Sequence[str]], int], name: str) -> NoReturn:
             program.verbosity = logging.WARNING  # what a run has to say it prints itself; --verbosity=0 says more
         return rest
 
-    def run(argv):
+    def run(argv: Sequence[str]) -> int:
         try:
             if len(argv) > 1:
                 raise UsageError(f"{argv[1]!r}: is not a flag; every setting is a flag, see --help")
@@ -84,12 +95,16 @@ def end_with_error(name: str, message: str, code: int = 2) -> NoReturn:
 
 
 def _is_one_of_several() -> bool:
+    """Whether `initialize_distributed` has made this process one of several."""
     return startup.peers()[1] > 1
 
 
 def _exit_process(code: int) -> NoReturn:
-    """Ends this process. One of several that ends with an error does not wait for the others, as JAX's shut-down does:
-    they may be what the error is about."""
+    """Ends this process with exit code `code`.
+
+    One of several that ends with an error does not wait for the others, as JAX's shut-down does: they may be what the
+    error is about.
+    """
     if not _is_one_of_several():
         sys.exit(code)
     try:

@@ -1,4 +1,4 @@
-"""The flags that several launchers have in common; a launcher takes all of them or some, by name."""
+"""The flags that several programs have in common. A program takes all of them (`decode`), or some by name."""
 
 from __future__ import annotations
 
@@ -92,9 +92,11 @@ def names() -> list[str]:
 
 
 def refuse_others(taken: Sequence[str], instead: Mapping[str, str] | None = None) -> None:
-    """Raises ValueError where a flag of this module is given that is not among those that a launcher has `taken`.
+    """Raises ValueError where a flag of this module is given that a program does not take.
 
-    `instead` has what to say in place of "see --help" of some.
+    Args:
+      taken: names of the flags that it takes.
+      instead: by name of a flag, what to say in place of "see --help".
     """
     for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
         if flag.name not in taken and flag.present:
@@ -103,9 +105,10 @@ def refuse_others(taken: Sequence[str], instead: Mapping[str, str] | None = None
 
 
 def given_flags(whole_run: bool = False) -> dict[str, object]:
-    """The launchers' flags that are set on the command line, by name as it is written there ('--batch').
+    """The values of the flags that are set on the command line, by name as it is written there ('--batch').
 
-    `whole_run` leaves out those that may differ between the processes of one run.
+    Args:
+      whole_run: leaves out the flags that may differ between the processes of one run.
     """
     own = ("process_id", "coordinator_bind_address", "output", "profile_dir", "verbosity") if whole_run else ()
     return {

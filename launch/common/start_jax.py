@@ -1,4 +1,4 @@
-"""The start of a run: the processes meet, JAX starts on its devices, the watch over the processes is made."""
+"""The start of a run: the processes meet, JAX is told its devices, the `Watchdog` is made, all as the flags say."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from paged_dist.launch.common.shared_flags import (
 
 
 def _environment_int(name: str) -> int | None:
+    """The whole number in an environment variable; None where it is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
@@ -35,13 +36,13 @@ def _environment_int(name: str) -> int | None:
 
 
 def start_jax(name: str) -> DistributedInfo:
-    """Starts JAX as the flags and the environment say: the other processes, then simulated devices.
+    """Starts JAX as the flags and the environment say: first the other processes, then simulated devices.
 
     Call it once, before anything that looks at devices. Where the other processes do not come, it says so and ends
     this one with exit code 1.
 
     Returns:
-      The `paged_dist.cluster.startup.DistributedInfo`.
+      Which process this is, of how many.
 
     Raises:
       ValueError: --cpu_devices below 1 or above 1024, pallas_interpret in several processes, a time-out that is no
@@ -65,7 +66,6 @@ def start_jax(name: str) -> DistributedInfo:
         _keep_stdout_to_ourselves()
         _refuse_simulated_kernels(place[1])
     host.choose_platform()
-
     try:
         info = initialize_distributed(
             *place,
@@ -103,7 +103,10 @@ def watchdog(name: str) -> Watchdog:
 
 
 def _refuse_simulated_kernels(num_processes: int | None) -> None:
-    """The simulation waits for every device of the mesh at once: forever for those of another process."""
+    """Raises ValueError where --implementation is pallas_interpret in several processes.
+
+    The simulation waits for every device of the mesh at once: forever for those of another process.
+    """
     interpreted = IMPLEMENTATION.value == "pallas_interpret"
     require(
         not interpreted or num_processes in (None, 1),
@@ -115,9 +118,9 @@ def _refuse_simulated_kernels(num_processes: int | None) -> None:
 
 
 def _keep_stdout_to_ourselves() -> None:
-    """Python's stdout stays what it was; what native code writes to file descriptor 1 goes to stderr from now on.
+    """Sends what native code writes to file descriptor 1 to stderr; Python's stdout stays what it was.
 
-    gloo reports each connection there, in pieces that fall into the middle of a table's lines.
+    gloo reports each connection on file descriptor 1, in pieces that fall into the middle of a table's lines.
     """
     sys.stdout.flush()
     ours = os.dup(1)

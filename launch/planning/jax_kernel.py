@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from paged_dist.kernels.attention.checks import NUM_CORES, choose_pages_per_compute_block
-from paged_dist.kernels.decode.launch_plan import Plan
-from paged_dist.kernels.decode.traffic import Copies
-from paged_dist.kernels.target import has_megacore
+from paged_dist.kernels.chips import MEGACORE_CORES, has_megacore
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.traffic import PageTraffic
+from paged_dist.kernels.seed.block_choice import choose_pages_per_compute_block
 
 
-def jax_pages_per_block(plan: Plan, block_tokens: int | None) -> int:
+def jax_pages_per_block(plan: LaunchPlan, block_tokens: int | None) -> int:
     """JAX's `pages_per_compute_block` for blocks of `block_tokens` tokens, at least a page; None: some 2,000 tokens."""
     if block_tokens is None:
         return choose_pages_per_compute_block(plan.problem)
@@ -27,7 +27,7 @@ def jax_takes(cache_dtype) -> bool:
     return jnp.dtype(cache_dtype).name in ("bfloat16", "float32", "int8")
 
 
-def jax_call(plan: Plan, pages: int, mesh: Mesh):
+def jax_call(plan: LaunchPlan, pages: int, mesh: Mesh):
     """(JAX's op, the shapes of its arguments) for the chip of `mesh`, in blocks of `pages` pages, on both cores of two.
 
     Its table is padded to whole blocks: it refuses another width. Scales of int8 pages come last, [Hkv, N, P, 1] f32.
@@ -36,7 +36,7 @@ def jax_call(plan: Plan, pages: int, mesh: Mesh):
 
     p, mode = plan.problem, None
     if has_megacore(mesh.devices.flat[0]):  # by kv head both cores have the same tokens to read
-        mode = next((m for m, n in (("kv_head", p.num_kv_heads), ("batch", p.batch)) if n % NUM_CORES == 0), None)
+        mode = next((m for m, n in (("kv_head", p.num_kv_heads), ("batch", p.batch)) if n % MEGACORE_CORES == 0), None)
     op = _over_int8 if p.is_quantized else paged_attention
     op = functools.partial(_not_strict, op, pages_per_compute_block=pages, megacore_mode=mode)
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.page_size, p.head_dim), p.cache_dtype)
@@ -66,7 +66,7 @@ def _over_int8(query, keys, values, lengths, table, key_scales, value_scales, **
     return paged_attention(query, keys, values, lengths, table, **options)
 
 
-def jax_page_copies(plan: Plan, lengths, pages: int) -> Copies:
+def jax_page_copies(plan: LaunchPlan, lengths, pages: int) -> PageTraffic:
     """The copies that JAX's kernel makes from the pools for `lengths` [B], in blocks of `pages` pages.
 
     Its own semantics (jax 0.10.2 to 0.12): for each sequence and each kv head it visits the blocks that begin before
@@ -80,10 +80,10 @@ def jax_page_copies(plan: Plan, lengths, pages: int) -> Copies:
     element, count = plan.cache_dtype.itemsize, of_pages
     if plan.is_quantized:
         element, count = element + 4, 2 * of_pages
-    return Copies(count, of_pages * plan.page_size * plan.D * element)
+    return PageTraffic(count, of_pages * plan.page_size * plan.D * element)
 
 
-def jax_smem_bytes(plan: Plan, pages: int) -> int:
+def jax_smem_bytes(plan: LaunchPlan, pages: int) -> int:
     """Bytes of SMEM that JAX's kernel takes: lengths, flat table, buffer number and flag, each padded."""
     table = plan.B * (-(-plan.S // pages) * pages)
     return sum(-(-4 * n // 512) * 512 for n in (plan.B, table, 1, 1))

@@ -19,7 +19,7 @@ from jax.stages import Compiled
 from paged_dist import PagedKVCache, append_kv, sharded_paged_attention
 from paged_dist._compat import lowering_for
 from paged_dist.kernels.attention.checks import check_pools
-from paged_dist.kernels.decode import launch_plan
+from paged_dist.kernels.decode import plan_choice
 from paged_dist.kernels.target import Target
 from paged_dist.launch.planning.absent_chips import without_compilation_cache
 from paged_dist.launch.planning.pod_settings import PodSettings
@@ -134,9 +134,9 @@ def attention_launch(s: PodSettings, sizes: Sizes, mesh: Mesh) -> dict:
         scales,
         scales,
     )
-    plan = launch_plan.make_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
-    launch_plan.check_block_sizes(plan)
-    most = launch_plan.rows_per_launch(plan)
+    plan = plan_choice.make_launch_plan(problem, Target.of(mesh.devices.flat[0]), sliding_window=s.sliding_window)
+    plan_choice.check_block_sizes(plan)
+    most = plan_choice.rows_per_launch(plan)
     part = dataclasses.replace(plan, problem=problem.replace(batch=min(rows, most)))
     return {
         "rows": min(rows, most),

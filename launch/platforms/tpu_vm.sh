@@ -10,7 +10,7 @@ usage: tpu_vm.sh [--dry_run] NAME ZONE [-- FLAGS OF paged-dist-decode]
   ZONE       its zone
   --dry_run  print the gcloud command and do not run it; so does a DRY_RUN that is not empty in the environment
 
-example: tpu_vm.sh my-slice us-east5-a -- --model=8 --output=run.jsonl
+example: tpu_vm.sh my-slice us-east5-a -- --num_kv_heads=8 --model=8 --output=run.jsonl
 END
     exit 2
 }

@@ -1,24 +1,25 @@
-"""The KV cache: pools of pages, sharded over a mesh."""
+"""`PagedKVCache`: a model's pools of key pages and value pages, sharded over a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import operator
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from paged_dist._compat import reshape_minor
-from paged_dist._errors import require
-from paged_dist.cache.head_dim import cut_heads, pad_heads
+from paged_dist._errors import is_whole_number, require
+from paged_dist.cache.head_padding import cut_heads, pad_heads
 from paged_dist.cache.spec import CacheSpec
-from paged_dist.kernels.attention.checks import check_scales
 from paged_dist.kernels.dispatch import as_kernel_dtype, as_stored_dtype, bits_dtype
-from paged_dist.kernels.quantization import pack_scales, unpack_scales
+from paged_dist.kernels.scale_layout import check_scales, pack_scales, unpack_scales
 from paged_dist.kernels.tiling import LANES
 from paged_dist.mesh import MeshAxes
 
@@ -29,20 +30,24 @@ def stored_dtype(spec: CacheSpec, mesh: Mesh | AbstractMesh | None) -> jnp.dtype
     return bits_dtype(spec.dtype) if on_cpu else jnp.dtype(spec.dtype)
 
 
-_ARRAYS = ("key_pages", "value_pages", "key_scales", "value_scales", "key_smoothing")
+_ARRAY_FIELDS = ("key_pages", "value_pages", "key_scales", "value_scales", "key_smoothing")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=list(_ARRAYS), meta_fields=["spec", "mesh"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=list(_ARRAY_FIELDS), meta_fields=["spec", "mesh"])
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """The key and value pools of a model, sharded over a mesh: a pytree of two arrays, of four where they are 8-bit.
+    """The key and value pools of a model, sharded over a mesh: a pytree of two arrays, or of four with scales.
 
-    A page of one head is stored as rows of 128 lanes or more: [P, D] from head_dim 128 on, two tokens a row
-    ([P/2, 128]) at head_dim 64, so that XLA pads nothing and a kernel's DMA takes the pool as it lies. Another
-    head_dim is stored as the next of these, with zeros behind the D elements of a token: 96 as [P, 128]. Scales are
-    stored 128 to a row for the same reason (`pack_scales` says in which order). On CPU bf16 and fp8 are stored as
-    their bits, uint16 and uint8: XLA's CPU back end (bf16 in jax 0.10, fp8 in 0.12 too) widens a whole pool, to f32
-    or f16 and back, for every write into it.
+    How a page of one head [P, D] is stored:
+
+        head_dim 128, 256, ...    [P, D]
+        head_dim 64               [P/2, 128], two tokens a row
+        others                    the next larger of these, with zeros behind the D elements: 96 as [P, 128]
+        scales [P]                128 to a row; `pack_scales` has the order
+
+    So a stored row is a multiple of 128 wide: XLA pads nothing, and a kernel's DMA takes the pool as it lies. On CPU,
+    bf16 and fp8 are stored as their bits, uint16 and uint8. XLA's CPU back end (bf16 in jax 0.10, fp8 in 0.12 too)
+    would otherwise widen a whole pool to f32 or f16 and back for every write into it.
 
     Attributes:
       key_pages, value_pages: [Hkv, N, rows, lanes] or [L, Hkv, N, rows, lanes], `spec.dtype` (its
@@ -53,6 +58,17 @@ class PagedKVCache:
         `spec.is_quantized`.
       key_smoothing: [Hkv, D] or [L, Hkv, D] f32: keys are divided by it before they are quantised, queries
         multiplied by it, which changes no logit (see `calibrate_key_smoothing`). May be None, as without 8-bit pages.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=2, head_dim=64, num_pages=16), mesh)
+      >>> cache.key_pages.shape  # as stored, two tokens a row
+      (2, 16, 64, 128)
+      >>> key_pages, value_pages = cache.to_pages()
+      >>> key_pages.shape  # as the kernels take pages, [Hkv, N, P, D]
+      (2, 16, 128, 64)
+      >>> pd.PagedKVCache.from_pages(key_pages, value_pages, mesh=mesh).spec == cache.spec
+      True
     """
 
     key_pages: jax.Array
@@ -90,7 +106,7 @@ class PagedKVCache:
                 "rows of scales, and with one kv head a chip save no time on TPU; 128 is the default",
                 stacklevel=2,
             )
-        key_smoothing = _check_key_smoothing(spec, key_smoothing)
+        key_smoothing = _own_key_smoothing(spec, key_smoothing)
         arrays = _stored_arrays(spec, mesh, axes, key_smoothing is not None)
         smoothing = arrays.pop("key_smoothing", None)
         zeros = lambda: cls(spec=spec, mesh=mesh, **{name: jnp.zeros(a.shape, a.dtype) for name, a in arrays.items()})
@@ -118,7 +134,8 @@ class PagedKVCache:
         `key_smoothing` says whether the cache has one.
         """
         spec.check_mesh(mesh, axes)
-        return cls(spec=spec, mesh=mesh, **_stored_arrays(spec, mesh, axes, key_smoothing))
+        shapes: dict[str, Any] = {**_stored_arrays(spec, mesh, axes, key_smoothing)}  # where arrays would be
+        return cls(spec=spec, mesh=mesh, **shapes)
 
     def partition_specs(self, axes: MeshAxes = MeshAxes()) -> PagedKVCache:
         """The same pytree with a PartitionSpec for each array: the in_specs and out_specs of a caller's `shard_map`."""
@@ -166,7 +183,7 @@ class PagedKVCache:
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
             rule = f"must be None with {spec.dtype} pages"
             require(scales is None or spec.is_quantized, name, getattr(scales, "shape", scales), rule)
-        key_smoothing = _check_key_smoothing(spec, key_smoothing)
+        key_smoothing = _own_key_smoothing(spec, key_smoothing)
 
         pack = lambda x: pack_scales(x, spec.tokens_per_row)
         rows = lambda x: reshape_minor(pad_heads(x, spec), spec.pool_shape)
@@ -177,11 +194,10 @@ class PagedKVCache:
         if mesh is not None:
             put = cls.shardings(spec, mesh, key_smoothing=key_smoothing is not None, axes=axes)
             arrays = jax.device_put(arrays, {name: getattr(put, name) for name in arrays})
-        else:
-            sharding = getattr(key_pages, "sharding", None) if not isinstance(key_pages, jax.core.Tracer) else None
-            mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        pools = as_stored_dtype(stored_dtype(spec, mesh), arrays.pop("key_pages"), arrays.pop("value_pages"))
-        return cls(*pools, spec, mesh, **arrays)
+        where = mesh if mesh is not None else _mesh_of_array(key_pages)
+        dtype = stored_dtype(spec, where)
+        arrays["key_pages"], arrays["value_pages"] = as_stored_dtype(dtype, arrays["key_pages"], arrays["value_pages"])
+        return cls(spec=spec, mesh=where, **arrays)
 
     def to_pages(self) -> tuple[jax.Array, ...]:
         """(key_pages, value_pages) in the kernels' layout [Hkv, N, P, D] or [L, Hkv, N, P, D].
@@ -221,13 +237,13 @@ class PagedKVCache:
             )
             return
         rule = f"must be an int32 scalar in [0, {layers}): the cache stacks {layers} layers"
-        require(layer is not None, "layer", layer, rule)
-        require(jnp.ndim(layer) == 0 and jnp.issubdtype(jnp.result_type(layer), jnp.integer), "layer", layer, rule)
-        if isinstance(layer, int | np.integer):
-            require(0 <= layer < layers, "layer", int(layer), rule)
+        is_scalar = layer is not None and jnp.ndim(layer) == 0
+        require(is_scalar and jnp.issubdtype(jnp.result_type(layer), jnp.integer), "layer", layer, rule)
+        if is_whole_number(layer):
+            require(0 <= layer < layers, "layer", operator.index(layer), rule)
 
     def stacked(self, layer: jax.Array | int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(key_pages, value_pages, layer) with a layer axis, which the kernels always see: 1 and 0 for a lone layer."""
+        """(key_pages, value_pages, layer) as the kernels take them: pools [L, ...]. A cache of one layer has L = 1."""
         self.check_layer(layer)
         layer = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32)
         return *self.stacked_pages(), layer
@@ -239,7 +255,7 @@ class PagedKVCache:
         return self.key_pages, self.value_pages
 
     def stacked_scales(self) -> dict[str, jax.Array]:
-        """key_scales and value_scales with a layer axis, by name: what a kernel takes beside the pools. Maybe none."""
+        """key_scales and value_scales with a layer axis, by name, as the kernels take them; empty without scales."""
         if not self.spec.is_quantized:
             return {}
         lead = (lambda x: x[None]) if self.spec.num_layers is None else (lambda x: x)
@@ -258,44 +274,55 @@ class PagedKVCache:
         return dataclasses.replace(self, key_smoothing=key_smoothing)
 
     def with_pools(self, *arrays: jax.Array) -> PagedKVCache:
-        """The cache with new contents, given as `stacked` and `stacked_scales` gave them: two pools, and scales."""
+        """The cache with new contents: two pools, and two arrays of scales if it has them, each with a layer axis."""
         if self.spec.num_layers is None:
             arrays = tuple(x[0] for x in arrays)
-        return dataclasses.replace(self, **dict(zip(_ARRAYS, arrays, strict=False)))
+        return dataclasses.replace(self, **dict(zip(_ARRAY_FIELDS, arrays, strict=False)))
+
+
+def _mesh_of_array(array: jax.Array) -> Mesh | AbstractMesh | None:
+    """The mesh of an array's NamedSharding; None for another sharding, or where the array is traced."""
+    sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def _partition_specs(spec: CacheSpec, axes: MeshAxes) -> dict[str, PartitionSpec]:
-    """How each array that a cache may have is split."""
+    """How each array that a cache may have is split, by its field's name."""
     pools, scales = spec.partition_spec(axes), spec.scales_partition_spec(axes)
-    return dict(zip(_ARRAYS, (pools, pools, scales, scales, spec.key_smoothing_partition_spec(axes)), strict=True))
+    return dict(
+        zip(_ARRAY_FIELDS, (pools, pools, scales, scales, spec.key_smoothing_partition_spec(axes)), strict=True)
+    )
 
 
-def _stored_arrays(spec: CacheSpec, mesh, axes: MeshAxes, key_smoothing: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a cache of `spec` on `mesh`, by name."""
+def _stored_arrays(
+    spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, key_smoothing: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the arrays that a cache of `spec` has on `mesh`, by their fields' names."""
     pools, f32 = (spec.pool_shape, stored_dtype(spec, mesh)), jnp.dtype("float32")
     shapes = dict(key_pages=pools, value_pages=pools)
     if spec.is_quantized:
         shapes |= dict(key_scales=(spec.scales_shape, f32), value_scales=(spec.scales_shape, f32))
     if key_smoothing:
-        _require_quantized(spec, key_smoothing)
+        _require_no_smoothing_unless_quantized(spec, key_smoothing)
         shapes["key_smoothing"] = (spec.key_smoothing_shape, f32)
     split = {name: NamedSharding(mesh, p) for name, p in _partition_specs(spec, axes).items()}
     return {name: jax.ShapeDtypeStruct(*shape, sharding=split[name]) for name, shape in shapes.items()}
 
 
-def _require_quantized(spec: CacheSpec, key_smoothing) -> None:
+def _require_no_smoothing_unless_quantized(spec: CacheSpec, key_smoothing: bool | tuple[int, ...]) -> None:
+    """Raises ValueError for a cache without scales; `key_smoothing` is what the error shows of the smoothing."""
     require(spec.is_quantized, "key_smoothing", key_smoothing, f"must be None in a cache of {spec.dtype}")
 
 
-def _check_key_smoothing(spec: CacheSpec, key_smoothing) -> jax.Array | None:
-    """A copy of `key_smoothing` as f32, the cache's own: who donates the cache donates nothing of the caller's.
+def _own_key_smoothing(spec: CacheSpec, key_smoothing: ArrayLike | None) -> jax.Array | None:
+    """A copy of `key_smoothing` as f32: a cache that owns it can be donated without donating the caller's array.
 
     Raises ValueError for another shape, a cache without scales, or values out of range.
     """
     if key_smoothing is None:
         return None
     shape = spec.key_smoothing_shape
-    _require_quantized(spec, jnp.shape(key_smoothing))
+    _require_no_smoothing_unless_quantized(spec, jnp.shape(key_smoothing))
     letters = "(Hkv, D)" if spec.num_layers is None else "(L, Hkv, D)"
     works = f"calibrate_key_smoothing(sample, num_layers={spec.num_layers}) gives that"
     given = jnp.shape(key_smoothing)

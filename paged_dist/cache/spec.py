@@ -1,30 +1,30 @@
-"""What a KV cache holds: shapes, splits over a mesh and byte counts follow from a `CacheSpec`."""
+"""`CacheSpec`: what a KV cache holds. Shapes, splits over a mesh and byte counts follow from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from paged_dist._errors import require
-from paged_dist.kernels.quantization import check_scale_rows, is_quantized, scale_rows
+from paged_dist._errors import require, whole_number
+from paged_dist.kernels.quantization import is_quantized
+from paged_dist.kernels.scale_layout import check_scale_rows, pages_of_whole_tiles, scale_rows
 from paged_dist.kernels.tiling import LANES, SUBLANES, stored_head_dim
 from paged_dist.mesh import MeshAxes
 
-_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
+CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """What a KV cache holds, the whole pod's. Shapes and byte counts follow from it, nothing is allocated.
+    """What a KV cache holds, over the whole pod. Shapes and byte counts follow from it; nothing is allocated.
 
     Attributes:
       num_kv_heads: Hkv, key/value heads of the model.
-      head_dim: D, the model's, of any size: 64 and multiples of 128 are stored as they are, others with zeros behind
-        them, see `stored_head_dim`. Keys, values, queries and outputs have D elements everywhere else.
+      head_dim: D, the model's, of any size. 64 and multiples of 128 are stored as they are, others with zeros behind
+        them (`stored_head_dim`). Keys, values, queries and outputs have D elements everywhere else.
       num_pages: N, pages in a layer's pool over all shards.
       page_size: P, tokens a page: a multiple of 8, and of 16 up to head_dim 64. With int8 and fp8 it divides 128 or is
         a multiple of it, and below 128 the pages of each shard fill whole rows of 128 scales.
@@ -34,6 +34,13 @@ class CacheSpec:
 
     Raises:
       ValueError: a value outside these rules.
+
+    Example:
+      >>> spec = pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=8192, dtype="int8", num_layers=32)
+      >>> spec.bytes_per_token  # K and V, 8 heads, 128 bytes and a scale of 4, 32 layers
+      67584
+      >>> spec.bytes_per_chip(pd.make_pod_mesh(model=8))
+      8858370048
     """
 
     num_kv_heads: int
@@ -43,20 +50,18 @@ class CacheSpec:
     dtype: str = "bfloat16"
     num_layers: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             name = jnp.dtype(self.dtype).name
         except TypeError:
-            name = str(self.dtype)
-        require(name in _DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {_DTYPES}")
+            name = f"{self.dtype}"
+        require(name in CACHE_DTYPES, "dtype", self.dtype, "not a cache dtype", f"use one of {CACHE_DTYPES}")
         object.__setattr__(self, "dtype", name)
         for field in ("num_kv_heads", "head_dim", "num_pages", "page_size", "num_layers"):
             value = getattr(self, field)
             if field == "num_layers" and value is None:
                 continue
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            require(whole and value >= 1, field, value, "must be a whole number, at least 1")
-            object.__setattr__(self, field, int(value))
+            object.__setattr__(self, field, whole_number(field, value, at_least=1))
         rule = SUBLANES * self.tokens_per_row
         require(
             self.page_size % rule == 0,
@@ -77,14 +82,14 @@ class CacheSpec:
     def stored_head_dim(self) -> int:
         """Elements that one head's token takes in the pools: 64 for D up to 64, else the next multiple of 128.
 
-        Those behind D are zeros: 96 is stored as 128, 192 as 256. XLA would pad narrower rows anyway, or copy the pool
-        for each kernel.
+        Those behind D are zeros: 96 is stored as 128, 192 as 256. XLA would pad narrower rows to these sizes, or copy
+        the pool for each kernel.
         """
         return stored_head_dim(self.head_dim)
 
     @property
     def tokens_per_row(self) -> int:
-        """Tokens that share one stored row: 2 up to head_dim 64, else 1."""
+        """Tokens in one stored row: 2 up to head_dim 64, else 1."""
         return max(1, LANES // self.stored_head_dim)
 
     @property
@@ -103,12 +108,21 @@ class CacheSpec:
         return (*self._layers, self.num_kv_heads, scale_rows(self.num_pages, self.page_size), LANES)
 
     @property
+    def shard_page_multiple(self) -> int:
+        """The number of pages on each shard must be a multiple of this.
+
+        8-bit pages fill whole (8, 128) tiles of scales; 1 for others.
+        """
+        return pages_of_whole_tiles(self.page_size) if self.is_quantized else 1
+
+    @property
     def key_smoothing_shape(self) -> tuple[int, ...]:
         """Shape of a key smoothing: [Hkv, D], or [L, Hkv, D]."""
         return (*self._layers, self.num_kv_heads, self.head_dim)
 
     @property
     def _layers(self) -> tuple[int, ...]:
+        """The leading axis of stacked layers, in the shapes: (L,), or none."""
         return () if self.num_layers is None else (self.num_layers,)
 
     @property
@@ -147,8 +161,8 @@ class CacheSpec:
             f"must be a multiple of the mesh's data x context size {data} x {context}",
             f"{-(-self.num_pages // (data * context)) * data * context} works",
         )
-        if self.is_quantized:
-            pages = math.lcm(SUBLANES * LANES, self.page_size) // self.page_size
+        pages = self.shard_page_multiple
+        if pages > 1:
             require(
                 self.num_pages % (pages * data * context) == 0,
                 "num_pages",
@@ -171,5 +185,6 @@ class CacheSpec:
         """How a key smoothing is split: as the heads."""
         return PartitionSpec(*self._head_axes(axes), None)
 
-    def _head_axes(self, axes: MeshAxes) -> tuple:
+    def _head_axes(self, axes: MeshAxes) -> tuple[tuple[str, ...] | None, ...]:
+        """The leading axes of a PartitionSpec: layers not split, heads over model."""
         return (*(None for _ in self._layers), axes.names("model") or None)

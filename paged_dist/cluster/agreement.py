@@ -8,7 +8,20 @@ _SHOWN = 200  # characters of a value in an error
 
 
 class Disagreement(RuntimeError):
-    """Two processes of a run hold different values; the text names them, the key, and both values."""
+    """Two processes of a run hold different values. The text names them, the key, and both values.
+
+    Attributes:
+      exit_code: with which each process should end, 4.
+
+    Example:
+      >>> with pd.Watchdog() as watch:
+      ...     try:
+      ...         watch.agree({"batch": 64, "page_size": 128})
+      ...     except pd.Disagreement as e:  # on all processes, or on none
+      ...         raise SystemExit(e.exit_code)
+      >>> pd.Disagreement.exit_code
+      4
+    """
 
     exit_code = DISAGREE
 

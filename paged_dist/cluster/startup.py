@@ -1,9 +1,9 @@
 """Start-up of several processes as one JAX program: from explicit arguments, a detected cluster, or none at all.
 
 JAX's own `jax.distributed.initialize` ends the process (an abort, not an exception) when the others do not come in
-time. So the processes first meet over a plain TCP connection to the coordinator, where a time-out, two processes
-with one id or a disagreement about their number is a Python error that names who is missing. Only when all are
-there does JAX's start-up begin, on the same address.
+time. So the processes first meet over a plain TCP connection to the coordinator (`meeting`). There a time-out, two
+processes with one id, or a disagreement about their number is a Python error that names who is missing. JAX's start-up
+begins when all are there, on the same address.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def initialize_distributed(
 ) -> DistributedInfo:
     """Makes this process one of several that run a JAX program together; call it before any JAX computation.
 
-    With the first three arguments, these say what to do. With none of them, JAX's cluster detection does (Cloud TPU
-    VM, GKE, Slurm, Open MPI, Kubernetes); where it finds nothing this is the only process, and nothing is done and
-    no network touched. Calling again with the same arguments returns the same answer.
+    Give the first three arguments, or none of them: JAX's cluster detection then finds them (Cloud TPU VM, GKE, Slurm,
+    Open MPI, Kubernetes). Where it finds no cluster, this is the only process: nothing is started and no network is
+    touched. A second call with the same arguments returns the same answer.
 
     Args:
       coordinator_address: host:port on which process 0 listens and that the others can reach; the same in all.
@@ -68,14 +68,24 @@ def initialize_distributed(
         loopback coordinator_address the default is that address. The environment variable
         JAX_COORDINATOR_BIND_ADDRESS comes between the two.
       timeout_seconds: how long to wait until all processes are there: some may still be booting.
-      silence_timeout_seconds: how long a process may be silent after that, as a `Watchdog` is told too: JAX's own
-        runtime waits longer for a sign of life, and so long for the others when a process ends. None:
-        timeout_seconds.
+      silence_timeout_seconds: how long a process may be silent after that; give the timeout_seconds of the `Watchdog`.
+        JAX's own runtime then waits longer for a sign of life, so that the Watchdog comes first, and waits so long for
+        the others when a process ends. None: timeout_seconds.
 
     Raises:
       ValueError: an argument outside its range, or some but not all of the first three.
       RuntimeError: JAX's back ends are running already; a second call with other arguments; the processes did
         not all come within `timeout_seconds`, or disagree about who they are.
+
+    Example:
+      The same line on every host of a cluster; a program of one process has nothing to change either.
+
+      >>> info = pd.initialize_distributed()
+      >>> info.process_id, info.num_processes, info.how
+      (0, 1, 'single')
+
+      Where there is no cluster that JAX knows, the second of two hosts says
+      `pd.initialize_distributed("10.0.0.1:8476", num_processes=2, process_id=1)`.
     """
     global _done, _peers
     request = _checked_request(coordinator_address, num_processes, process_id, local_device_ids, bind_address)

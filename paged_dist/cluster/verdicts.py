@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     lost: int | None = None
 
 
-class _Where(NamedTuple):
+class _ProgressSince(NamedTuple):
     """How far a process is, and since when."""
 
     progress: Progress
@@ -59,7 +59,7 @@ class Judge:
         self._start_limit = limit if start_limit is None else start_limit
         self.names = {i: f"process {i}" for i in range(num_processes)}
         self._heard = dict.fromkeys(self.names, now)
-        self._where = dict.fromkeys(self.names, _Where(START, now))
+        self._where = dict.fromkeys(self.names, _ProgressSince(START, now))
         self._here: set[int] = set()
         self._meetings: dict[int, str] = {}  # of the processes that wait in one
         self._freed = now  # until then a phase held up those at a step
@@ -81,25 +81,25 @@ class Judge:
     def at(self, i: int, progress: Progress, now: float) -> None:
         """Process i has come to `progress`."""
         if self._where[i].progress != progress:
-            self._where[i] = _Where(progress, now)
+            self._where[i] = _ProgressSince(progress, now)
 
     def gone(self, i: int) -> None:
-        """The connection of process i has ended; that is a loss unless it left before."""
+        """The connection of process i has ended, which is a loss unless the process left before."""
         if i not in self._left and i not in self._gone:
             self._gone.append(i)
 
     def left(self, i: int) -> None:
-        """Process i has done its part."""
+        """Process i has left its Watchdog's block."""
         self._left.add(i)
 
     def waits(self, i: int, meeting: str) -> None:
-        """Process i waits in a meeting for all others; when all are there, process 0 is at work alone."""
+        """Process i waits in a meeting for all others. When all are there, process 0 alone is at work: it decides."""
         self._meetings[i] = meeting
         if all(self._meetings.get(p) == meeting for p in self.names):
             del self._meetings[0]
 
     def met(self, meeting: str) -> None:
-        """Those that waited in this meeting go on."""
+        """The processes that waited in this meeting go on."""
         self._meetings = {i: name for i, name in self._meetings.items() if name != meeting}
 
     def failed(self, i: int, text: str, now: float) -> None:
@@ -143,7 +143,7 @@ class Judge:
         return f"{self.names[i]} failed {self._where[i].progress}: {text}"
 
     def _failure(self, now: float) -> Verdict | None:
-        """A failure in itself, or one that another process's silence has brought about."""
+        """A process that failed by itself, or that failed because another one is silent."""
         if not self._failed:
             return None
         since, i, text = self._failed[0]
@@ -164,7 +164,7 @@ class Judge:
         return None
 
     def _stuck(self, now: float) -> Verdict | None:
-        """A step or a phase that has gone on for too long: those are to blame that are behind, if some are.
+        """A step or a phase that has gone on for too long. If some processes are behind, those are to blame.
 
         Those that wait in a meeting are behind nobody. A process that is in a phase takes what time it has for that,
         and so do the steps of those that wait for it.
@@ -209,7 +209,7 @@ class Judge:
         return Verdict(LOST, f"{self._all_of(blamed)}, is stuck, while others are {there}")
 
     def _endless(self, phases: list[int], count: int, seconds: float) -> str:
-        """What ends a run in which these processes, of `count` that are at work, are in a phase that does not end."""
+        """The reason where the processes `phases`, of `count` that are at work, are in a phase that does not end."""
         name = self._where[phases[0]].progress.phase
         if len(phases) == count == len(self.present):
             return (
@@ -224,6 +224,6 @@ class Judge:
         return Verdict(LOST, f"lost {self.names[i]}, last heard of {its}: {how}{here}", lost=i)
 
     def _all_of(self, some: list[int]) -> str:
-        """The first of some processes and where it is, and how many more they are."""
+        """Processes as a reason names them: the first, how far it is, and how many more they are."""
         more = f", and so {len(some) - 1} more" if len(some) > 1 else ""
         return f"{self.names[some[0]]}, {self._where[some[0]].progress}{more}"

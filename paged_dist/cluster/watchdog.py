@@ -39,28 +39,26 @@ _owners: dict[socket.socket, Watchdog] = {}  # connection -> the Watchdog that u
 
 
 class Watchdog:
-    """Watches over the processes of one run, from `initialize_distributed` on; a context::
+    """Watches over the processes of one run: where one is lost, hangs or fails, all of them end. Used as a context.
 
-        with paged_dist.Watchdog(timeout_seconds=60) as watch:
-            watch.agree({"mesh": mesh, "cache": cache.spec})
-            for i in range(steps):
-                watch.step(i)
-                ...
+    Enter it on every process, after `initialize_distributed`. Every process calls the same methods in the same order,
+    but for `step` and `stops`. In a run of one process it watches nobody, and every method works.
 
     Where another process is lost, this one ends: the reason on stderr, exit code 3, no clean-up. Where the block
-    raises, the others end so and the exception goes on; leave the process then with os._exit, for JAX's own shut-down
-    waits for the others. In a run of one process it watches nobody, and everything works. Every process calls the
-    same methods in the same order, but for `step` and `stops`. A process may have several, one after the other, if
-    all processes have as many; each is entered once. Until the end of the block it takes, on processes other than 0,
-    the place of a handler of SIGABRT, with which JAX's client ends a process whose coordinator is gone.
+    raises, the other processes end so and the exception goes on. Leave the process then with os._exit: JAX's own
+    shut-down waits for the others.
+
+    A process may have several, one after the other, if all processes have as many; each is entered once. Inside the
+    block, on processes other than 0, it holds the handler of SIGABRT, with which JAX's client ends a process whose
+    coordinator is gone.
 
     Args:
       timeout_seconds: how long a process may be silent, or a step may take, before the run ends; the end comes within
         that time.
       name: the program's, in front of the lines that it prints.
-      start_timeout_seconds: how long a process waits at the start of the block for the others to come there; None:
+      start_timeout_seconds: how long a process waits at the start of the block for the others to enter theirs; None:
         timeout_seconds.
-      phase_timeout_seconds: how long a phase may take of which nothing else is said, see `phase`.
+      phase_timeout_seconds: how long a phase may take that is given no time of its own, see `phase`.
 
     Attributes:
       process_id, num_processes: as `initialize_distributed` found them.
@@ -68,6 +66,22 @@ class Watchdog:
     Raises:
       ValueError: a time-out that is no positive number.
       RuntimeError: on entering it a second time, or inside the block of another.
+
+    Example:
+      >>> with pd.Watchdog(timeout_seconds=60) as watch:
+      ...     watch.watch_for_preemption()  # SIGTERM on one process stops all before the same step
+      ...     watch.agree({"batch": 64, "page_size": 128})  # pd.Disagreement where a process holds another value
+      ...     watch.phase("compile")
+      ...     decode_step = jax.jit(lambda lengths: lengths + 1).lower(jnp.zeros(64)).compile()
+      ...     lengths = jnp.zeros(64)
+      ...     for i in range(3):
+      ...         if watch.stops(i):
+      ...             break
+      ...         watch.step(i)  # has to end within timeout_seconds, on every process
+      ...         lengths = decode_step(lengths)
+      ...         watch.dispatched()  # from here on it waits for the devices
+      >>> float(lengths[0])
+      3.0
     """
 
     def __init__(
@@ -181,9 +195,9 @@ class Watchdog:
     # What the run says
 
     def phase(self, name: str, timeout_seconds: float | None = None) -> None:
-        """Says that the run now does `name` ('compile', 'checkpoint'): no step, and what waits for it is not late.
+        """Says that this process now does `name` ('compile', 'checkpoint'), no step. Who waits for it is not late.
 
-        What is not said to be a phase or a step, before the first of them, has no time-out of its own.
+        Before the first phase or step there is no time-out but that of silence.
 
         Args:
           timeout_seconds: how long it may take, `math.inf` for as long as it takes; None: the Watchdog's
@@ -215,18 +229,22 @@ class Watchdog:
             self._state.say({"digest": [number, digest]})
 
     def dispatched(self) -> None:
-        """Says that the rest of the step is the devices' work: a process that hangs before is told from its victims."""
+        """Says that the rest of the step is the devices' work.
+
+        A process that hangs before that is to blame; those that have dispatched the step wait for it.
+        """
         if (step := self._state.progress.step) is not None:
             self._state.progress = self._last_progress = Progress.of_step(step, waits=True)
 
     # What the processes do together
 
     def decide(self, name: str, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
-        """Waits until every process brought its `value`; what `decide` makes of them on process 0 is the result on all.
+        """Waits until every process has brought its `value`; returns on all what `decide` makes of them on process 0.
 
         Args:
           name: of this meeting; a name is used once.
-          value: what JSON holds, as is what `decide` returns. It gets the list of all values, process by process.
+          value: what JSON holds.
+          decide: of the list of all values, by process, the result; what JSON holds too. Process 0 alone calls it.
 
         Raises:
           RuntimeError: several processes, and not inside the `with` block.
@@ -247,10 +265,10 @@ class Watchdog:
         self.decide(name, None, lambda _: None)
 
     def agree(self, values: Mapping[str, object]) -> None:
-        """Checks that every process holds the same `values`, by their text, before they go on together.
+        """Checks that every process holds the same `values`, compared as text, before they go on together.
 
         Raises:
-          Disagreement: on all of them; names a key, the processes and hosts that differ, and both values.
+          Disagreement: on all processes; names a key, the processes and hosts that differ, and both values.
         """
         mine = {key: str(value) for key, value in values.items()}
         self._agreements += 1
@@ -263,9 +281,10 @@ class Watchdog:
     def watch_for_preemption(self) -> None:
         """Makes SIGTERM on any process stop all of them before the same step, see `stops`.
 
-        One that comes again 5 seconds later or more, a person's, kills; one that comes sooner, from a supervisor that
-        tells parent and child, changes nothing. Python sets signal handlers in the main thread only: called in
-        another, it warns, and SIGTERM stays as it was on this process. The other processes' still stops it too.
+        A second SIGTERM kills if it comes 5 seconds later or more: that is a person's. One that comes sooner changes
+        nothing: that is a supervisor's, which tells parent and child. Python sets signal handlers in the main thread
+        only. Called in another, this warns, and SIGTERM stays as it was on this process; SIGTERM on another process
+        still stops it.
         """
         if threading.current_thread() is not threading.main_thread():
             warnings.warn(
@@ -285,9 +304,10 @@ class Watchdog:
     def stops(self, step: int) -> bool:
         """Whether the run ends before step `step`, because a process was asked to; call it before each step.
 
-        All end before the same one. As a process hears of it, its watching thread, which no collective holds up, says
-        which step comes next; from there it does at most two more until it knows of all others, and all end two after
-        the furthest of them. So none waits inside a collective for one that has stopped already.
+        All end before the same step. When a process hears of the request, its watching thread, which no collective
+        holds up, tells process 0 which step comes next here. From there this process does at most two more steps until
+        it knows where all stop: two steps after the furthest of them. So none waits inside a collective for one that
+        has stopped already.
         """
         if not self.is_asked_to_stop or self.num_processes == 1:
             return self.is_asked_to_stop

@@ -1,4 +1,4 @@
-"""Which axes of a mesh play which part: data (sequences), context (pages of one sequence), model (heads)."""
+"""`MeshAxes`: which mesh axes split the sequences (data), the pages of one sequence (context), the heads (model)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,31 @@ AxisNames = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Which mesh axes play the three parts: each a name, a tuple of names (outermost first), or None.
+    """Which axes of a mesh play the three parts: data, context and model.
 
-    None (or an empty tuple) means that nothing is split that way, as an axis of size 1 does.
+    Each part is played by an axis (its name), by several (a tuple of names, outermost first), or by none. None, or an
+    empty tuple, means that nothing is split that way, as an axis of size 1 does.
+
+    Attributes:
+      data: splits the sequences of a batch.
+      context: splits the pages of one sequence.
+      model: splits the heads.
+
+    Example:
+      >>> mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("replica", "tensor"))
+      >>> axes = pd.MeshAxes(data="replica", context=None, model="tensor")
+      >>> [axes.size(mesh, part) for part in ("data", "context", "model")]
+      [2, 1, 4]
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=4, head_dim=128, num_pages=16), mesh, axes=axes)
+      >>> cache.key_pages.sharding.shard_shape(cache.key_pages.shape)  # a head and 8 pages on each device
+      (1, 8, 128, 128)
     """
 
-    data: AxisNames = "data"  # sequences are split
-    context: AxisNames = "context"  # the pages of one sequence are split
-    model: AxisNames = "model"  # heads are split
+    data: AxisNames = "data"
+    context: AxisNames = "context"
+    model: AxisNames = "model"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in ("data", "context", "model"):
             names = getattr(self, part)
             if isinstance(names, list):
@@ -48,7 +63,7 @@ class MeshAxes:
         return self.names("data") + self.names("context")
 
     def size(self, mesh: Mesh | AbstractMesh, part: str) -> int:
-        """How many shards `part` has on `mesh`. Raises ValueError, as `check`, for a name that `mesh` has not."""
+        """The number of shards of `part` on `mesh`. Raises ValueError, as `check`, for a name that `mesh` has not."""
         if not set(self.names(part)) <= set(mesh.axis_names):
             self.check(mesh.axis_names)
         return math.prod(mesh.shape[name] for name in self.names(part))

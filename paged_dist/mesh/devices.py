@@ -1,7 +1,4 @@
-"""What a device tells of itself: its slice, its place on a TPU's torus, its memory.
-
-Not every back end tells them all.
-"""
+"""What a jax device reports of itself: its slice, its coordinates on a TPU's torus, its memory. Back ends differ."""
 
 from __future__ import annotations
 
@@ -34,7 +31,8 @@ def place_of(device: jax.Device) -> Place | None:
     coords = getattr(device, "coords", None)
     if device.platform != "tpu" or coords is None or len(coords) != 3:
         return None
-    return Place(slice_of(device), *coords, getattr(device, "core_on_chip", 0) or 0)
+    x, y, z = coords
+    return Place(slice_of(device), x, y, z, getattr(device, "core_on_chip", 0) or 0)
 
 
 def memory_limit(device: jax.Device) -> float:

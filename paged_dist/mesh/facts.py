@@ -48,7 +48,7 @@ class AxisFacts:
 
 @dataclasses.dataclass(frozen=True)
 class MeshFacts:
-    """What `describe_mesh` words.
+    """Where a mesh's axes run: what `describe_mesh` puts in words.
 
     Attributes:
       axes: the mesh's axes, outermost first.
@@ -129,7 +129,10 @@ def mesh_facts(mesh: Mesh) -> MeshFacts:
 
 
 def _run(physical: str, size: int, lines: np.ndarray) -> PhysicalRun | None:
-    """The run of the lines `lines[..., :]` of one mesh axis along a physical axis; None where none moves along it."""
+    """How one mesh axis runs along the physical axis `physical` of `size` positions; None where it stays in place.
+
+    lines: [..., S] of a mesh axis of size S: the position of each of its devices, with the other mesh axes held still.
+    """
     steps = np.diff(np.sort(lines.reshape(-1, lines.shape[-1]), axis=-1), axis=-1)
     counts = 1 + (steps > 0).sum(axis=-1)
     if counts.max() == 1:

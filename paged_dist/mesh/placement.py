@@ -1,4 +1,4 @@
-"""Which device stands where in the mesh: each mesh axis along whole physical axes of the torus, where it can be."""
+"""Which device stands where in a mesh: its axes run along whole physical axes of the torus where sizes allow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paged_dist.mesh.sizes import divisors_near
 
 
 def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
-    """The array [data, context, model] of `devices` that `make_pod_mesh` makes into a mesh.
+    """`devices` as an array [data, context, model], which `make_pod_mesh` makes into a mesh.
 
     The rule, for TPUs:
     1. Slices are split over data alone, so that context and model never cross the data-centre network: each
@@ -56,8 +56,8 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
                 "over which only data is split",
                 divisors_near(math.gcd(*map(len, slices)), group),
             )
-    boxes = [_as_box(members) for members in slices]
-    if any(box is None or box.shape != boxes[0].shape for box in boxes):
+    boxes = [box for box in map(_as_box, slices) if box is not None]
+    if len(boxes) < len(slices) or len({box.shape for box in boxes}) > 1:
         logging.warning(
             "make_pod_mesh: the %d TPU devices do not fill a box%s: they are taken in the order of their "
             "coordinates, neighbours in the mesh may lie apart",
@@ -70,6 +70,7 @@ def place_devices(devices: Sequence[jax.Device], shape: tuple[int, int, int]) ->
 
 
 def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
+    """[len(devices)], of objects."""
     out = np.empty(len(devices), dtype=object)
     out[:] = devices
     return out
@@ -77,7 +78,7 @@ def _object_array(devices: Sequence[jax.Device]) -> np.ndarray:
 
 def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
     """One slice's devices as [x, y, z, core], or None where they leave holes in the box around them."""
-    where = np.array([place_of(d)[1:] for d in devices])
+    where = np.array([place[1:] for place in map(place_of, devices) if place is not None])
     where -= where.min(axis=0)
     dims = where.max(axis=0) + 1
     if math.prod(dims.tolist()) != len(devices):
@@ -88,7 +89,7 @@ def _as_box(devices: Sequence[jax.Device]) -> np.ndarray | None:
 
 
 def _place_box(box: np.ndarray, devices: list[jax.Device], shape: tuple[int, int, int]) -> np.ndarray:
-    """`place_devices` for one slice: `devices` in the order of their coordinates, and as `box` [x, y, z, core]."""
+    """`place_devices` for one slice: `devices` in the order of coordinates, and the same in a `box` [x, y, z, core]."""
     if max(shape) == len(devices):
         # Two devices a chip on a generation where jax expects one; devices that do not tell their core.
         with contextlib.suppress(AssertionError, AttributeError):

@@ -1,17 +1,16 @@
-"""The pod mesh: axes data, context and model over the attached devices, a list of them, or an absent pod."""
+"""`make_pod_mesh`: axes data, context and model over the attached devices, a list of devices, or an absent pod."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import math
-import numbers
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from paged_dist._errors import bad_value, require
+from paged_dist._errors import bad_value, is_whole_number, require
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.mesh.devices import slice_of
 from paged_dist.mesh.placement import place_devices
@@ -38,14 +37,14 @@ def make_pod_mesh(
 
     Sizes left None are inferred: `model` and `context` from `model_parallelism` where it is given, else 1; `data`
     takes what is left of the devices. Of `model_parallelism` chips to a sequence, `model` gets the greatest
-    common divisor with `num_kv_heads`, so that no head is ever repeated, and `context` the rest: 8 heads over 32
+    common divisor with `num_kv_heads`, so that no head is ever repeated, and `context` gets the rest: 8 heads over 32
     chips are model 8 x context 4.
 
-    On a TPU model, then context, run over physical neighbours (`place_devices` has the rule). On several slices `data`
-    alone runs over the data-centre network between them (DCN); context and model stay inside a slice, so that no
-    collective of the ops crosses it. Devices without coordinates keep their order: processes in turn for
-    `jax.devices()`, the list's own for `devices`. It depends on nothing but the arguments and the pod, so all processes
-    build the same mesh. `describe_mesh` says what came out, and why.
+    On a TPU, model runs over physical neighbours, then context (`place_devices` has the rule). On several slices `data`
+    alone crosses the data-centre network between them (DCN). Context and model stay inside a slice, so that no
+    collective of the ops crosses DCN. Devices without coordinates keep their order: `jax.devices()` process by process,
+    `devices` as listed. The mesh depends on nothing but the arguments and the pod, so all processes build the same one.
+    `describe_mesh` says what came out, and why.
 
     Args:
       data: shards of the batch.
@@ -56,8 +55,8 @@ def make_pod_mesh(
       devices: the devices to use, all of them; default `jax.devices()`.
       topology: instead of `devices`, an absent pod by name (`v5p:8x8x8`), for ahead-of-time compiles. Needs
         libtpu.
-      num_slices: how many slices: of a `topology`, so many of that shape (default 1); of devices that are there, it
-        must be how many they lie on, as a check of what was started against what was meant.
+      num_slices: number of slices. With a `topology`, the absent pod has this many of that shape (default 1). Devices
+        that are there must lie on exactly this many: a job that was started on too few slices fails here.
       axis_types: `jax.sharding.AxisType`, one for all axes or a tuple of three; default Auto.
 
     Raises:
@@ -65,6 +64,11 @@ def make_pod_mesh(
         devices, or one with duplicates or of several platforms; an unknown topology; devices of another number of
         slices than `num_slices`, or a context x model that does not fit into one.
       RuntimeError: `topology` without libtpu.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)  # on 8 devices
+      >>> dict(mesh.shape)
+      {'data': 2, 'context': 2, 'model': 2}
     """
     if devices is not None and topology is not None:
         raise bad_value("topology", topology, "devices are given too", "pass one of the two")
@@ -77,8 +81,8 @@ def make_pod_mesh(
     }
     for argument, size in {**sizes, "num_slices": num_slices}.items():
         if size is not None:
-            whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-            require(whole and size >= 1, argument, size, "must be a positive integer or None")
+            positive = is_whole_number(size) and size >= 1
+            require(positive, argument, size, "must be a positive integer or None")
     if axis_types is None or isinstance(axis_types, AxisType):
         axis_types = (axis_types or AxisType.Auto,) * 3
     require(len(axis_types) == 3, "axis_types", axis_types, "must be one AxisType, or one each of data, context, model")
@@ -119,8 +123,11 @@ def make_pod_mesh(
 
 
 def devices_to_simulate(found: Sequence[jax.Device], **sizes: int | None) -> int | None:
-    """How many CPU devices each process must simulate for `infer_sizes(..., **sizes)` to work, where it does not work
-    with those `found` because they are too few. None where they are no CPU devices, or more would not help."""
+    """The number of CPU devices that each process must simulate for `infer_sizes(..., **sizes)` to work.
+
+    For a mesh that the CPU devices `found` are too few for. None where they are not too few, where they are no CPU
+    devices, or where more would not help.
+    """
     asked = {name: sizes.get(name) or 1 for name in ("data", "context", "model")}
     need = asked["data"] * (sizes.get("model_parallelism") or asked["context"] * asked["model"])
     processes = len({d.process_index for d in found})

@@ -1,9 +1,10 @@
-"""Sizes of the mesh's axes from what is asked and the number of devices; where they cannot be, the nearest that can."""
+"""Sizes of the mesh axes, from those asked for and the number of devices; where those do not fit, sizes that do."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from paged_dist._errors import bad_value
 
@@ -20,7 +21,8 @@ def infer_sizes(
 ) -> tuple[int, int, int]:
     """The (data, context, model) sizes that `make_pod_mesh` builds over `num_devices` devices; same arguments.
 
-    `slice_devices`, of several slices alone: context x model must divide it, for only data is split over slices.
+    `slice_devices` is given where there are several slices: the devices of one, which context x model must divide, for
+    only data is split over slices.
     """
     asked = dict(data=data, context=context, model=model, num_kv_heads=num_kv_heads)
     asked |= dict(model_parallelism=model_parallelism, slice_devices=slice_devices)
@@ -28,21 +30,25 @@ def infer_sizes(
     if isinstance(found, tuple):
         return found
     works = found.works
-    if works is None or (found.change and not isinstance(_sizes_of(num_devices, **asked | found.change), tuple)):
+    if works is None or (found.change and not isinstance(_sizes_of(num_devices, **{**asked, **found.change}), tuple)):
         works = _sizes_near(num_devices, asked, found.argument)
     raise bad_value(found.argument, found.value, found.rule, works)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Unfit:
-    """Sizes that contradict each other: `bad_value`'s parts. `works`, where the rule says it, holds for itself or where
-    `change` does."""
+    """Why sizes do not fit, as the parts of a `bad_value`.
+
+    Attributes:
+      works: what to pass instead, if the rule knows it.
+      change: the sizes that `works` stands for: `works` is said only if they fit. None: it needs no trial.
+    """
 
     argument: str
     value: int
     rule: str
     works: str | None = None
-    change: dict[str, int | None] | None = None
+    change: Mapping[str, int | None] | None = None
 
 
 def _sizes_of(
@@ -55,7 +61,7 @@ def _sizes_of(
     model_parallelism: int | None,
     slice_devices: int | None,
 ) -> tuple[int, int, int] | _Unfit:
-    """`infer_sizes`, or why there are none."""
+    """The sizes that `infer_sizes` returns, or why none fit."""
     if model_parallelism is not None:
         if model is None:
             to_split = model_parallelism
@@ -67,7 +73,7 @@ def _sizes_of(
         if model_parallelism % model:
             return _Unfit("model", model, f"must divide model_parallelism {model_parallelism}")
         rest = model_parallelism // model
-        if context not in (None, rest):
+        if context is not None and context != rest:
             rule = f"model {model} x context must be model_parallelism {model_parallelism}"
             return _Unfit("context", context, rule, f"leave it out, or pass {rest}", {"context": rest})
         context = rest
@@ -97,9 +103,9 @@ def _sizes_of(
 def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -> str:
     """What works in place of the sizes `asked`: other values of `argument` alone, else the nearest sizes of all."""
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
-    if asked.get(argument) is not None:
+    wanted = asked.get(argument)
+    if wanted is not None:
         alone = [d for d in divisors if isinstance(_sizes_of(num_devices, **asked | {argument: d}), tuple)]
-        wanted = asked[argument]
         if near := [d for d in alone if d < wanted][-2:] + [d for d in alone if d > wanted][:2]:
             *most, last = map(str, near)
             return f"{argument}={', '.join(most)} or {last} works" if most else f"{argument}={last} works"
@@ -110,7 +116,7 @@ def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -
         return {name: size for name, size in sizes.items() if asked[name] not in (None, size)}
 
     def distance(change: dict[str, int]) -> tuple[int, float]:
-        return len(change), sum(abs(math.log(size / asked[name])) for name, size in change.items())
+        return len(change), sum(abs(math.log(size / (asked[name] or size))) for name, size in change.items())
 
     options = [
         changed(model, context)
@@ -119,7 +125,7 @@ def _sizes_near(num_devices: int, asked: dict[str, int | None], argument: str) -
         for context in divisors
         if num_devices // model % context == 0
     ]
-    # What is left out is inferred, so that less is said than the sizes of an option, and each is tried.
+    # An option names only the sizes that change. The others are inferred, maybe to others than the option's: try each.
     tried = (c for c in sorted(options, key=distance) if isinstance(_sizes_of(num_devices, **asked | c), tuple))
     return f"{', '.join(f'{name}={size}' for name, size in next(tried).items())} works"
 

@@ -19,8 +19,8 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-# Device files of TPUs, and where the kernel says what is behind one. Others have such files too: a network card that is
-# given to user space, an NPU of another maker.
+# Device files of TPUs, and where Linux says which PCI device is behind one. Other devices have such files too: a
+# network card that is given to user space, an NPU of another maker.
 _DEVICE_FILES = (
     ("dev/accel[0-9]*", "sys/class/accel/{}/device"),
     ("dev/accel/accel[0-9]*", "sys/class/accel/{}/device"),
@@ -31,9 +31,9 @@ _NO_TPU = (0x01, 0x02)  # PCI classes of what Google makes too: storage, network
 
 
 def has_tpu_chips(root: str = "/") -> bool:
-    """Whether this host has TPU chips: a device file of one, behind which the kernel knows a device of Google's.
+    """Whether this host has TPU chips: a device file whose PCI device is a TPU of Google's.
 
-    Where the kernel says nothing, as in a container without /sys, the file alone counts.
+    Where /sys does not say which device it is, as in a container without /sys, the file alone counts.
     """
     for files, behind in _DEVICE_FILES:
         for file in glob.glob(os.path.join(root, files)):
@@ -66,14 +66,14 @@ def _keep_libtpu_offline() -> None:
 
 
 def topology_devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ...]:
-    """The devices of an absent pod, in the order of its topology description; the same objects on every call.
+    """The devices of an absent pod, in the order of its topology description. Every call returns the same objects.
 
     Args:
       topology: `platform:shape` as libtpu names it, e.g. `v5p:8x8x8`: the chips along each physical axis.
         One device is one chip, but on `tpu7x` one core (two a chip). v4 chips are taken as megacore. Hosts have
         2x2x1 chips; a slice of one chip, such as `v6e:1x1`, is a host of its own.
-      num_slices: so many slices of that shape, joined by the data-centre network. Programs for their devices compile
-        as on real ones: what crosses it becomes a send and a receive of libtpu's multi-slice runtime.
+      num_slices: the number of slices of that shape, joined by the data-centre network. Programs compile as for real
+        slices: what crosses the network becomes a send and a receive of libtpu's multi-slice runtime.
 
     Returns:
       A tuple of compile-only devices, slice by slice: programs can be lowered and compiled for them, not run.
@@ -87,6 +87,7 @@ def topology_devices(topology: str, num_slices: int = 1) -> tuple[jax.Device, ..
 
 @functools.cache
 def _described(topology: str, num_slices: int) -> tuple[jax.Device, ...]:
+    """`topology_devices`, asked of libtpu once for each pod."""
     if not has_libtpu():
         raise RuntimeError(f"topology={topology!r} needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
     from jax.experimental import topologies

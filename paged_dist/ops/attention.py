@@ -1,4 +1,4 @@
-"""Attend: each shard runs paged attention over its own heads and pages, and those of one sequence's pages merge."""
+"""Attention: each shard attends over its own heads and pages; the shards of one sequence then merge their results."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from jax.sharding import PartitionSpec as P
 from paged_dist._compat import broadcasts
 from paged_dist._errors import require
 from paged_dist.cache import PagedKVCache
-from paged_dist.cache.head_dim import cut_heads, pad_heads
+from paged_dist.cache.head_padding import cut_heads, pad_heads
 from paged_dist.kernels.attention.checks import check_options, check_queries, check_sinks, check_starts
 from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.window import later_starts, split_window
 from paged_dist.kernels.decode.api import add_sinks, decode_stored_pages
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.collectives import OUTPUT_HEADS
-from paged_dist.ops.in_shard_map import (
+from paged_dist.ops.arguments import (
     Implementation,
     as_arrays,
+    as_optional_arrays,
     check_batch,
-    check_shard,
-    context_size,
+    check_int32,
+    check_table_shape,
     interpret_of,
-    invariant_over_context,
-    local_pages,
-    op_mesh,
-    run_sharded,
 )
+from paged_dist.ops.collectives import check_output_heads
+from paged_dist.ops.in_shard_map import check_shard, context_size, invariant_over_context, local_pages
 from paged_dist.ops.merge import merge_partials, my_heads
+from paged_dist.ops.sharded_call import op_mesh, run_sharded
 
 
 def sharded_paged_attention(
@@ -57,21 +56,22 @@ def sharded_paged_attention(
 
     out[b, h] = softmax_t(cap(sm_scale * q[b, h] . k[t, h // G])) v[t, h // G] over the live tokens t of sequence
     b. Each shard computes its own sequences and heads from its own pages, and the pools are only read. With one
-    context shard the compiled program has no collective. With more, what the shards of a sequence's pages made is
-    merged over `context`: a maximum of [B, Hq] and a sum of [B, Hq, D + 1], in f32. The method is paged attention
-    (Kwon et al., SOSP 2023) with the online softmax of FlashAttention (Dao et al., 2022).
+    context shard the compiled program has no collective. With more, each context shard attends over the pages of a
+    sequence that it holds, and their results are merged over `context`: a maximum of [B, Hq] and a sum of
+    [B, Hq, D + 1], in f32. The method is paged attention (Kwon et al., SOSP 2023) with the online softmax of
+    FlashAttention (Dao et al., 2022).
 
     Args:
       query: [B, Hq, D], bf16 or f32; Hq a multiple of the cache's Hkv. Resharded to P(data, model, None). Or
-        [B, Q, Hq, D], 1 <= Q <= 16 new tokens a sequence, the last Q of its `lengths`, each attending to what is up to
-        itself: a speculative decoder's verifying step. P(data, None, model, None).
+        [B, Q, Hq, D], for a speculative decoder's verifying step: the last Q tokens of each sequence, 1 <= Q <= 16,
+        each of which attends to the tokens up to itself. P(data, None, model, None).
       cache: a PagedKVCache of Hkv heads. With a `key_smoothing` the query is multiplied by it here.
       lengths: [B] int32, live tokens of each sequence, the new one included; 0 for an idle row. P(data).
       block_tables: [B, pages_per_sequence] int32, global page ids; entries past a sequence's last page may hold
         anything. Row b's pages are on its data shard b // (B / data), and its page i on context shard (o + i) mod C,
-        as `PageAllocator` places them: column 0 alone says where a sequence begins, so that a page freed behind a
-        window leaves an id of its shard there. Other tables give wrong numbers, not an error: `check_block_tables`
-        names the first entry that is wrong. P(data, None).
+        as `PageAllocator` places them, o being the context shard that owns the id in column 0. So where the first
+        page was freed behind a window, column 0 must keep an id of the same shard. Tables with pages elsewhere give
+        wrong numbers, not an error: `check_block_tables` names the first entry that is wrong. P(data, None).
       layer: int32 scalar, traced or not, for a cache with stacked layers; the kernel's DMA takes it.
       sm_scale: factor on q . k (1.0, as in JAX's paged attention: scale the query or pass 1 / sqrt(D)).
       soft_cap: cap(x) = soft_cap * tanh(x / soft_cap); None: none.
@@ -82,9 +82,9 @@ def sharded_paged_attention(
         holds. Pages wholly before it are not read. P(data).
       sinks: [Hq] f32 logits, each added to its head's softmax denominator. P(model).
       return_lse: also return the natural log of the softmax denominator, sinks included.
-      output_heads: 'replicated' gives every context shard all heads of its model shard; 'scattered' gives each
-        Hq / (model x context) of them, by a reduce-scatter in place of the sum, which is half the bytes and what an
-        output projection sharded over (model, context) wants.
+      output_heads: 'replicated' gives every context shard all heads of its model shard. 'scattered' gives each
+        Hq / (model x context) heads, as an output projection that is sharded over (model, context) takes them: a
+        reduce-scatter in place of the sum, half the bytes.
       mesh: None: the cache's mesh, else the one in scope.
       axes: which mesh axes split sequences, one sequence's pages, and heads.
       implementation: None: the Pallas kernel where the program is lowered for TPU, XLA operations elsewhere;
@@ -98,17 +98,31 @@ def sharded_paged_attention(
 
     Raises:
       ValueError: shapes or dtypes that disagree, or that do not divide over the mesh.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)
+      >>> spec = pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16)
+      >>> pages = pd.PageAllocator(spec, mesh, num_sequences=2, pages_per_sequence=4)
+      >>> [pages.allocate(row, num_tokens) for row, num_tokens in enumerate((200, 5))]
+      [0, 0]
+      >>> cache = pd.PagedKVCache.create(spec, mesh)  # zeros: all tokens weigh the same
+      >>> query = jnp.ones((2, 8, 128), jnp.bfloat16)  # [B, Hq, D]
+      >>> step = (query, cache, pages.lengths, pages.block_tables)
+      >>> output, lse = pd.sharded_paged_attention(*step, sm_scale=128**-0.5, return_lse=True)
+      >>> output.shape, np.exp(lse[:, 0]).round().tolist()  # so that a softmax denominator counts them
+      ((2, 8, 128), [200.0, 5.0])
     """
-    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
+    query, lengths, block_tables = as_arrays(query, lengths, block_tables)
+    sinks, starts = as_optional_arrays(sinks, starts)
     mesh = op_mesh(cache, mesh, axes, implementation)
     cache.check_layer(layer)
-    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation)
     sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
     check_batch(query.shape[0], mesh, axes, "query.shape[0]")
     context, model = axes.size(mesh, "context"), axes.size(mesh, "model")
-    _check_output_heads(output_heads, query.shape[-2] // model, context)
-    return _sharded(
+    check_output_heads(output_heads, query.shape[-2] // model, context)
+    return _attend_sharded(
         query,
         cache,
         lengths,
@@ -132,9 +146,12 @@ def sharded_paged_attention(
         "sm_scale", "soft_cap", "sliding_window", "return_lse", "output_heads", "mesh", "axes", "implementation",
     ),
 )  # fmt: skip
-def _sharded(query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options):
+def _attend_sharded(
+    query, cache, lengths, block_tables, layer, sinks, starts, window, *, mesh, axes, **options
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`sharded_paged_attention` of checked arguments: its `shard_map` over `mesh`."""
     data, model = axes.names("data") or None, axes.names("model") or None
-    local = functools.partial(_local, axes=axes, **options)
+    local = functools.partial(_attend_local, axes=axes, **options)
     pools = cache.partition_specs(axes)
     if axes.size(mesh, "context") == 1:
         # Pools that are only read need not vary over it, and no reduction makes the output the same.
@@ -206,14 +223,26 @@ def paged_attention_local(
 
     Raises:
       ValueError: as `sharded_paged_attention`; no `shard_map` around the call, or one with another part of the cache.
+
+    Example:
+      >>> mesh, P = pd.make_pod_mesh(model=2), jax.P
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16), mesh)
+      >>> rows, heads = P("data"), P("data", "model", None)
+      >>> specs = dict(in_specs=(heads, cache.partition_specs(), rows, rows), out_specs=heads)
+      >>> attend = jax.jit(jax.shard_map(pd.paged_attention_local, mesh=mesh, **specs))
+      >>> query = jnp.ones((4, 8, 128), jnp.bfloat16)  # [B, Hq, D]
+      >>> tables = jnp.array([[0], [4], [8], [12]])  # data shard d owns pages 4 d to 4 d + 3, and row d
+      >>> attend(query, cache, jnp.array([100, 0, 1, 128]), tables).shape
+      (4, 8, 128)
     """
-    query, lengths, block_tables, sinks, starts = as_arrays(query, lengths, block_tables, sinks, starts)
+    query, lengths, block_tables = as_arrays(query, lengths, block_tables)
+    sinks, starts = as_optional_arrays(sinks, starts)
     check_shard(cache, axes)
-    _check(query, cache, lengths, block_tables, sinks, starts, implementation)
+    _check_attention_arguments(query, cache, lengths, block_tables, sinks, starts, implementation)
     sliding_window, window = split_window(sliding_window)
     options = check_options(sm_scale=sm_scale, soft_cap=soft_cap, sliding_window=sliding_window)
-    _check_output_heads(output_heads, query.shape[-2], context_size(axes))
-    return _local(
+    check_output_heads(output_heads, query.shape[-2], context_size(axes))
+    return _attend_local(
         query,
         cache,
         lengths,
@@ -231,7 +260,7 @@ def paged_attention_local(
 
 
 @broadcasts
-def _local(
+def _attend_local(
     query,
     cache,
     lengths,
@@ -249,12 +278,16 @@ def _local(
     axes,
     implementation,
 ):
+    """Attention of this shard's queries over its pages, merged over the context axis where that has several shards.
+
+    `window` is a traced sliding window, `sliding_window` one that the program knows; at most one of them is given.
+    """
     smoothing = cache.layer_smoothing(layer)
     key_pages, value_pages, layer = cache.stacked(layer)
     tables, stripes = local_pages(block_tables, key_pages.shape[2], axes)
     options = dict(sm_scale=sm_scale, soft_cap=soft_cap, interpret=interpret_of(implementation))
     attend = lambda lengths, **more: decode_stored_pages(
-        pad_heads(_smoothed(query, smoothing), cache.spec),
+        pad_heads(smoothed_query(query, smoothing), cache.spec),
         key_pages,
         value_pages,
         lengths,
@@ -269,7 +302,7 @@ def _local(
         lengths, starts = causal_spans(lengths, starts, query.shape[1], most)  # [B, Q], each token's own
     if window is not None:
         starts = later_starts(jnp.clip(lengths, 0, most), starts, window)
-    if stripes is None:
+    if stripes is None:  # whole sequences lie here: the kernel's output is the result
         with jax.named_scope("attend"):
             made = attend(lengths, starts=starts, sinks=sinks, sliding_window=sliding_window, return_lse=return_lse)
             made = made if return_lse else (made,)
@@ -285,7 +318,7 @@ def _local(
         elif starts is not None:
             starts = jnp.maximum(starts, 0)
         starts = None if starts is None else here(starts)
-        # f32: what is merged should not have been rounded.
+        # f32: the partial results are rounded once, after the merge.
         output, lse = attend(
             here(ends), starts=starts, sliding_window=None, return_lse=True, output_dtype=jnp.dtype("float32")
         )
@@ -293,22 +326,30 @@ def _local(
     with jax.named_scope("merge"):
         names, scatter = axes.names("context"), output_heads == "scattered"
         output, lse = merge_partials(output, lse, names, scatter=scatter)
-        if sinks is not None:  # once, and not in each shard's part
+        if sinks is not None:  # once, not in each shard's partial result
             output, lse = add_sinks(output, lse, my_heads(sinks, names) if scatter else sinks)
         output = output.astype(query.dtype)
     return (output, lse) if return_lse else output
 
 
-def _smoothed(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
-    """query [..., Hq, D] times smoothing [Hkv, D], in f32: what the keys were divided by."""
+def smoothed_query(query: jax.Array, smoothing: jax.Array | None) -> jax.Array:
+    """query [..., Hq, D] times smoothing [Hkv, D], by which the keys were divided; the product is made in f32."""
     if smoothing is None:
         return query
     heads = query.shape[-2] // smoothing.shape[0]
     return (query.astype(jnp.float32) * jnp.repeat(smoothing, heads, axis=0)).astype(query.dtype)
 
 
-def _check(query, cache, lengths, block_tables, sinks, starts, implementation) -> None:
-    """The checks that hold for whole arrays and for one shard's alike."""
+def _check_attention_arguments(
+    query: jax.Array,
+    cache: PagedKVCache,
+    lengths: jax.Array,
+    block_tables: jax.Array,
+    sinks: jax.Array | None,
+    starts: jax.Array | None,
+    implementation: Implementation,
+) -> None:
+    """Raises ValueError where the arguments disagree, be they whole ones or a shard's."""
     spec, kv_heads = cache.spec, cache.key_pages.shape[-4]
     interpret_of(implementation)
     check_queries(query)
@@ -322,25 +363,7 @@ def _check(query, cache, lengths, block_tables, sinks, starts, implementation) -
         f"query heads must be a multiple of the cache's {kv_heads} kv heads",
     )
     require(lengths.shape == (batch,), "lengths.shape", lengths.shape, f"must be ({batch},), one for each row of query")
-    require(
-        block_tables.ndim == 2 and block_tables.shape[0] == batch and block_tables.shape[1] >= 1,
-        "block_tables.shape",
-        block_tables.shape,
-        f"must be [{batch}, pages_per_sequence], one row for each of query's and at least one column",
-    )
-    for name, array in (("lengths", lengths), ("block_tables", block_tables)):
-        require(array.dtype == jnp.int32, f"{name}.dtype", str(array.dtype), "must be int32")
+    check_table_shape(block_tables, batch, "query")
+    check_int32(lengths=lengths, block_tables=block_tables)
     check_sinks(sinks, heads)
     check_starts(starts, batch)
-
-
-def _check_output_heads(output_heads: str, heads: int, context: int) -> None:
-    """`heads`: query heads of one model shard."""
-    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
-    require(
-        output_heads == "replicated" or heads % context == 0,
-        "output_heads",
-        output_heads,
-        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
-        "'replicated' takes any",
-    )

@@ -1,14 +1,13 @@
-"""What attention communicates: the collectives of one call, from shapes alone."""
+"""The collectives of one attention call, from shapes alone: what each device sends, before anything is compiled."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 
 from jax.sharding import AbstractMesh, Mesh
 
-from paged_dist._errors import require
+from paged_dist._errors import require, whole_number
 from paged_dist.cache import CacheSpec
 from paged_dist.kernels.attention.checks import MAX_QUERIES
 from paged_dist.mesh import MeshAxes
@@ -58,8 +57,8 @@ def attention_collectives(
 ) -> tuple[Collective, ...]:
     """The collectives of one call of `sharded_paged_attention`, in their order; none where context is 1.
 
-    Each context shard attends to its own pages of a sequence. The parts are merged by a maximum of the log-sum-exps
-    and a sum of the outputs and weights; nothing else crosses a link, and writes have no collective.
+    Each context shard attends to its own pages of a sequence. The results are merged by a maximum of the log-sum-exps
+    and a sum of the outputs and weights. Nothing else crosses a link, and writes have no collective.
 
     Args:
       spec: the cache's.
@@ -78,12 +77,20 @@ def attention_collectives(
 
     Raises:
       ValueError: sizes that do not divide over the mesh.
+
+    Example:
+      >>> from paged_dist.collectives import attention_collectives
+      >>> mesh = pd.make_pod_mesh(num_kv_heads=2, model_parallelism=4)  # data 2 x context 2 x model 2
+      >>> spec = pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16)
+      >>> for each in attention_collectives(spec, mesh, batch=4, num_q_heads=8):
+      ...     print(each.kind, each.reduction, each.axes, each.shapes, each.bytes)
+      all-reduce max ('context',) ((2, 4),) 32
+      all-reduce sum ('context',) ((2, 4, 128), (2, 4)) 4128
     """
     spec.check_mesh(mesh, axes)
     data, context, model = (axes.size(mesh, part) for part in ("data", "context", "model"))
-    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
     for name, size in (("batch", batch), ("num_q_heads", num_q_heads), ("num_query_tokens", num_query_tokens)):
-        require(isinstance(size, numbers.Integral) and size >= 1, name, size, "must be a whole number, at least 1")
+        whole_number(name, size, at_least=1)
     require(num_query_tokens <= MAX_QUERIES, "num_query_tokens", num_query_tokens, f"must be at most {MAX_QUERIES}")
     up = lambda size, multiple: f"{-(-size // multiple) * multiple} works"
     require(
@@ -97,13 +104,7 @@ def attention_collectives(
         up(num_q_heads, spec.num_kv_heads),
     )
     heads = num_q_heads // model
-    require(
-        output_heads == "replicated" or heads % context == 0,
-        "output_heads",
-        output_heads,
-        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
-        "'replicated' takes any",
-    )
+    check_output_heads(output_heads, heads, context)
     if context == 1:
         return ()
     rows = (batch // data,) if num_query_tokens == 1 else (batch // data, num_query_tokens)
@@ -113,3 +114,15 @@ def attention_collectives(
     if output_heads == "replicated":
         return top, collective("all-reduce", "sum", output, weights)
     return top, collective("reduce-scatter", "sum", output), collective("all-reduce", "sum", weights)
+
+
+def check_output_heads(output_heads: str, heads: int, context: int) -> None:
+    """Raises ValueError unless `output_heads` is one of OUTPUT_HEADS that serves the `heads` of one model shard."""
+    require(output_heads in OUTPUT_HEADS, "output_heads", output_heads, f"must be one of {OUTPUT_HEADS}")
+    require(
+        output_heads == "replicated" or heads % context == 0,
+        "output_heads",
+        output_heads,
+        f"the {heads} query heads of a model shard must be a multiple of the {context} context shards",
+        "'replicated' takes any",
+    )

@@ -1,4 +1,4 @@
-"""Merge: what the shards of a sequence's pages computed becomes the attention over all of them."""
+"""Merge: attention over all tokens of a sequence, from the partial results of the shards that hold its pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import lax
 def merge_partials(
     output: jax.Array, lse: jax.Array, names: tuple[str, ...], *, scatter: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Inside a `shard_map`: attention over the tokens of all shards along mesh axes `names`, from each shard's own.
+    """Inside a `shard_map`: attention over all shards' tokens, from what each computed over its own.
 
     With w_c = exp(lse_c - max lse) the output is sum(w_c out_c) / sum(w_c), and lse is max lse + log(sum(w_c)): the
     associative step of online softmax (Milakov and Gimelshein, arXiv:1805.02867), as FlashDecoding takes it between
@@ -19,9 +19,11 @@ def merge_partials(
     What is communicated: a maximum of [..., H], a sum of [..., H, D] and [..., H], all f32.
 
     Args:
-      output: [..., H, D], each shard's; lse: [..., H] f32, natural log of each one's softmax denominator.
-      scatter: the sum of the outputs is a reduce-scatter over H, which the shards' number must divide: each gets
-        H / shards heads, in the order of the shards.
+      output: [..., H, D], this shard's attention over its own tokens.
+      lse: [..., H] f32, natural log of its softmax denominator.
+      names: the mesh axes over which the tokens are split.
+      scatter: makes the sum of the outputs a reduce-scatter over H: each shard gets H / shards heads, in the order of
+        the shards. Their number must divide H.
 
     Returns:
       (output, lse) f32, the same on every shard; with `scatter`, this shard's heads of them. 0 and -inf where no shard
@@ -42,6 +44,6 @@ def merge_partials(
 
 
 def my_heads(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Inside a `shard_map`: of x [..., H], the same on every shard along `names`, this shard's H / shards heads."""
+    """Inside a `shard_map`: this shard's H / shards heads of x [..., H], the same on every shard of `names`."""
     count = x.shape[-1] // lax.axis_size(names)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(names) * count, count, axis=-1)

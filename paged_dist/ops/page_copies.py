@@ -1,4 +1,4 @@
-"""Copies of whole pages inside the cache, in place, each shard its own: what forks leave due."""
+"""Page copies inside the cache, in place: the copies of copy-on-write, for sequences that were forked."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from paged_dist._errors import require
 from paged_dist.cache import PagedKVCache
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.mesh import MeshAxes
-from paged_dist.ops.in_shard_map import Implementation, check_shard, in_place, interpret_of, op_mesh, run_sharded
+from paged_dist.ops.arguments import Implementation, interpret_of
+from paged_dist.ops.in_shard_map import check_shard
+from paged_dist.ops.sharded_call import InPlaceOp, op_mesh, run_sharded
 from paged_dist.ops.write_conflicts import check_copies_apart, on_host
 
-COPIES_AT_ONCE = 512  # pairs of a launch of an eager call
+PAIRS_PER_LAUNCH = 512  # of an eager call
 
 
 def copy_pages(
     cache: PagedKVCache,
-    copies: jax.Array,
+    copies: jax.Array | np.ndarray,
     *,
     mesh: Mesh | AbstractMesh | None = None,
     axes: MeshAxes = MeshAxes(),
     implementation: Implementation = None,
 ) -> PagedKVCache:
-    """Copies pages onto others of their shard, all heads and layers, in place: `cache` is donated.
+    """Copies pages onto other pages of the same shard, all heads and layers, in place: `cache` is donated.
 
-    K, V and scales of each page move once; no shard talks to another, and a shard without copies does nothing.
+    The second half of copy-on-write: a fork shares its pages, and `PageAllocator` asks for a copy once one of the
+    sequences grows into a shared page. K, V and scales of each page move once. No shard talks to another, and a shard
+    without copies does nothing.
 
     Args:
       cache: the cache; after an eager call use the returned one only. Inside a jit, donate it to the jit.
@@ -47,6 +51,20 @@ def copy_pages(
     Raises:
       ValueError: copies of another shape or dtype; a cache that does not divide over the mesh; two pairs of one page,
         where the host has them (NumPy, lists, arrays on CPU; not in a jit).
+
+    Example:
+      >>> mesh, spec = pd.make_pod_mesh(model=8), pd.CacheSpec(num_kv_heads=8, head_dim=128, num_pages=16)
+      >>> cache = pd.PagedKVCache.create(spec, mesh)
+      >>> pages = pd.PageAllocator(spec, mesh, num_sequences=2, pages_per_sequence=4)
+      >>> pages.allocate(0, num_tokens=100)
+      0
+      >>> pages.fork(0, 1)  # row 1 holds the tokens of row 0, on the same page
+      >>> pages.grow_all([1]).tolist()  # its next token goes into a page of its own
+      [-1, 100]
+      >>> copies = pages.take_copies()
+      >>> copies[0].tolist()  # from page 0 to page 1
+      [0, 1]
+      >>> cache = pd.copy_pages(cache, copies)
     """
     if not isinstance(copies, jax.Array):
         copies = np.asarray(copies)
@@ -61,22 +79,23 @@ def copy_pages(
 
 
 def _parts(copies: np.ndarray | jax.Array) -> list[jax.Array]:
-    """`copies` in parts of one shape, so that an eager call has one program for any number of them.
+    """`copies` [M, 2] in parts [PAIRS_PER_LAUNCH, 2], padded with -1: an eager call has one program for every M.
 
-    Those of a jit stay as they are. Of NumPy's, those that are due: without any there is nothing to run.
+    A traced array stays as it is. Of a NumPy array the pairs of -1 are dropped first: with none left nothing runs.
     """
     if isinstance(copies, jax.core.Tracer):
         return [copies]
     xp = np if isinstance(copies, np.ndarray) else jnp
     if xp is np:
         copies = copies[(copies >= 0).all(axis=1)]
-    missing = -len(copies) % COPIES_AT_ONCE
+    missing = -len(copies) % PAIRS_PER_LAUNCH
     padded = xp.concatenate([copies, xp.full((missing, 2), -1, xp.int32)])
-    return [jnp.asarray(part) for part in padded.reshape(-1, COPIES_AT_ONCE, 2)]
+    return [jnp.asarray(part) for part in padded.reshape(-1, PAIRS_PER_LAUNCH, 2)]
 
 
-@in_place
-def _copy_sharded(cache, copies, *, mesh, axes, implementation):
+@InPlaceOp
+def _copy_sharded(cache, copies, *, mesh, axes, implementation) -> PagedKVCache:
+    """`copy_pages` of checked arguments: its `shard_map` over `mesh`."""
     pools = cache.partition_specs(axes)
     local = functools.partial(_copy_local, axes=axes, implementation=implementation)
     return run_sharded(local, mesh, (pools, P()), pools, cache, copies)
@@ -85,11 +104,26 @@ def _copy_sharded(cache, copies, *, mesh, axes, implementation):
 def copy_pages_local(
     cache: PagedKVCache, copies: jax.Array, *, axes: MeshAxes = MeshAxes(), implementation: Implementation = None
 ) -> PagedKVCache:
-    """`copy_pages` inside a caller's `shard_map` (with `check_vma=True` too): this shard's pages of `copies`, all ids
-    global. Returns this shard's pools.
+    """`copy_pages` inside a caller's `shard_map` (with `check_vma=True` too).
+
+    Args:
+      cache: this shard's pools, passed in and out with `cache.partition_specs(axes)`.
+      copies: [M, 2] int32 global page ids, the same on every shard; each copies the pairs of its own pages.
+      axes, implementation: as in `sharded_paged_attention`.
+
+    Returns:
+      This shard's pools with the pages copied.
 
     Raises:
       ValueError: as `copy_pages`; no `shard_map` around the call, or one with another part of the cache.
+
+    Example:
+      >>> mesh = pd.make_pod_mesh(model=2)
+      >>> cache = pd.PagedKVCache.create(pd.CacheSpec(num_kv_heads=2, head_dim=128, num_pages=16), mesh)
+      >>> pools = cache.partition_specs()
+      >>> copy = jax.shard_map(pd.copy_pages_local, mesh=mesh, in_specs=(pools, jax.P()), out_specs=pools)
+      >>> copies = jnp.array([[0, 1], [4, 6]])  # data shard d owns pages 4 d to 4 d + 3
+      >>> cache = jax.jit(copy, donate_argnums=0)(cache, copies)
     """
     copies = jnp.asarray(copies)
     check_shard(cache, axes)
@@ -97,14 +131,15 @@ def copy_pages_local(
     return _copy_local(cache, copies, axes=axes, implementation=implementation)
 
 
-def _check_copies(copies) -> None:
+def _check_copies(copies: jax.Array | np.ndarray) -> None:
     shape, rule = copies.shape, "must be [M, 2]: page to read, page to write"
     require(copies.ndim == 2 and shape[1] == 2, "copies.shape", shape, rule)
     require(copies.dtype == jnp.int32, "copies.dtype", str(copies.dtype), "must be int32")
 
 
 @broadcasts
-def _copy_local(cache, copies, *, axes, implementation):
+def _copy_local(cache, copies, *, axes, implementation) -> PagedKVCache:
+    """`copy_pages_local` of checked arguments."""
     names, pages = axes.pages, cache.key_pages.shape[-3]
     shard = lax.axis_index(names) if names else 0
     local = copies - jnp.int32(shard * pages)

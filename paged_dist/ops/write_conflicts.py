@@ -1,4 +1,4 @@
-"""Two rows must not write one page in one call: seen on the host, before anything runs, where that costs nothing."""
+"""The check that no two rows, or page copies, write one page in one call: on the host, if it has the ids."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from jax.sharding import AbstractMesh, Mesh
 from paged_dist._errors import bad_value
 from paged_dist.cache import CacheSpec
 from paged_dist.mesh import MeshAxes
+from paged_dist.ops.page_owners import PageOwners
 
 
 def on_host(*values) -> tuple[np.ndarray, ...] | None:
-    """`values` as NumPy, where all are NumPy's, lists, or arrays of this process's CPU devices; else None.
+    """`values` as NumPy arrays, if all are NumPy's, lists, or on this process's CPU devices; else None.
 
-    No accelerator is asked for anything, and a traced value has none to look at.
+    So nothing is read back from an accelerator, and traced values, which have no content, are not looked at.
     """
     seen = []
     for x in values:
@@ -28,7 +29,13 @@ def on_host(*values) -> tuple[np.ndarray, ...] | None:
 
 
 def check_rows_apart(
-    spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, starts, ends, block_tables, rows=None
+    spec: CacheSpec,
+    mesh: Mesh | AbstractMesh,
+    axes: MeshAxes,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    block_tables: np.ndarray,
+    rows: np.ndarray | None = None,
 ) -> None:
     """Raises ValueError where two rows write tokens into one page, or one row into one page twice: some would be lost.
 
@@ -45,12 +52,10 @@ def check_rows_apart(
     first, last = starts // spec.page_size, np.minimum((ends - 1) // spec.page_size, columns - 1)
     column = first[:, None] + np.arange(max(0, int((last - first).max(initial=-1)) + 1))
     page = block_tables[rows[:, None], np.minimum(column, columns - 1)]
-    # What lies elsewhere than its place in the row says is not written, nor counted here.
-    data, context = axes.size(mesh, "data"), axes.size(mesh, "context")
-    each = spec.num_pages // (data * context)
-    begins = np.maximum(block_tables[rows, 0], 0) // each
-    shard = rows[:, None] // (count // data) * context + (begins[:, None] + column) % context
-    written = (column <= last[:, None]) & (page >= 0) & (page // each == shard)
+    # A page on another shard than its place in the row says is not written, so it is not counted.
+    owners, first_page = PageOwners.of(spec, mesh, axes), np.maximum(block_tables[rows, :1], 0)
+    shard = owners.of_column(column, rows[:, None], first_page, count)
+    written = (column <= last[:, None]) & (page >= 0) & (owners.of_page(page) == shard)
     page, row = page[written], np.broadcast_to(rows[:, None], written.shape)[written]
     order = np.argsort(page, kind="stable")
     page, row = page[order], row[order]
@@ -65,10 +70,9 @@ def check_rows_apart(
         )
 
 
-def check_copies_apart(spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, copies) -> None:
+def check_copies_apart(spec: CacheSpec, mesh: Mesh | AbstractMesh, axes: MeshAxes, copies: np.ndarray) -> None:
     """Raises ValueError where a pair of `copies` [M, 2] writes a page that another pair writes or reads."""
-    each = spec.num_pages // (axes.size(mesh, "data") * axes.size(mesh, "context"))
-    shard = copies // each
+    shard = PageOwners.of(spec, mesh, axes).of_page(copies)
     inside = (copies >= 0).all(axis=1) & (copies < spec.num_pages).all(axis=1)
     read, write = copies[inside & (shard[:, 0] == shard[:, 1]) & (copies[:, 0] != copies[:, 1])].T
     pages, times = np.unique(write, return_counts=True)

@@ -1,1 +1,1 @@
-"""Live pages to elsewhere: a pool of another size, another mesh, a folder of files."""
+"""Live pages brought elsewhere: to a pool of another size (`resize`), another mesh (`reshard`), a folder (`save`)."""

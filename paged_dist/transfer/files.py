@@ -1,4 +1,4 @@
-"""Files that are on the disk, whole, when the call that writes them returns."""
+"""Writing files so that they are on the disk, whole, when the call returns; their digests; locks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 
-# What a mount says that cannot do it: a bucket's, say, whose files are stored as they are closed.
+# The errors of a mount that cannot sync, such as a bucket's, where a file is stored when it is closed.
 _CANNOT_SYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 _CANNOT_SYNC_FOLDERS = _CANNOT_SYNC | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
 
@@ -20,7 +20,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def sync(fd: int) -> None:
-    """What was written to `fd` is on the disk when this returns, where its mount can say so."""
+    """Waits until everything written to `fd` is on the disk, where its mount can tell."""
     try:
         os.fsync(fd)
     except OSError as e:
@@ -29,7 +29,7 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(path: str) -> None:
-    """The names in a folder are on the disk when this returns, where its mount can say so."""
+    """Waits until the names in a folder are on the disk, where its mount can tell."""
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -42,12 +42,12 @@ def sync_folder(path: str) -> None:
 
 
 def create(path: str) -> int:
-    """A descriptor of a new file, to write to; FileExistsError where there is one."""
+    """Makes a file and returns a descriptor to write to it. Raises FileExistsError where it exists."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Makes a file of `data`."""
+    """Makes a file that holds `data`; it is on the disk when this returns."""
     fd = create(path)
     try:
         write_all(fd, data)
@@ -57,8 +57,11 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def try_lock(fd: int) -> bool | None:
-    """Locks a file or folder until it is closed, against others that ask too: False where another has it, None where
-    its mount has no locks."""
+    """Locks a file or folder, against others that lock it too, until it is closed.
+
+    Returns:
+      True; False where another has the lock, None where the mount has no locks.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -69,12 +72,12 @@ def try_lock(fd: int) -> bool | None:
 
 
 def digest(data: bytes) -> str:
-    """The digest of `data` that manifests hold."""
+    """blake2b of `data`, in hex: the digest that manifests and records have."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def digest_of_file(path: str) -> str:
-    """`digest` of what a file holds."""
+    """`digest` of a file's content."""
     h = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

@@ -1,13 +1,13 @@
-"""Which files of a folder are a saved cache: the manifest, written last, says so.
+"""Which files of a folder are a saved cache: a save counts once its manifest, which is written last, is whole.
 
     FOLDER/data-5ad0c1f2a97b3e64/pages-00000-00000.bin ...      what a save writes, under a name that no other has
     FOLDER/manifest-000001-5ad0c1f2a97b3e64.json                the names, sizes and digests of that, and its own digest
 
-The save of a folder is that of its newest whole manifest. Nothing is ever renamed: a mount of a bucket refuses to
-rename a folder, and what it calls the renaming of a file is a copy. A manifest that was not written to its end does not
-hold its own digest and counts for nothing. What older manifests name is removed once a newer one is on the disk.
+The newest whole manifest in a folder is the save. A manifest that was not written to its end lacks its own digest and
+counts for nothing. The files that older manifests name are removed once a newer one is on the disk. Nothing is ever
+renamed: a mount of a bucket refuses to rename a folder, and renames a file by copying it.
 
-In format 1 the manifest is manifest.json and the data lies beside it; it is read, and replaced, like any other.
+In format 1 the manifest is manifest.json, and its files lie beside it. Such a save is read and replaced like any other.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Unfinished(ValueError):
     """A manifest that was not written to its end, or is damaged so that it looks like one."""
 
 
-def _number(name: str) -> int:
-    """Which of a folder's manifests it is, in the order they were written; 0 in format 1, -1 for another file."""
+def _order_of(name: str) -> int:
+    """The number of a manifest, which grows from save to save: 0 in format 1, -1 for a file that is no manifest."""
     if name == _FORMAT_1_MANIFEST:
         return 0
     match = _MANIFEST.fullmatch(name)
@@ -43,18 +43,23 @@ def _number(name: str) -> int:
 
 
 def _newest_first(folder: str) -> list[str]:
-    """The names of the manifests in a folder, whole or not."""
-    return sorted((name for name in os.listdir(folder) if _number(name) >= 0), key=_number, reverse=True)
+    """The names of the manifests in a folder, whole or not, the newest first."""
+    return sorted((name for name in os.listdir(folder) if _order_of(name) >= 0), key=_order_of, reverse=True)
 
 
 def data_folder(folder: str, name: str) -> str:
-    """Where the files lie that manifest `name` names."""
+    """The folder of the files that the manifest `name` names."""
     match = _MANIFEST.fullmatch(name)
     return os.path.join(folder, f"data-{match[2]}") if match else folder
 
 
-def _load(folder: str, name: str) -> dict:
-    """A manifest, checked by its own digest. Raises ValueError where it is damaged, Unfinished where it ends early."""
+def load_manifest(folder: str, name: str) -> dict:
+    """What a manifest says, checked by its own digest.
+
+    Raises:
+      Unfinished: it ends early, or cannot be read.
+      ValueError: it is damaged, or of another format.
+    """
     try:
         with open(os.path.join(folder, name), "rb") as f:
             outer = json.loads(f.read())
@@ -65,13 +70,13 @@ def _load(folder: str, name: str) -> dict:
         raise Unfinished(str(bad_value("folder", folder, rule))) from e
     require(whole, "folder", folder, f"{name} is damaged: it is not what was written")
     manifest = json.loads(text)
-    known = manifest.get("format") == (FORMAT if _number(name) else FORMAT_1)
+    known = manifest.get("format") == (FORMAT if _order_of(name) else FORMAT_1)
     require(known, "folder", folder, f"is of format {manifest.get('format')!r}, not {FORMAT!r}")
     return manifest
 
 
-def read(folder: str) -> tuple[str, dict]:
-    """(where its files lie, the manifest) of the save in a folder.
+def read_newest(folder: str) -> tuple[str, dict]:
+    """(the folder of its files, what its manifest says) of the save in a folder: that of the newest whole manifest.
 
     Raises:
       ValueError: no finished save there, or its manifest is damaged.
@@ -79,7 +84,7 @@ def read(folder: str) -> tuple[str, dict]:
     unfinished = None
     for name in _newest_first(folder) if os.path.isdir(folder) else ():
         try:
-            return data_folder(folder, name), _load(folder, name)
+            return data_folder(folder, name), load_manifest(folder, name)
         except Unfinished as e:  # of a save that was interrupted: the one before counts
             unfinished = unfinished or e
     if unfinished is not None:
@@ -103,13 +108,13 @@ def check_place(folder: str, overwrite: bool) -> None:
 
 
 def _is_of_interrupted(folder: str, name: str) -> bool:
-    """Whether a file or folder, where nothing but its like is there, is left over from a save that was interrupted."""
+    """Whether a file or folder is left over from an interrupted save, if the folder holds nothing but such."""
     if _DATA.fullmatch(name):
         return True
-    if _number(name) < 1:
+    if _order_of(name) < 1:
         return False
     try:
-        _load(folder, name)
+        load_manifest(folder, name)
     except Unfinished:
         return True
     except ValueError:
@@ -118,7 +123,9 @@ def _is_of_interrupted(folder: str, name: str) -> bool:
 
 
 class NewSave:
-    """A save that is being made. Each process of a run has one; process 0's does what is done once.
+    """A save that is being made: begun, then committed or withdrawn. Each process of a run has one.
+
+    Process 0's alone does what is done once: it removes what is left over, and commits.
 
     Attributes:
       data: the folder to write its files into.
@@ -127,14 +134,16 @@ class NewSave:
     def __init__(self, folder: str, token: bytes):
         self._folder, self._token = folder, token.hex()
         self.data = os.path.join(folder, f"data-{self._token}")
-        self._manifest, self._made = None, False
-        self._lock = None  # a descriptor of the folder
+        self._manifest: str | None = None  # the path of its manifest, once that is being written
+        self._made = False  # whether this process has made the folder
+        self._lock: int | None = None  # a descriptor of the folder
         self._may_be_valid = False  # whether a manifest names the files, as far as can be known
 
     def begin(self, is_first: bool) -> None:
-        """Makes the folder for its files, and removes those of interrupted saves, which no manifest names.
+        """Makes the folder for the save's files. The first process removes the files of interrupted saves.
 
-        Every process makes it: a bucket's folder may be seen by others only when a file is in it.
+        Those are what no manifest names. Every process makes the folder: in a bucket, others may see a folder only once
+        a file is in it.
         """
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._folder)
@@ -150,7 +159,7 @@ class NewSave:
             os.mkdir(self.data)
 
     def _lock_folder(self) -> None:
-        """Raises ValueError where another save is under way: its files would be taken for left over."""
+        """Raises ValueError where another save is under way: its files would be removed as left over."""
         with contextlib.suppress(OSError):  # a mount without locks: one at a time is the caller's duty then
             self._lock = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         is_free = self._lock is None or try_lock(self._lock) is not False
@@ -163,7 +172,7 @@ class NewSave:
                 os.close(self._lock)
 
     def commit(self, manifest: dict) -> None:
-        """Writes the manifest, from when on the save is valid; then removes what it replaces.
+        """Writes the manifest, which makes the save valid, then removes the saves that it replaces.
 
         Raises:
           OSError: says which saves are there.
@@ -171,7 +180,7 @@ class NewSave:
         for some in (self.data, self._folder, os.path.dirname(self._folder)):
             sync_folder(some)
         text = json.dumps({"format": FORMAT} | manifest, sort_keys=True)
-        number = 1 + max(map(_number, _newest_first(self._folder)), default=0)
+        number = 1 + max(map(_order_of, _newest_first(self._folder)), default=0)
         name = f"manifest-{number:06d}-{self._token}.json"
         path = self._manifest = os.path.join(self._folder, name)
         try:
@@ -191,11 +200,11 @@ class NewSave:
             what = "the save is whole, and so is one before it, but a loss of power may undo it: could not be synced"
             raise OSError(e.errno, f"{e.strerror}: {what}", self._folder) from e
         for other in reversed(_newest_first(self._folder)):
-            if _number(other) < number:
+            if _order_of(other) < number:
                 self._remove(other)
 
     def withdraw(self) -> bool:
-        """Removes what was written, unless a manifest has made it valid, or might have; whether it did."""
+        """Removes what was written, unless a manifest has made it valid or might have. Returns whether it did."""
         if self._may_be_valid:
             return False
         if self._manifest is not None:
@@ -213,13 +222,13 @@ class NewSave:
         return True
 
     def _remove(self, name: str) -> None:
-        """Removes the save of an older manifest, that last: until then it tells what is left to remove."""
+        """Removes the save of an older manifest, and last the manifest: until then it names what is to be removed."""
         try:
-            if _number(name):
+            if _order_of(name):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(data_folder(self._folder, name))
             else:
-                for file in _load(self._folder, name)["files"]:
+                for file in load_manifest(self._folder, name)["files"]:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(self._folder, os.path.basename(file)))
             os.unlink(os.path.join(self._folder, name))

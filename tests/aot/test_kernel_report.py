@@ -13,8 +13,7 @@ import pytest
 from aot import needs_libtpu
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
-from paged_dist.kernels.decode import pallas_call as decode_launch
-from paged_dist.kernels.decode import traffic as decode_cost
+from paged_dist.kernels.decode import pallas_call, traffic
 from paged_dist.kernels.target import Target
 from paged_dist.launch import accuracy, kernel_report, xla_report
 from paged_dist.launch.common import flag_registry as flags
@@ -120,8 +119,8 @@ def test_8_bit_pages_are_reported_with_their_scales(tmp_path, kv_dtype):
     assert record["settings"]["dtype"] == {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype]
     plan = kernel_report.plan_of(kernel_report.KernelReportSettings(**record["settings"]), Target())
     assert (plan.query_dtype.name, plan.cache_dtype.name) == ("bfloat16", record["settings"]["dtype"])
-    assert (ours["copies"], ours["bytes_read"]) == decode_cost.copies(plan, [100] * 3)
-    assert ours["live_bytes"] == decode_cost.live_bytes(plan, [100] * 3)
+    assert (ours["copies"], ours["bytes_read"]) == traffic.page_traffic(plan, [100] * 3)
+    assert ours["live_bytes"] == traffic.live_bytes(plan, [100] * 3)
     assert ours["pool_copies"] == [] and ours["launches"] == 1 and f"{ours['bytes_read'] / 1e6:.2f}" in text
     assert "and scales" in text
     if kv_dtype == "fp8":
@@ -149,8 +148,8 @@ def test_the_plan_is_the_one_that_the_op_launches(monkeypatch, chip, sizes, wind
     )
     kind = {"v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6 lite", "v7x": "TPU7x"}[chip]
     plan = kernel_report.plan_of(settings, Target.of(SimpleNamespace(device_kind=kind)))
-    launched, kernel = [], decode_launch.decode_kernel
-    monkeypatch.setattr(decode_launch, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
+    launched, kernel = [], pallas_call.decode_kernel
+    monkeypatch.setattr(pallas_call, "decode_kernel", lambda plan, refs: (launched.append(plan), kernel(plan, refs)))
     p = plan.problem
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, p.head_dim), p.query_dtype)
     pool = jax.ShapeDtypeStruct((p.num_kv_heads, p.num_pages, p.rows, p.width), p.cache_dtype)

@@ -138,10 +138,12 @@ def test_sdist_holds_its_tests_and_builds_without_the_tree(built, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    for folder in ("tests", "examples"):
-        here = {p.name for p in (TREE / folder).glob("*.py")}
-        assert {p.name for p in (source / folder).glob("*.py")} == here
-    for name in ("run", ".ci/run", "BUILD.md", "README.md", "LICENSE"):
+    for folder in ("tests", "examples", "docs"):
+        files = lambda tree, folder=folder: {
+            p.relative_to(tree).as_posix() for p in (tree / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"
+        }
+        assert files(source) == files(TREE)
+    for name in ("run", ".ci/run", "BUILD.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "LICENSE"):
         assert (source / name).read_bytes() == (TREE / name).read_bytes()
     assert (source / "run").stat().st_mode & stat.S_IXUSR
     build(source, tmp_path / "out", "--wheel")

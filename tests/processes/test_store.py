@@ -11,8 +11,8 @@ from test_distributed import free_port, run_processes
 from test_move import SPECS, check, contents, fill
 
 import paged_dist as pd
-from paged_dist.transfer import files as _files
-from paged_dist.transfer import manifest as _manifest
+from paged_dist.transfer import files
+from paged_dist.transfer import manifest as manifests
 
 
 def small(tmp_path, *, shape=(2, 2, 2), name="int8", **options):
@@ -98,13 +98,13 @@ def test_a_killed_save_is_no_save_and_the_next_one_clears_it_away(tmp_path):
 
 def as_format_1(folder) -> None:
     """Makes of a save what was written before format 2: manifest.json, and the files that it names beside it."""
-    data, manifest = _manifest.read(os.fspath(folder))
+    data, manifest = manifests.read_newest(os.fspath(folder))
     for name in os.listdir(data):
         os.rename(os.path.join(data, name), os.path.join(folder, name))
     os.rmdir(data)
     next(folder.glob("manifest-*")).unlink()
     text = json.dumps(manifest | {"format": "paged-dist cache 1"}, sort_keys=True)
-    outer = {"digest": _files.digest(text.encode()), "manifest": text}
+    outer = {"digest": files.digest(text.encode()), "manifest": text}
     (folder / "manifest.json").write_text(json.dumps(outer))
 
 
@@ -187,7 +187,7 @@ def test_another_format_and_states_that_contradict_themselves_are_refused(tmp_pa
 
     def write(**changes):
         text = json.dumps(manifest | changes, sort_keys=True)
-        path.write_text(json.dumps({"manifest": text, "digest": _files.digest(text.encode())}))
+        path.write_text(json.dumps({"manifest": text, "digest": files.digest(text.encode())}))
 
     state = manifest["allocator"]
     rows = [list(row) if row else row for row in state["rows"]]

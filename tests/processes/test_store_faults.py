@@ -17,9 +17,8 @@ from context_cases import pod
 from test_store import as_format_1
 
 import paged_dist as pd
-from paged_dist.transfer import checkpoint as store
-from paged_dist.transfer import files as _files
-from paged_dist.transfer import manifest as _manifest
+from paged_dist.transfer import device_io, files, lockstep, saved_pages
+from paged_dist.transfer import manifest as manifests
 
 SPEC = pd.CacheSpec(2, 128, 8, 64, "float32")
 CALLS = ("open", "write", "fsync", "close", "mkdir", "unlink", "rmdir", "listdir", "scandir", "rename", "replace")
@@ -52,7 +51,7 @@ class Faults:
         patch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a disk takes its time
         for name in CALLS:
             patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
-        for module in (_files, _manifest, store):
+        for module in (files, manifests, saved_pages, device_io):
             patch.setattr(module, "open", self.wrapped("open", builtins.open), raising=False)
 
     def wrapped(self, name, real):
@@ -104,13 +103,13 @@ class Pod:
         self.pages.allocate(0, 150)
         self.pages.allocate(1, 70)
         self.mesh, self.value, self.faults = mesh, 0.0, Faults()
-        patch.setattr(store, "zeros_like_cache", lambda *_: None)
-        patch.setattr(store, "copy_between", lambda *_, **__: None)
-        patch.setattr(store, "_host_parts", self.host_parts)
-        patch.setattr(store, "_is_first", lambda: self.faults.here == 0)
-        patch.setattr(store, "_own_shards", lambda *_: [(s, 0) for s in self.shards])
-        patch.setattr(store, "_token", lambda: self.token)
-        patch.setattr(store, "_together", self.together)
+        patch.setattr(device_io, "zeros_like_cache", lambda *_: None)
+        patch.setattr(device_io, "copy_between", lambda *_, **__: None)
+        patch.setattr(device_io, "host_parts", self.host_parts)
+        patch.setattr(lockstep, "is_first_process", lambda: self.faults.here == 0)
+        patch.setattr(device_io, "own_files", lambda *_: [saved_pages.FileKey(s, 0) for s in self.shards])
+        patch.setattr(lockstep, "shared_token", lambda _: self.token)
+        patch.setattr(lockstep, "together", self.together)
 
     @property
     def shards(self) -> range:
@@ -119,10 +118,10 @@ class Pod:
     def host_parts(self, _, saved, slots):
         for shard in self.shards:
             parts = [np.full((slots, *shape), self.value, dtype) for shape, dtype in saved.parts.values()]
-            yield (shard, 0), parts
+            yield saved_pages.FileKey(shard, 0), parts
 
     def together(self, step, otherwise=lambda: None):
-        """As `store._together`; a process that died breaks the others' meeting."""
+        """As `lockstep.together`; a process that died breaks the others' meeting."""
         error = made = None
         try:
             made = step()
@@ -168,16 +167,17 @@ class Pod:
 
 def value_of(folder) -> float:
     """The number that every element of the save in `folder` has; all of its files and digests are checked."""
-    data, manifest = _manifest.read(os.fspath(folder))
+    data, manifest = manifests.read_newest(os.fspath(folder))
     spec = pd.CacheSpec(**manifest["spec"])
-    saved = store._Saved(os.fspath(folder), data, spec, manifest["model"], manifest["page_shards"])
+    saved = saved_pages.SavedPages(os.fspath(folder), data, spec, manifest["model"], manifest["page_shards"])
     saved.check_files(manifest["files"])
     pages = pd.PageAllocator.from_state(manifest["allocator"], spec).live_pages.tolist()
     found = set()
     for page in pages:
         shard = page // (spec.num_pages // saved.page_shards)
-        with open(saved.path(saved.name(shard, 0)), "rb") as file:
-            for part in saved.read_record(file, shard, 0, page).values():
+        key = saved_pages.FileKey(shard, 0)
+        with open(saved.path(saved.name(key)), "rb") as file:
+            for part in saved.read_record(file, key, page).values():
                 found |= set(np.unique(part).tolist())
     assert len(pages) == 5 and len(found) == 1, found
     return found.pop()
@@ -235,7 +235,7 @@ def test_a_fault_at_any_call_leaves_the_old_save_or_the_new(tmp_path, monkeypatc
 
 def _is_whole(path) -> bool:
     try:
-        _manifest._load(os.fspath(path.parent), path.name)
+        manifests.load_manifest(os.fspath(path.parent), path.name)
     except ValueError:
         return False
     return True

@@ -14,18 +14,18 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from page_attention_cases import Case, make
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
-from paged_dist.kernels.attention.checks import Problem
-from paged_dist.kernels.decode.launch_plan import Plan
-from paged_dist.kernels.decode.traffic import copies, live_bytes
+from paged_dist.kernels.attention.problem import Problem
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.traffic import live_bytes, page_traffic
 from paged_dist.launch.planning import jax_kernel
 
 
-def plan_of(case: Case, sizes=None, **options) -> Plan:
+def plan_of(case: Case, sizes=None, **options) -> LaunchPlan:
     width = max(128, case.D)
     rows, pages = case.P * case.D // width, len(case.lengths) * case.S
     shape = (len(case.lengths), case.Hq, case.Hkv, case.D, 1, pages, rows, width, case.S)
     problem = Problem(*shape, case.query_dtype, case.dtype)
-    return Plan(problem, sizes or BlockSizes(1, 1), sliding_window=case.sliding_window, **options)
+    return LaunchPlan(problem, sizes or BlockSizes(1, 1), sliding_window=case.sliding_window, **options)
 
 
 def counted_token_by_token(case: Case, unit: int) -> tuple[int, int, int]:
@@ -57,7 +57,7 @@ def test_the_count_is_that_of_each_live_token(D, P, dtype, window, starts, unit)
     inside = tuple(min(n, S * P) for n in lengths)
     case = Case("", D=D, P=P, S=S, dtype=dtype, lengths=inside, starts=first, sliding_window=window)
     plan = plan_of(case)
-    read = copies(plan, lengths, first, unit=unit)
+    read = page_traffic(plan, lengths, first, unit=unit)
     assert (*read, live_bytes(plan, lengths, first)) == counted_token_by_token(case, unit)
 
 
@@ -117,7 +117,7 @@ def check_count(case, sliding_window, dmas):
     jax.block_until_ready(paged_decode_attention(query, k, v, lengths, tables, starts=starts, **options))
     whole_query = query.size * query.dtype.itemsize * plan.tokens_per_row * plan.tokens_per_row
     dmas.remove(whole_query)
-    assert (len(dmas), sum(dmas)) == copies(plan, lengths, case.starts)
+    assert (len(dmas), sum(dmas)) == page_traffic(plan, lengths, case.starts)
 
 
 SLOW = pytest.mark.slow

@@ -15,8 +15,10 @@ from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 from paged_dist.kernels.attention.oracle import attention_oracle
-from paged_dist.kernels.decode import launch_plan as decode_plan
-from paged_dist.kernels.decode import pallas_call as decode_launch
+from paged_dist.kernels.attention.problem import Problem
+from paged_dist.kernels.chips import SMEM_LIMIT
+from paged_dist.kernels.decode import pallas_call, plan_choice
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
 ONE_PAGE = BlockSizes(pages_per_cell=1, cells_per_step=4, steps_ahead=1)
@@ -202,12 +204,12 @@ def test_a_batch_whose_table_overflows_scalar_memory_is_split(monkeypatch):
     """The rule at the real limit is compiled in test_decode_aot.py; here a small limit is run."""
     case = Case("split", lengths=(32, 5, 0, 17, 31, 8, 1), sliding_window=9)
     launches = []
-    launch = decode_launch._launch
+    launch = pallas_call.launch_once
     monkeypatch.setattr(
-        decode_launch, "_launch", lambda plan, *x, **k: launches.append(plan.B) or launch(plan, *x, **k)
+        pallas_call, "launch_once", lambda plan, *x, **k: launches.append(plan.B) or launch(plan, *x, **k)
     )
-    whole = decode_plan.rows_per_launch
-    monkeypatch.setattr(decode_launch, "rows_per_launch", lambda plan: min(3, whole(plan)))
+    whole = plan_choice.rows_per_launch
+    monkeypatch.setattr(pallas_call, "rows_per_launch", lambda plan: min(3, whole(plan)))
     (output, lse), expected = run(case, SMALL, simulated())
     assert launches == [3, 3, 1]
     assert_close(case, expected, output, lse)
@@ -223,8 +225,8 @@ def test_a_table_of_256_by_1024_is_split_and_runs():
     tables[:, :3] = rng.permutation(B * 3).reshape(B, 3)
     query = rng.normal(size=(B, 2, 128)).astype(np.float32)
     k, v = (rng.normal(size=(1, B * 3, P, 128)).astype(np.float32) for _ in "kv")
-    plan = decode_plan.Plan(decode_launch.check_pools(query, k[None], v[None], lengths, tables), SMALL)
-    assert 1 <= decode_plan.rows_per_launch(plan) < B
+    plan = LaunchPlan(pallas_call.check_pools(query, k[None], v[None], lengths, tables), SMALL)
+    assert 1 <= plan_choice.rows_per_launch(plan) < B
     output = paged_decode_attention(query, k, v, lengths, tables, block_sizes=SMALL, interpret=simulated())
     np.testing.assert_allclose(output, attention_oracle(query, k, v, lengths, tables)[0], atol=2e-5, rtol=2e-5)
 
@@ -270,11 +272,11 @@ def test_default_sizes_keep_their_rules_and_fit():
         for D, W, P in ((64, 128, 16), (128, 128, 8), (128, 128, 128), (128, 128, 256), (256, 256, 64)):
             for dtype in ("bfloat16", "float32"):
                 for B, S in ((1, 1), (32, 32), (256, 1024), (1024, 1024)):
-                    p = decode_plan.Problem(B, Hkv * 4, Hkv, D, 1, 4096, P * D // W, W, S, dtype, dtype)
+                    p = Problem(B, Hkv * 4, Hkv, D, 1, 4096, P * D // W, W, S, dtype, dtype)
                     for cores in (1, 2) if Hkv * P * W < 1 << 19 else (1,):  # a v4's core has 16 MiB
-                        plan = decode_plan.Plan(p, decode_plan.choose_block_sizes(p, None, cores), num_cores=cores)
-                        decode_plan.check_block_sizes(plan)
-                        rows = decode_plan.rows_per_launch(plan)
+                        plan = LaunchPlan(p, plan_choice.choose_block_sizes(p, None, cores), num_cores=cores)
+                        plan_choice.check_block_sizes(plan)
+                        rows = plan_choice.rows_per_launch(plan)
                         part = dataclasses.replace(plan, problem=p.replace(batch=rows))
-                        assert part.vmem_bytes <= decode_plan.vmem_limit(cores)
-                        assert part.smem_bytes <= decode_plan.SMEM_BYTES - decode_plan.SMEM_RESERVED
+                        assert part.vmem_bytes <= plan_choice.vmem_limit(cores)
+                        assert part.smem_bytes <= SMEM_LIMIT

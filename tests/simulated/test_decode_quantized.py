@@ -14,9 +14,12 @@ from simulated import assert_no_races, simulated
 
 from paged_dist.kernels import BlockSizes, page_attention, paged_decode_attention
 from paged_dist.kernels.attention.oracle import attention_oracle
-from paged_dist.kernels.decode import launch_plan as decode_plan
+from paged_dist.kernels.attention.problem import Problem
+from paged_dist.kernels.decode import plan_choice
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
-from paged_dist.kernels.quantization import dequantize_kv, pack_scales, quantize_kv
+from paged_dist.kernels.quantization import dequantize_kv, quantize_kv
+from paged_dist.kernels.scale_layout import pack_scales
 from paged_dist.kernels.target import Target
 
 SMALL = BlockSizes(pages_per_cell=2, cells_per_step=2, steps_ahead=2)
@@ -230,8 +233,8 @@ def test_default_sizes_fit():
         for D, W, P in ((64, 128, 16), (128, 128, 64), (128, 128, 128), (128, 128, 256), (256, 256, 128)):
             for dtype in (INT8, FP8):
                 for B, S in ((1, 1), (32, 32), (256, 1024)):
-                    p = decode_plan.Problem(B, Hkv * 4, Hkv, D, 1, 4096, P * D // W, W, S, "bfloat16", dtype)
+                    p = Problem(B, Hkv * 4, Hkv, D, 1, 4096, P * D // W, W, S, "bfloat16", dtype)
                     for cores in (1, 2):
-                        plan = decode_plan.Plan(p, decode_plan.choose_block_sizes(p, None, cores), num_cores=cores)
-                        decode_plan.check_block_sizes(plan)
-                        assert decode_plan.rows_per_launch(plan) >= 1
+                        plan = LaunchPlan(p, plan_choice.choose_block_sizes(p, None, cores), num_cores=cores)
+                        plan_choice.check_block_sizes(plan)
+                        assert plan_choice.rows_per_launch(plan) >= 1

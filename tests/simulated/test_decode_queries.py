@@ -18,11 +18,10 @@ from test_decode_quantized import FP8, INT8, make_quantized
 
 from paged_dist.kernels import BlockSizes, paged_decode_attention
 from paged_dist.kernels.attention.oracle import attention_oracle
+from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.attention.queries import causal_spans
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.decode import launch_plan as decode_plan
-from paged_dist.kernels.decode import pallas_call as decode_launch
-from paged_dist.kernels.decode import traffic as decode_cost
+from paged_dist.kernels.decode import pallas_call, plan_choice, traffic
 from paged_dist.kernels.decode.api import decode_stored_pages
 from paged_dist.kernels.decode.pallas_call import decode_pages_pallas
 from paged_dist.kernels.target import Target
@@ -196,11 +195,11 @@ def test_kernel_equals_the_oracle_on_random_shapes(seed):
 @pytest.mark.slow
 def test_new_tokens_that_do_not_fit_beside_each_other_take_several_launches(monkeypatch):
     case = Case("split", Q=3, Hkv=1, S=2, lengths=(9, 2), sliding_window=6)
-    launches, launch = [], decode_launch._launch
+    launches, launch = [], pallas_call.launch_once
     monkeypatch.setattr(
-        decode_launch, "_launch", lambda plan, *x, **k: launches.append(plan.Q) or launch(plan, *x, **k)
+        pallas_call, "launch_once", lambda plan, *x, **k: launches.append(plan.Q) or launch(plan, *x, **k)
     )
-    monkeypatch.setattr(decode_launch, "fits", lambda plan: plan.Q <= 2)
+    monkeypatch.setattr(pallas_call, "fits", lambda plan: plan.Q <= 2)
     check(case, *run(case, None, simulated()))
     assert launches == [1, 2]
 
@@ -285,8 +284,8 @@ def test_bytes_are_counted_from_the_first_query_s_start_to_the_last_s_end(window
     rng, P, S, Q = np.random.default_rng(0), 32, 4, 5
     lengths = (0, 1, 4, 5, P, P + 1, S * P, S * P + 99, *rng.integers(0, S * P, 20).tolist())
     starts = rng.integers(-5, S * P + 5, len(lengths))
-    p = decode_plan.Problem(len(lengths), 4, 2, 128, 1, 999, P, 128, S, "bfloat16", "bfloat16", Q)
-    plan = decode_plan.make_plan(p, Target(), sliding_window=window)
+    p = Problem(len(lengths), 4, 2, 128, 1, 999, P, 128, S, "bfloat16", "bfloat16", Q)
+    plan = plan_choice.make_launch_plan(p, Target(), sliding_window=window)
     pages, tiles, live = 0, set(), 0
     for b, n in enumerate(min(n, S * P) for n in lengths):
         end = [max(n - Q + 1 + q, 0) for q in range(Q)]
@@ -296,10 +295,10 @@ def test_bytes_are_counted_from_the_first_query_s_start_to_the_last_s_end(window
         tiles |= {(b, t // plan.tile) for t in tokens}
         live += len(tokens)
     token_bytes = 2 * 2 * 128 * 2
-    assert decode_cost.copies(plan, lengths, starts) == (2 * pages, len(tiles) * plan.tile * token_bytes)
-    assert decode_cost.live_bytes(plan, lengths, starts) == live * token_bytes
+    assert traffic.page_traffic(plan, lengths, starts) == (2 * pages, len(tiles) * plan.tile * token_bytes)
+    assert traffic.live_bytes(plan, lengths, starts) == live * token_bytes
     own = causal_spans(np.array(lengths), starts, Q, S * P)
-    assert decode_cost.copies(plan, *own) == decode_cost.copies(plan, lengths, starts)
+    assert traffic.page_traffic(plan, *own) == traffic.page_traffic(plan, lengths, starts)
 
 
 def test_default_sizes_fit_all_new_tokens_but_where_they_are_rows_by_the_thousand():
@@ -310,15 +309,15 @@ def test_default_sizes_fit_all_new_tokens_but_where_they_are_rows_by_the_thousan
                     for target in (Target(), Target(2, False), Target(1, True, True)):
                         shape = (32, Hkv * G, Hkv, D, 1, 4096, P * D // W, W, 32)
                         for tokens in (Q, Q // 2, Q // 4, Q // 8):
-                            p = decode_plan.Problem(*shape, "bfloat16", dtype, tokens)
-                            plan = decode_plan.make_plan(p, target, return_lse=True)
-                            if decode_plan.fits(plan):
+                            p = Problem(*shape, "bfloat16", dtype, tokens)
+                            plan = plan_choice.make_launch_plan(p, target, return_lse=True)
+                            if plan_choice.fits(plan):
                                 break
                         assert tokens == Q or (Hkv == 8 and (target.num_cores == 2 or G * Q == 256))
-                        decode_plan.check_block_sizes(plan)
-                        rows = decode_plan.rows_per_launch(plan)
+                        plan_choice.check_block_sizes(plan)
+                        rows = plan_choice.rows_per_launch(plan)
                         part = dataclasses.replace(plan, problem=plan.problem.replace(batch=rows))
-                        assert part.vmem_bytes <= decode_plan.vmem_limit(target.num_cores)
+                        assert part.vmem_bytes <= plan_choice.vmem_limit(target.num_cores)
 
 
 ONE_HEAD = dict(Hq=8, Hkv=1, N=512)

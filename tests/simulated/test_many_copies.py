@@ -15,9 +15,8 @@ from simulated import RACES, assert_no_races
 import paged_dist as pd
 from paged_dist.kernels.cache_update import page_copy as copy
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
-from paged_dist.ops import page_copies as copies
-from paged_dist.transfer import reshard as move
-from paged_dist.transfer import staging as _staging
+from paged_dist.ops import page_copies
+from paged_dist.transfer import resize, staging
 
 
 def numbered(spec: pd.CacheSpec, mesh) -> pd.PagedKVCache:
@@ -50,9 +49,9 @@ def test_pairs_go_through_scalar_memory_in_parts(monkeypatch, count, interpret):
 
 
 def test_eager_copies_of_any_number_are_one_program(monkeypatch):
-    monkeypatch.setattr(copies, "COPIES_AT_ONCE", 4)
+    monkeypatch.setattr(page_copies, "PAIRS_PER_LAUNCH", 4)
     spec, mesh = pd.CacheSpec(1, 128, 64, 128, "float32"), pod(2, 1, 1)
-    program = copies._copy_sharded.jitted
+    program = page_copies._copy_sharded.jitted
     before = program._cache_size()
     for as_array in (np.int64, np.ndarray.tolist, jnp.asarray):
         for count in (0, 1, 4, 9):
@@ -65,9 +64,9 @@ def test_eager_copies_of_any_number_are_one_program(monkeypatch):
 
 
 def test_pools_of_any_number_of_live_pages_are_resized_by_one_program(monkeypatch):
-    monkeypatch.setattr(move, "COPIES_AT_ONCE", 2)
+    monkeypatch.setattr(resize, "RESIZE_COPIES", 2)
     spec, mesh = pd.CacheSpec(1, 128, 16, 128, "float32"), pod(1, 1, 1)
-    before = _staging._copy_between._cache_size()
+    before = staging.copy_chunk._cache_size()
     for live in (1, 2, 5):
         pages = pd.PageAllocator(spec, mesh, 2, 8)
         pages.allocate(0, 128)
@@ -76,13 +75,13 @@ def test_pools_of_any_number_of_live_pages_are_resized_by_one_program(monkeypatc
         made, there = pd.resize(numbered(spec, mesh), 32, pages)
         found = [numbers(made)[page] for page in there.block_tables[1, :live]]
         assert found == pages.block_tables[1, :live].tolist()
-    assert _staging._copy_between._cache_size() - before == 1
+    assert staging.copy_chunk._cache_size() - before == 1
 
 
 def test_chunks_of_moves_and_saves_have_few_sizes():
-    sizes = {_staging.power_of_two(live) for live in range(1, 1000)}
+    sizes = {staging.power_of_two(live) for live in range(1, 1000)}
     assert sizes == {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024}
-    assert all(_staging.power_of_two(live) >= live for live in range(1, 1000))
+    assert all(staging.power_of_two(live) >= live for live in range(1, 1000))
 
 
 @aot.needs_libtpu
@@ -92,8 +91,8 @@ def test_the_program_of_a_resize_compiles_for_a_tpu_with_pools_of_any_number_of_
     caches = [
         pd.PagedKVCache.abstract(pd.CacheSpec(1, 128, n, 128, "int8"), mesh, axes=axes) for n in (150_000, 140_000)
     ]
-    pairs = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, move.COPIES_AT_ONCE, 2), (1,))]
-    run = functools.partial(_staging._copy_between, axes=axes, implementation=None)
+    pairs = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, resize.RESIZE_COPIES, 2), (1,))]
+    run = functools.partial(staging.copy_chunk, axes=axes, implementation=None)
     compiled = aot.compile_on(mesh, run, *caches, *pairs, donate_argnums=0)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
     assert compiled.memory_analysis().alias_size_in_bytes >= caches[0].spec.bytes_total

@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import paged_dist as pd
 from paged_dist._compat import lowering_for
-from paged_dist.transfer import reshard as move
-from paged_dist.transfer import staging as _staging
+from paged_dist.transfer import exchange, staging
 
 
 def bits(x) -> np.ndarray:
@@ -209,8 +208,9 @@ def test_many_pages_go_in_chunks_of_one_program(monkeypatch):
     spec = pd.CacheSpec(2, 128, 64, 128, "float32")
     cache, pages = fill(spec, old, 4, 8)
     chunks = []
-    real = move._exchange
-    monkeypatch.setattr(move, "_exchange", lambda staged, *rest: (chunks.append(staged), real(staged, *rest))[1])
+    real = exchange.exchange_staged
+    noted = lambda staged, *rest: (chunks.append(staged), real(staged, *rest))[1]
+    monkeypatch.setattr(exchange, "exchange_staged", noted)
     before = contents(cache, pages)
     made, there = pd.reshard(cache, pages, new, chunk_bytes=1)
     check(cache, pages, made, there, before)
@@ -287,21 +287,21 @@ def test_a_pods_programs_stage_a_chunk_and_hold_no_pool(topology, shape):
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, P(axes.pages, *(None,) * (x.ndim - 1)))
     )
     caches = [pd.PagedKVCache.abstract(spec, mesh) for mesh in (old, new)]
-    leaving = pd.PagedKVCache.abstract(_staging.staging_spec(spec, S, T * q), old)
-    arriving = pd.PagedKVCache.abstract(_staging.staging_spec(spec, T, S * q), new)
+    leaving = pd.PagedKVCache.abstract(staging.staging_spec(spec, S, T * q), old)
+    arriving = pd.PagedKVCache.abstract(staging.staging_spec(spec, T, S * q), new)
     staged = leaving.spec.bytes_per_chip(old)
     assert staged < pool / 16
     for mesh, into, source, shards in ((old, leaving, caches[0], S), (new, caches[1], arriving, T)):
         lists = [at(mesh, np.zeros(s, np.int32)) for s in ((shards, S * T * q // shards, 2), (shards,))]
         with lowering_for(mesh):
-            compiled = _staging._copy_between.lower(into, source, *lists, axes=axes, implementation=None).compile()
+            compiled = staging.copy_chunk.lower(into, source, *lists, axes=axes, implementation=None).compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= into.spec.bytes_per_chip(mesh), "written in place"
         assert (
             memory.temp_size_in_bytes <= staged and whole(compiled) == [] and aot.collectives(compiled.as_text()) == []
         )
-    leave = functools.partial(move._leave, mesh=old, axes=axes, shards=S)
-    specs = move._slot_specs(leaving, axes)
+    leave = functools.partial(exchange.send_slots, mesh=old, axes=axes, shards=S)
+    specs = exchange.slot_specs(leaving, axes)
     apart = jax.tree.map(
         lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(old, p)),
         jax.eval_shape(leave, leaving),
@@ -309,8 +309,8 @@ def test_a_pods_programs_stage_a_chunk_and_hold_no_pool(topology, shape):
     )
     there = jax.tree.map(lambda p: jax.sharding.NamedSharding(new, p), specs, is_leaf=lambda x: isinstance(x, P))
     with lowering_for(old):
-        exchange = [jax.jit(leave).lower(leaving), jax.jit(lambda c: c, out_shardings=there).lower(apart)]
-    for lowered in exchange:
+        steps = [jax.jit(leave).lower(leaving), jax.jit(lambda c: c, out_shardings=there).lower(apart)]
+    for lowered in steps:
         compiled = lowered.compile()
         assert whole(compiled) == [] and compiled.memory_analysis().temp_size_in_bytes <= 4 * staged
         kinds = {c.kind for c in aot.collectives(compiled.as_text())}

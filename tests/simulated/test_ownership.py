@@ -10,7 +10,7 @@ from context_cases import pod
 from jax.sharding import AxisType, NamedSharding
 
 import paged_dist as pd
-from paged_dist.ops import append as write
+from paged_dist.ops import append
 
 ROWS, HEADS, DIM = 4, 2, 128
 
@@ -126,7 +126,7 @@ def test_the_jitted_write_aliases_pools_and_scales_and_not_the_smoothing():
     cache = pd.PagedKVCache.abstract(spec, mesh, key_smoothing=True)
     key, value = new_tokens()
     at = (jnp.asarray(pages.lengths - 1), jnp.asarray(pages.block_tables))
-    lowered = write._append_sharded.jitted.lower(
+    lowered = append._append_sharded.jitted.lower(
         cache.without_smoothing(), cache.key_smoothing, key, value, *at, None, mesh=mesh, axes=pd.MeshAxes(),
         implementation=None,
     )  # fmt: skip

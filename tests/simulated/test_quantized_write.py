@@ -19,7 +19,7 @@ from test_kv_write import bits, pod, shard_tables
 import paged_dist as pd
 from paged_dist.kernels import write_kv_pages
 from paged_dist.kernels.cache_update.tiles import choose_tile_rows, pool_shape
-from paged_dist.kernels.quantization import pack_scales, unpack_scales
+from paged_dist.kernels.scale_layout import pack_scales, unpack_scales
 from paged_dist.launch.planning.hlo_text import ops_around_kernels
 
 

@@ -21,11 +21,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from slices import crossings, groups_along, partitions
 
 from paged_dist.cache import CacheSpec
-from paged_dist.describe import describe_mesh, mesh_facts
+from paged_dist.describe import describe_mesh
 from paged_dist.launch.sweeps.sub_meshes import sub_devices
 from paged_dist.mesh import make_pod_mesh
 from paged_dist.mesh.axes import AXIS_NAMES
 from paged_dist.mesh.devices import memory_limit, place_of, slice_of
+from paged_dist.mesh.facts import mesh_facts
 from paged_dist.mesh.placement import place_devices, split_physical_axes
 from paged_dist.mesh.sizes import infer_sizes
 from paged_dist.mesh.topology import topology_devices

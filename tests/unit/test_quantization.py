@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 import paged_dist as pd
 from paged_dist.kernels.attention.oracle import attention_oracle
 from paged_dist.kernels.attention.xla_form import attend_pages_xla
-from paged_dist.kernels.quantization import LARGEST, fp8_bits, pack_scales, unpack_scales
-from paged_dist.ops.attention import _smoothed
+from paged_dist.kernels.quantization import LARGEST, fp8_bits
+from paged_dist.kernels.scale_layout import pack_scales, unpack_scales
+from paged_dist.ops.attention import smoothed_query
 
 DTYPES = ["int8", "float8_e4m3fn"]
 
@@ -347,7 +348,7 @@ def test_what_a_cache_hands_to_attention_stands_for_the_tokens_written(layers, d
     cache = pd.PagedKVCache.create(spec, pod(shape=(1, 1, 1)), key_smoothing=smoothing)
     cache = pd.write_prefill_kv(cache, *map(jnp.asarray, (key, value, lengths, tables)), layer=layer)
 
-    smoothed = _smoothed(jnp.asarray(query), cache.layer_smoothing(layer))
+    smoothed = smoothed_query(jnp.asarray(query), cache.layer_smoothing(layer))
     *pools, stacked_layer = cache.stacked(layer)
     got, _ = attend_pages_xla(
         smoothed, *pools, lengths, tables, stacked_layer, sm_scale=0.1, **cache.stacked_scales()

@@ -1,4 +1,4 @@
-"""Heads of any size in stored pages: zeros behind the D elements of a token, up to the lanes that it is stored in."""
+"""Padding of heads: a head_dim D that is no stored size gets zeros, [..., D] to [..., stored_head_dim] and back."""
 
 from __future__ import annotations
 

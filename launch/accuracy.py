@@ -87,8 +87,7 @@ def accuracy_settings() -> AccuracySettings:
     shapes = attention_shapes_from_flags()
     flag_checks.check_seed()
     text = ",".join(CONTEXT_LENGTHS.value)
-    whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
-    lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
+    lengths = flag_checks.whole_numbers(CONTEXT_LENGTHS.value) or [0]
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
     drawn = 2 * 4 * shapes.batch * max(lengths) * shapes.num_kv_heads * shapes.head_dim
     flag_checks.check_host_memory("--context_lengths", text, drawn)

@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
 from paged_dist._errors import require
@@ -21,6 +22,8 @@ from paged_dist.kernels import BlockSizes
 from paged_dist.kernels.attention.checks import check_pools
 from paged_dist.kernels.decode import plan_choice, traffic
 from paged_dist.kernels.decode.api import decode_stored_pages
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.traffic import PageTraffic
 from paged_dist.kernels.scale_layout import scale_rows
 from paged_dist.kernels.target import Target
 from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
@@ -96,9 +99,9 @@ def kernel_report_settings() -> KernelReportSettings:
     sizes = None
     if BLOCK_SIZES.value is not None:
         text = ",".join(BLOCK_SIZES.value)
-        whole = len(BLOCK_SIZES.value) == 3 and all(x.strip().isdecimal() for x in BLOCK_SIZES.value)
-        require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
-        sizes = tuple(map(int, BLOCK_SIZES.value))
+        sizes = tuple(flag_checks.whole_numbers(BLOCK_SIZES.value) or ())
+        rule = "must be pages_per_cell,cells_per_step,steps_ahead"
+        require(len(sizes) == 3, "--block_sizes", text, rule, "e.g. 4,8,2")
     flag_checks.check_output(shared_flags.OUTPUT.value)
     lengths, lengths_of = (tokens or _CONTEXT_TOKENS,) * shapes.batch, None
     if LENGTHS_TRACE.value is not None:
@@ -128,7 +131,7 @@ def trace_lengths(path: str, batch: int) -> tuple[tuple[int, ...], str]:
     return tuple(r.context + r.generated // 2 for r in requests), trace.name
 
 
-def plan_of(s: KernelReportSettings, target):
+def plan_of(s: KernelReportSettings, target: Target) -> LaunchPlan:
     """The launch plan of `paged_decode_attention` for the whole batch, on a chip that `target` describes.
 
     Raises:
@@ -157,7 +160,7 @@ def plan_of(s: KernelReportSettings, target):
     return plan
 
 
-def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
+def report_ours(s: KernelReportSettings, mesh: Mesh, plan: LaunchPlan) -> dict:
     """The decode kernel, compiled for the chip of `mesh`: blocks, memory, DMAs, and the XLA operations around it."""
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
@@ -196,7 +199,7 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
     }
 
 
-def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
+def report_jax(s: KernelReportSettings, mesh: Mesh, plan: LaunchPlan) -> dict:
     """The same of JAX's own paged attention, which plans no VMEM."""
     pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.jax_call(plan, pages, mesh)
@@ -210,11 +213,13 @@ def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
     }
 
 
-def _dma_counts(copies, live_bytes: int) -> dict:
+def _dma_counts(copies: PageTraffic, live_bytes: int) -> dict:
+    """How many DMAs a kernel issues and what they read, beside the bytes that are live."""
     return {"copies": copies.count, "bytes_read": copies.bytes, "live_bytes": live_bytes}
 
 
-def _program_facts(compiled, plan) -> dict:
+def _program_facts(compiled: absent_chips.CompiledForChip, plan: LaunchPlan) -> dict:
+    """What the compiled program says: times, launches, memory, XLA operations, and copies of a pool."""
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
     vmem = hlo_text.kernel_vmem(compiled.text)
@@ -230,7 +235,7 @@ def _program_facts(compiled, plan) -> dict:
     }
 
 
-def report_chip(s: KernelReportSettings, chip: str, mesh, plan) -> list[dict]:
+def report_chip(s: KernelReportSettings, chip: str, mesh: Mesh, plan: LaunchPlan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):

@@ -25,7 +25,7 @@ def points_in_pods() -> list[Point]:
     Raises:
       ValueError: too many processes, and what `points_of` refuses.
     """
-    counts = sweep_flags.whole_numbers("processes", sweep_flags.PROCESSES.value)
+    counts = sweep_flags.sizes_of_sweep("processes", sweep_flags.PROCESSES.value)
     flag_checks.at_most(MOST_PROCESSES, processes=counts[-1])
     return points_of([SweepSize(n * sweep_flags.DEVICES.value, processes=n) for n in counts])
 

@@ -72,7 +72,7 @@ def sub_devices(devices: list[jax.Device], size: int) -> list[jax.Device]:
 def sub_mesh_sizes(devices: list[jax.Device]) -> list[int]:
     """The sizes of --sizes. Without it: the powers of two for which there is a sub-mesh, and all devices."""
     if sweep_flags.SIZES.value is not None:
-        return sweep_flags.whole_numbers("sizes", sweep_flags.SIZES.value)
+        return sweep_flags.sizes_of_sweep("sizes", sweep_flags.SIZES.value)
     found = set()
     for size in {*(2**i for i in range(len(devices).bit_length())), len(devices)}:
         with contextlib.suppress(ValueError):

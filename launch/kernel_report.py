@@ -1,10 +1,10 @@
 """The decode kernel compiled for chips that are not here: `paged-dist-kernel-report`.
 
 For each chip it compiles `paged_decode_attention` at one chip's shapes, over a cache as it is stored, ahead of time on
-this host's CPU, and prints how long lowering and compiling took, the VMEM, SMEM and temporary HBM of the program, how
-many DMAs of K and V and their scales the kernel issues for the given lengths and how many bytes they read, over those
-that are live, and which XLA operations stand around the kernel; beside it JAX's own paged attention at the same shapes.
-It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing about time on a chip.
+this host's CPU. It prints how long lowering and compiling took; the program's VMEM, SMEM and temporary HBM; how many
+DMAs of K and V and their scales the kernel issues for the given lengths, and the bytes that they read over those that
+are live; and how many XLA operations stand around the kernel. Beside it stands JAX's own paged attention, at the same
+shapes. It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing about time on a chip.
 """
 
 from __future__ import annotations

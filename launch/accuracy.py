@@ -2,11 +2,11 @@
 
 Decode attention as users run it, `write_prefill_kv` into a `PagedKVCache` and `sharded_paged_attention` over it, on one
 CPU device, against float64. Keys and values are Gaussian in f32, queries Gaussian in bf16, sm_scale 1 / sqrt(head_dim).
-Three cases: plain; outliers, a few of the keys' channels being 20 times the others; and those with key smoothing,
-calibrated on a sample of other keys. Each query head is scaled so that its logits have a standard deviation of one in
-every case: with the keys' outliers they would grow, the softmax would pick one token, and errors would tell of that.
-Errors are root mean squares relative to that of the output. The op's own error is that to float64 on what the cache
-holds, dequantised.
+Three cases: plain; outliers, where a few channels of the keys are 20 times the others; and smoothed, the same keys with
+key smoothing, calibrated on a sample of other keys. In every case each query head is scaled until its logits have a
+standard deviation of one: with outliers they would be larger, the softmax would pick one token, and the error would be
+that token's. An error is the root mean square of the difference over that of the output. The op's own error is against
+float64 attention over what the cache holds, dequantised.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _PREFILL_TOKENS = 2048  # tokens of a sequence that one prefill call writes
 
 
 class AccuracySettings(NamedTuple):
-    """What to measure. B, Hq, Hkv, D, P, and the context lengths in tokens, ascending."""
+    """What to measure: B, Hq, Hkv, D, P, a seed, and the context lengths in tokens, ascending."""
 
     batch: int
     num_q_heads: int
@@ -87,8 +87,7 @@ def accuracy_settings() -> AccuracySettings:
     shapes = attention_shapes_from_flags()
     flag_checks.check_seed()
     text = ",".join(CONTEXT_LENGTHS.value)
-    whole = len(CONTEXT_LENGTHS.value) > 0 and all(x.strip().isdecimal() for x in CONTEXT_LENGTHS.value)
-    lengths = tuple(map(int, CONTEXT_LENGTHS.value)) if whole else (0,)
+    lengths = flag_checks.whole_numbers(CONTEXT_LENGTHS.value) or [0]
     require(min(lengths) >= 1, "--context_lengths", text, "must be whole numbers of tokens, at least 1", "e.g. 128,512")
     drawn = 2 * 4 * shapes.batch * max(lengths) * shapes.num_kv_heads * shapes.head_dim
     flag_checks.check_host_memory("--context_lengths", text, drawn)
@@ -106,7 +105,7 @@ class CaseData(NamedTuple):
 
 
 def draw(s: AccuracySettings) -> dict[str, CaseData]:
-    """The data of every case: the same draws, so that cases differ in nothing else."""
+    """The data of every case. All come from the same draws, so that cases differ in nothing else."""
     rng = np.random.default_rng([s.seed, 3])
     normal = functools.partial(rng.standard_normal, dtype=np.float32)
     query = normal((s.batch, s.num_q_heads, s.head_dim))
@@ -132,7 +131,7 @@ def draw(s: AccuracySettings) -> dict[str, CaseData]:
 
 
 def shuffled_tables(s: AccuracySettings) -> np.ndarray:
-    """int32 [B, S] page ids, shuffled."""
+    """A block table [B, S] int32 of shuffled page ids, with room for the longest context."""
     columns = -(-max(s.lengths) // s.page_size)
     rng = np.random.default_rng([s.seed, 4])
     return rng.permutation(s.batch * columns).reshape(s.batch, columns).astype(np.int32)

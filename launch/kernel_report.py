@@ -1,10 +1,10 @@
 """The decode kernel compiled for chips that are not here: `paged-dist-kernel-report`.
 
 For each chip it compiles `paged_decode_attention` at one chip's shapes, over a cache as it is stored, ahead of time on
-this host's CPU, and prints how long lowering and compiling took, the VMEM, SMEM and temporary HBM of the program, how
-many DMAs of K and V and their scales the kernel issues for the given lengths and how many bytes they read, over those
-that are live, and which XLA operations stand around the kernel; beside it JAX's own paged attention at the same shapes.
-It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing about time on a chip.
+this host's CPU. It prints how long lowering and compiling took; the program's VMEM, SMEM and temporary HBM; how many
+DMAs of K and V and their scales the kernel issues for the given lengths, and the bytes that they read over those that
+are live; and how many XLA operations stand around the kernel. Beside it stands JAX's own paged attention, at the same
+shapes. It needs libtpu, the TPU compiler, and no TPU. Nothing runs: it says nothing about time on a chip.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
 from paged_dist._errors import require
@@ -21,6 +22,8 @@ from paged_dist.kernels import BlockSizes
 from paged_dist.kernels.attention.checks import check_pools
 from paged_dist.kernels.decode import plan_choice, traffic
 from paged_dist.kernels.decode.api import decode_stored_pages
+from paged_dist.kernels.decode.launch_plan import LaunchPlan
+from paged_dist.kernels.decode.traffic import PageTraffic
 from paged_dist.kernels.scale_layout import scale_rows
 from paged_dist.kernels.target import Target
 from paged_dist.launch.common import flag_checks, host, provenance, record_output, shared_flags
@@ -63,7 +66,7 @@ _CONTEXT_TOKENS = 4096  # where no flag names other lengths
 
 @dataclasses.dataclass(frozen=True)
 class KernelReportSettings:
-    """What to compile: one chip's shapes and the lengths to count for, checked as far as flags go."""
+    """What to compile: the chips, one chip's shapes, and the lengths to count DMAs for."""
 
     chips: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -96,9 +99,9 @@ def kernel_report_settings() -> KernelReportSettings:
     sizes = None
     if BLOCK_SIZES.value is not None:
         text = ",".join(BLOCK_SIZES.value)
-        whole = len(BLOCK_SIZES.value) == 3 and all(x.strip().isdecimal() for x in BLOCK_SIZES.value)
-        require(whole, "--block_sizes", text, "must be pages_per_cell,cells_per_step,steps_ahead", "e.g. 4,8,2")
-        sizes = tuple(map(int, BLOCK_SIZES.value))
+        sizes = tuple(flag_checks.whole_numbers(BLOCK_SIZES.value) or ())
+        rule = "must be pages_per_cell,cells_per_step,steps_ahead"
+        require(len(sizes) == 3, "--block_sizes", text, rule, "e.g. 4,8,2")
     flag_checks.check_output(shared_flags.OUTPUT.value)
     lengths, lengths_of = (tokens or _CONTEXT_TOKENS,) * shapes.batch, None
     if LENGTHS_TRACE.value is not None:
@@ -128,8 +131,8 @@ def trace_lengths(path: str, batch: int) -> tuple[tuple[int, ...], str]:
     return tuple(r.context + r.generated // 2 for r in requests), trace.name
 
 
-def plan_of(s: KernelReportSettings, target):
-    """The plan of `paged_decode_attention` for the whole batch, on a chip that is the `Target` of the op.
+def plan_of(s: KernelReportSettings, target: Target) -> LaunchPlan:
+    """The launch plan of `paged_decode_attention` for the whole batch, on a chip that `target` describes.
 
     Raises:
       ValueError: shapes or block sizes that the op refuses.
@@ -157,8 +160,8 @@ def plan_of(s: KernelReportSettings, target):
     return plan
 
 
-def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
-    """What the decode kernel is on the chip of `mesh`."""
+def report_ours(s: KernelReportSettings, mesh: Mesh, plan: LaunchPlan) -> dict:
+    """The decode kernel, compiled for the chip of `mesh`: blocks, memory, DMAs, and the XLA operations around it."""
     p = plan.problem
     spec = CacheSpec(p.num_kv_heads, s.head_dim, p.num_pages, p.page_size, p.cache_dtype, num_layers=1)
     query = jax.ShapeDtypeStruct((p.batch, p.num_q_heads, s.head_dim), p.query_dtype)
@@ -196,8 +199,8 @@ def report_ours(s: KernelReportSettings, mesh, plan) -> dict:
     }
 
 
-def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
-    """What JAX's own paged attention is there; it plans no VMEM. `error` where it does not compile."""
+def report_jax(s: KernelReportSettings, mesh: Mesh, plan: LaunchPlan) -> dict:
+    """The same of JAX's own paged attention, which plans no VMEM."""
     pages = jax_kernel.jax_pages_per_block(plan, s.jax_block_tokens)
     op, arrays = jax_kernel.jax_call(plan, pages, mesh)
     return {
@@ -210,11 +213,13 @@ def report_jax(s: KernelReportSettings, mesh, plan) -> dict:
     }
 
 
-def _dma_counts(copies, live_bytes: int) -> dict:
+def _dma_counts(copies: PageTraffic, live_bytes: int) -> dict:
+    """How many DMAs a kernel issues and what they read, beside the bytes that are live."""
     return {"copies": copies.count, "bytes_read": copies.bytes, "live_bytes": live_bytes}
 
 
-def _program_facts(compiled, plan) -> dict:
+def _program_facts(compiled: absent_chips.CompiledForChip, plan: LaunchPlan) -> dict:
+    """What the compiled program says: times, launches, memory, XLA operations, and copies of a pool."""
     p = plan.problem
     pool_bytes = p.num_kv_heads * p.num_pages * p.page_size * p.head_dim * plan.cache_dtype.itemsize
     vmem = hlo_text.kernel_vmem(compiled.text)
@@ -230,7 +235,7 @@ def _program_facts(compiled, plan) -> dict:
     }
 
 
-def report_chip(s: KernelReportSettings, chip: str, mesh, plan) -> list[dict]:
+def report_chip(s: KernelReportSettings, chip: str, mesh: Mesh, plan: LaunchPlan) -> list[dict]:
     """One record for each kernel on `chip`; with `error` in place of the numbers where it does not compile."""
     records = []
     for kernel, report in (("paged_dist", report_ours), ("jax", report_jax)):
@@ -262,11 +267,12 @@ _COLUMNS = (  # heading in two lines, width, what stands there
 
 
 def _kib_cell(size: int | None) -> str:
+    """A column's number of KiB, which stands in its heading; '-' where there is none."""
     return "-" if size is None else f"{size / 1024:.0f}"
 
 
 def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: dict[str, str]) -> str:
-    """The report as lines."""
+    """The report as lines, a row for each chip and kernel."""
     live = next((r["live_bytes"] for r in records if "error" not in r), None)
     window = "" if s.sliding_window is None else f", window {s.sliding_window}"
     scales = " and scales" if s.dtype in ("int8", "float8_e4m3fn") else ""
@@ -298,7 +304,7 @@ def kernel_report_table(s: KernelReportSettings, records: list[dict], versions: 
 
 
 def _line(columns, cells) -> str:
-    """Names to the left, numbers to the right of their columns."""
+    """A row of the table: names to the left of their columns, numbers to the right."""
     widths = [width for _, _, width, _ in columns]
     names = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     return " ".join(names + [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]).rstrip()

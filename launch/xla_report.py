@@ -44,7 +44,7 @@ XLA_REPORT_PROGRAM = Program(
 
 
 def sizes_from_flags() -> dict:
-    """The problem to measure, checked.
+    """What to measure, as the flags name it: shapes, dtype, table_tokens, repeats and live shares, checked.
 
     Raises:
       ValueError, NotImplementedError: a flag's value that does not fit.
@@ -110,7 +110,10 @@ def gather_everything(
 
 
 def make_forms(sizes: dict) -> dict:
-    """Form -> function of lengths [B], compiled at the first call; all on the same pages, the op first."""
+    """Name of a form -> its function of lengths [B], compiled at the first call. The op comes first.
+
+    All read the same pages.
+    """
     batch, heads, head_dim, dtype = (sizes[n] for n in ("batch", "num_kv_heads", "head_dim", "dtype"))
     columns = sizes["table_tokens"] // sizes["page_size"]
     num_pages = whole_pool(batch * columns, sizes["page_size"], dtype)
@@ -150,7 +153,11 @@ def make_forms(sizes: dict) -> dict:
 
 
 def time_forms(forms: dict, lengths, repeats: int) -> tuple[dict, float]:
-    """(form -> [repeats] seconds, the worst difference of a plain form's output from the op's, over its scale)."""
+    """Runs every form `repeats` times, in turns.
+
+    Returns:
+      Form -> [repeats] seconds; and the worst difference of a plain form's output from the op's, over its scale.
+    """
     first, *plain = (np.asarray(form(lengths)).astype(np.float64) for form in forms.values())
     # An idle row is 0 here; what the plain form makes of no token means nothing.
     live = np.asarray(lengths) > 0

@@ -1,6 +1,7 @@
 """What a device does not tell of its TPU: published rates, the pod's size, and the HBM that XLA gives a program.
 
-The kernels' table (`kernels.chips`) has what a kernel is compiled by: cores, vector and scalar memory.
+`kernels.chips` has what kernels are compiled by: cores, vector and scalar memory, and jax's own figure of the HBM rate.
+That one is rounded, and for v5p lower than Google's (2,460 for 2,765 GB/s): peaks and projections here are Google's.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 from paged_dist._errors import require
 from paged_dist.launch.common import flag_registry as flags
@@ -65,6 +66,11 @@ def check_head_counts() -> None:
     """Raises ValueError where the query heads are not the same number for each key/value head."""
     q, kv = NUM_Q_HEADS.value, NUM_KV_HEADS.value
     require(q % kv == 0, "--num_q_heads", q, f"must be a multiple of --num_kv_heads={kv}")
+
+
+def whole_numbers(texts: Sequence[str]) -> list[int] | None:
+    """The numbers of a list flag, in its order; None where one is no whole number, or where there are none."""
+    return list(map(int, texts)) if texts and all(text.strip().isdecimal() for text in texts) else None
 
 
 def check_host_memory(argument: str, value: object, need: int) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from paged_dist._errors import bad_value
 from paged_dist.launch.common.chips import V4, V5E, V5P, V6E, V7X, Chip
 
-# By what libtpu calls a generation, before the colon of a topology; and the words of accelerator types for it.
+# A generation as libtpu calls it, before the colon of a topology. Then other words for it: those that are taken, of
+# accelerator types, and those that are answered with its name.
 CHIP_OF_GENERATION = {"v4": V4, "v5e": V5E, "v5p": V5P, "v6e": V6E, "tpu7x": V7X}
 _ALSO_CALLED = {"v5litepod": "v5e"}
 _NOT_CALLED = {"v7x": "tpu7x", "v7": "tpu7x", "ironwood": "tpu7x", "trillium": "v6e", "v6": "v6e", "v5": "v5p or v5e"}
@@ -33,7 +34,7 @@ def slices_sold(generation: str) -> tuple[tuple[int, ...], ...]:
 
     After Google's pages of each generation: v5e and v6e have eight shapes. v4, v5p and tpu7x have parts of a cube of
     4x4x4 chips, tpu7x also a single chip, and boxes of whole cubes, as many as the pod has. Axes ascend, but for the
-    host's 2x2x1. Of as many chips, the shape nearest a cube comes first.
+    host's 2x2x1. Among shapes of equally many chips the one nearest a cube comes first.
     """
     chip = CHIP_OF_GENERATION[generation]
     if len(chip.pod) == 2:

@@ -23,7 +23,10 @@ _TIME = re.compile(r"(^|_)(s|ms|us|ns)(_(p\d+|mean|median|min|max))?$")
 
 
 def direction(metric: str, above: bool) -> str:
-    """What b is where its values of `metric` are above, or below, those of a: by the unit in the name."""
+    """'faster', 'slower', 'higher' or 'lower': what b is where its values of `metric` are above, or below, a's.
+
+    The unit in the metric's name says which way is better.
+    """
     if _RATE.search(metric):
         return "faster" if above else "slower"
     if _TIME.search(metric):
@@ -32,7 +35,7 @@ def direction(metric: str, above: bool) -> str:
 
 
 def _steps_quartiles(a: dict, b: dict) -> tuple[float, float] | None:
-    """b/a of one run's step time each, from quartile to quartile: b's p25 over a's p75, and b's p75 over a's p25."""
+    """The range of b/a of step times within one run each: b's p25 over a's p75, and b's p75 over a's p25."""
     (low_a, high_a), (low_b, high_b) = ([metric_value(r, f"step_ms_p{q}") or 0 for q in (25, 75)] for r in (a, b))
     return (low_b / high_a, high_b / low_a) if min(low_a, high_a, low_b, high_b) > 0 else None
 
@@ -71,7 +74,7 @@ def compare_metric(metric: str, a: list[dict], b: list[dict]) -> dict:
 
 
 def differences(a: list[dict], b: list[dict]) -> dict[str, list[list[str]]]:
-    """What runs of the same work may differ in and do: 'versions.jax' -> [all that a has, all that b has]."""
+    """Versions, commit and flags in which runs of the same work differ: 'versions.jax' -> [all of a's, all of b's]."""
     sides = []
     for rows in (a, b):
         sides.append([])
@@ -93,7 +96,7 @@ def differences(a: list[dict], b: list[dict]) -> dict[str, list[list[str]]]:
 
 
 def compare_checksums(a: list[dict], b: list[dict]) -> dict | None:
-    """The outputs' checksums over the rows of one work; None unless both sides have one.
+    """Whether the outputs of the rows of one work have the same checksum; None unless both sides have one.
 
     Returns:
       values: [all that a has, all that b has]; verdict: "same", "differs", or "compilers differ", where the rows that
@@ -125,7 +128,7 @@ def nearest(only_a: list[dict], only_b: list[dict]) -> dict[str, list]:
 
 
 def compare(files: Sequence[str], rows: Sequence[list[dict]], metrics: Sequence[str]) -> dict:
-    """The whole comparison as one record, `groups` holding a work each that is in both.
+    """The whole comparison as one record. Each of its `groups` is a work that both files have.
 
     Raises:
       NothingComparable: no whole run, no work or no metric is in both; says which.

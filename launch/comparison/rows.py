@@ -1,4 +1,4 @@
-"""Rows of benchmark runs: read from files of JSON lines, and put together where they did the same work."""
+"""Rows of benchmark runs: read from files of JSON lines, and grouped by the work that they did."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_rows(path: str) -> tuple[list[dict], str | None]:
 
 
 def flat_items(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """('settings.layers', 2), ... of nested dicts, without nulls."""
+    """The leaves of nested dicts with their paths, nulls left out: ('settings.layers', 2), ..."""
     if isinstance(value, dict):
         for key in sorted(value):
             yield from flat_items(value[key], f"{name}.{key}" if name else key)

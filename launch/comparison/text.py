@@ -42,7 +42,7 @@ def _ratio_text(value: float | None) -> str:
 
 
 def _metric_lines(r: dict) -> list[str]:
-    """A row of the table; a name that is too long for it, and a spread within runs, on a line of their own."""
+    """A row of the table. A name that is too long for it, and a spread within runs, take a line of their own."""
     runs, name = "{}+{}".format(*r["runs"]), shown(r["metric"])
     lines = [] if len(name) + 1 + len(runs) <= 22 else [wrapped(name)]
     spread = "" if r["spread"] is None or r["spread_of"] == "within-run" else "..".join(map(_ratio_text, r["spread"]))

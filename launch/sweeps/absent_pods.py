@@ -1,4 +1,4 @@
-"""A sweep over slices that are not here: each point is a plan, its step compiled and its least time projected."""
+"""A sweep over slices that are not here: each point's step is compiled, and its least time is projected."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from paged_dist.launch.planning.plan_text import problems
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.sweeps.points import Point, SweepSize, batch_step, points_of
 from paged_dist.launch.sweeps.sweep_rows import SweepRows
+from paged_dist.mesh.topology import topology_devices
 
 
 class PlannedSweep(NamedTuple):
-    """What to plan, point by point, checked."""
+    """The settings of each point's plan, checked against its slice."""
 
     settings: dict[Point, PodSettings]
     fits: Callable[[Mapping[str, int]], bool]  # whether changed settings fit every slice of the sweep
 
 
 def settings_of_points(points: list[Point]) -> dict[Point, PodSettings]:
-    """What to plan, point by point."""
+    """The settings of each point's plan: those of the flags, with the point's slice, mesh and batch."""
     found = {}
     for p in points:
         data, context, model = p.mesh
@@ -44,8 +45,6 @@ def plan_sweep(slices: list[str]) -> PlannedSweep:
     Raises:
       ValueError: what does not fit a slice, with what fits all of them.
     """
-    from paged_dist.mesh.topology import topology_devices
-
     names = dict.fromkeys(bookable_slice(t, "--plan").topology for t in slices)
     settings = settings_of_points(
         points_of([SweepSize(len(topology_devices(t, plan_flags.NUM_SLICES.value)), topology=t) for t in names])
@@ -62,7 +61,7 @@ def plan_sweep(slices: list[str]) -> PlannedSweep:
 
 
 def run_plans(program: Program, sweep: PlannedSweep) -> int:
-    """Projects what is due; the exit code."""
+    """Projects the points that are not in --output yet; the exit code."""
     requests = next(iter(sweep.settings.values())).requests
     rows = SweepRows(program, list(sweep.settings), program.say, requests)
     for point in rows.due():

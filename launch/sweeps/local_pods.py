@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 
+from paged_dist.cluster import PREEMPTED
 from paged_dist.launch import decode
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
@@ -24,7 +25,7 @@ def points_in_pods() -> list[Point]:
     Raises:
       ValueError: too many processes, and what `points_of` refuses.
     """
-    counts = sweep_flags.whole_numbers("processes", sweep_flags.PROCESSES.value)
+    counts = sweep_flags.sizes_of_sweep("processes", sweep_flags.PROCESSES.value)
     flag_checks.at_most(MOST_PROCESSES, processes=counts[-1])
     return points_of([SweepSize(n * sweep_flags.DEVICES.value, processes=n) for n in counts])
 
@@ -48,7 +49,7 @@ def pod_command(point: Point, output: str) -> list[str]:
 
 
 def run_in_pods(rows: SweepRows) -> int:
-    """Measures what is due, each point in a local pod of its own; the exit code."""
+    """Measures the points that are not in --output yet, each in a local pod of its own; the exit code."""
     pods = PodRunner()
     with pods:
         for point in rows.due():
@@ -57,7 +58,7 @@ def run_in_pods(rows: SweepRows) -> int:
                 output, log = os.path.join(folder, "row.jsonl"), os.path.join(folder, "log")
                 code = pods.run(pod_command(point, output), log)
                 if pods.stopped:
-                    rows.say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+                    rows.say_stopped()
                     return pods.stopped
                 if code != 0:
                     with open(log, encoding="utf-8", errors="replace") as file:
@@ -93,8 +94,6 @@ class PodRunner:
             signal.signal(number, handler)
 
     def _stop(self, number, frame) -> None:
-        from paged_dist.cluster import PREEMPTED
-
         self.stopped = PREEMPTED if number == signal.SIGTERM else 128 + number
         if self._pod is not None and self._pod.poll() is None:
             self._pod.send_signal(signal.SIGINT)

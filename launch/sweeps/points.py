@@ -61,7 +61,7 @@ class SweepSize(NamedTuple):
 
 
 def points_of(sizes: list[SweepSize]) -> list[Point]:
-    """The sweep that the flags describe, over `sizes`.
+    """The points of the sweep that the flags describe, over `sizes`: strong and weak, each --runs times.
 
     Raises:
       ValueError: a size over which context and model do not divide, or a batch that does not divide over a mesh.
@@ -102,16 +102,16 @@ def points_of(sizes: list[SweepSize]) -> list[Point]:
 
 
 def batch_step(runs: list[tuple[int, int]]) -> int:
-    """What the batch of the smallest point must be a multiple of, so that `times` it divides over `data` shards.
+    """The number that --batch must be a multiple of.
 
     Args:
-      runs: (data, times) of each run.
+      runs: (data, times) of each run, whose batch is `times` the flag's and is split over `data` shards.
     """
     return math.lcm(*(data // math.gcd(data, times) for data, times in runs))
 
 
 def print_points(points: list[Point]) -> int:
-    """What --dry_run does; the exit code."""
+    """What --dry_run prints of a sweep; returns the exit code."""
     for point in points:
         print(point)
     print(f"dry run: {len(points)} runs; nothing was started or written")

@@ -1,4 +1,7 @@
-"""What a sweep says: efficiency against ideal, a table, and a plot in which projected never looks like measured."""
+"""The report of a scaling sweep: efficiency against ideal scaling, as a table and as a plot.
+
+Projected points never look like measured ones.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import statistics
 from typing import NamedTuple
 
 
-class Mean(NamedTuple):
-    """One point of a series: medians over its repeats."""
+class SeriesPoint(NamedTuple):
+    """One mesh of a series: medians over its repeats."""
 
     mesh: str
     processes: int
@@ -30,7 +33,7 @@ class Series(NamedTuple):
     projected: bool
     device: str  # 'cpu', 'TPU v5p', ...
     work: str  # a digest of the model and its cache, where the rows have several; else empty
-    points: tuple[Mean, ...]
+    points: tuple[SeriesPoint, ...]
 
     @property
     def title(self) -> str:
@@ -48,19 +51,22 @@ def series(rows: list[dict]) -> list[Series]:
     same time a step. Rows of a run that was asked to stop do not count.
     """
     found: dict[tuple[str, bool, str, str], dict[tuple, list[dict]]] = {}
-    several = len({_work(r) for r in rows}) > 1
+    several = len({work_digest(r) for r in rows}) > 1
     for r in rows:
         if r["partial"]:
             continue
         device = r["chip"] if r["projected"] else " and ".join(sorted(r["devices"]))
         mesh = "x".join(str(r["mesh"][name]) for name in ("data", "context", "model"))
-        points = found.setdefault((r["mode"], r["projected"], device, _work(r) if several else ""), {})
+        points = found.setdefault((r["mode"], r["projected"], device, work_digest(r) if several else ""), {})
         points.setdefault((r["chips"], mesh, r["processes"]), []).append(r)
-    return [Series(*which, _means(points)) for which, points in sorted(found.items(), key=lambda item: item[0])]
+    return [Series(*which, _series_points(points)) for which, points in sorted(found.items(), key=lambda item: item[0])]
 
 
-def _work(row: dict) -> str:
-    """A digest of what a row served and with what model: points of a series differ in mesh, rows and requests alone."""
+def work_digest(row: dict) -> str:
+    """Four hex digits of what a row served and with what model.
+
+    Points of a series agree in it: they differ in the data axis, the batch, and how often the requests are served.
+    """
     names = ("layers", "num_layers", "num_q_heads", "num_kv_heads", "head_dim", "dtype", "page_size", "sliding_window")
     settings = [
         row["settings"].get(name)
@@ -71,7 +77,7 @@ def _work(row: dict) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:4]
 
 
-def _means(points: dict[tuple, list[dict]]) -> tuple[Mean, ...]:
+def _series_points(points: dict[tuple, list[dict]]) -> tuple[SeriesPoint, ...]:
     median = lambda runs, name: statistics.median(r[name] for r in runs)
     ordered = sorted(points.items(), key=lambda item: item[0])
     base = median(ordered[0][1], "tokens_per_s_per_chip")
@@ -80,12 +86,12 @@ def _means(points: dict[tuple, list[dict]]) -> tuple[Mean, ...]:
         a_chip = median(runs, "tokens_per_s_per_chip")
         p99 = None if runs[0]["step_ms_p99"] is None else median(runs, "step_ms_p99")
         times = median(runs, "tokens_per_s"), a_chip, median(runs, "step_ms_p50"), p99
-        means.append(Mean(mesh, processes, chips, *times, a_chip / base, len(runs)))
+        means.append(SeriesPoint(mesh, processes, chips, *times, a_chip / base, len(runs)))
     return tuple(means)
 
 
 def sweep_table(rows: list[dict]) -> str:
-    """The sweep as lines of at most 80 columns."""
+    """The sweep as lines of at most 80 columns: a table for each series."""
     lines = []
     for one in series(rows):
         lines += ["", one.title, "         mesh procs  chips    tokens/s    a chip   p50 ms   p99 ms ideal runs"]
@@ -100,10 +106,11 @@ def sweep_table(rows: list[dict]) -> str:
 
 
 def _four_digits(value: float) -> str:
+    """At most 6 characters below a million: four digits, or all of a whole number's."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-STYLES = {  # matplotlib's: a glance must tell one from the other
+STYLES = {  # projected -> matplotlib's line style: a glance must tell one from the other
     False: {"linestyle": "-", "marker": "o", "fillstyle": "full"},
     True: {"linestyle": "--", "marker": "s", "fillstyle": "none"},
 }

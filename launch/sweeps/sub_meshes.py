@@ -1,11 +1,15 @@
-"""A sweep on attached devices: each point runs on a sub-mesh of them, on every process of the run alike."""
+"""A sweep on attached devices: each point runs on a sub-mesh of them. Every process of the run takes part in it."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 
+import jax
+
+from paged_dist import make_pod_mesh
 from paged_dist._errors import require
+from paged_dist.cluster import PREEMPTED
 from paged_dist.launch import decode
 from paged_dist.launch.common import shared_flags
 from paged_dist.launch.common.program import Program
@@ -13,7 +17,8 @@ from paged_dist.launch.common.run_program import UsageError
 from paged_dist.launch.common.start_jax import watchdog
 from paged_dist.launch.serving import run_setup
 from paged_dist.launch.serving.measure_run import measure_run
-from paged_dist.launch.serving.workload import repeated
+from paged_dist.launch.serving.programs import Model
+from paged_dist.launch.serving.workload import Request, repeated
 from paged_dist.launch.sweeps import sweep_flags
 from paged_dist.launch.sweeps.points import SweepSize, points_of, print_points
 from paged_dist.launch.sweeps.sweep_rows import SweepRows
@@ -22,7 +27,7 @@ from paged_dist.mesh.devices import place_of
 _STEPS_A_POINT = 10**9  # the watchdog numbers steps over the whole sweep: each point has a range of numbers of its own
 
 
-def sub_devices(devices: list, size: int) -> list:
+def sub_devices(devices: list[jax.Device], size: int) -> list[jax.Device]:
     """`size` of the devices, process 0's first among them.
 
     Of TPUs it is a box of the torus, over the fewest hosts, and of such boxes the one nearest a cube.
@@ -64,10 +69,10 @@ def sub_devices(devices: list, size: int) -> list:
     return min(found, key=lambda one: one[:3])[3]
 
 
-def sub_mesh_sizes(devices: list) -> list[int]:
+def sub_mesh_sizes(devices: list[jax.Device]) -> list[int]:
     """The sizes of --sizes. Without it: the powers of two for which there is a sub-mesh, and all devices."""
     if sweep_flags.SIZES.value is not None:
-        return sweep_flags.whole_numbers("sizes", sweep_flags.SIZES.value)
+        return sweep_flags.sizes_of_sweep("sizes", sweep_flags.SIZES.value)
     found = set()
     for size in {*(2**i for i in range(len(devices).bit_length())), len(devices)}:
         with contextlib.suppress(ValueError):
@@ -76,17 +81,14 @@ def sub_mesh_sizes(devices: list) -> list[int]:
     return sorted(found)
 
 
-def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
-    """Measures what is due on sub-meshes of the devices of this run; the exit code. Every process calls it.
+def run_on_sub_meshes(program: Program, model: Model, requests: list[Request], workload: str) -> int:
+    """Measures the points that are not in --output yet, on sub-meshes of this run's devices; the exit code.
+
+    Every process calls it.
 
     Args:
       model, requests, workload: as `run_setup.prepare_run` takes them.
     """
-    import jax
-
-    from paged_dist import make_pod_mesh
-    from paged_dist.cluster import PREEMPTED
-
     with watchdog(program.name) as watch:
         watch.watch_for_preemption()
         say = program.sayer(watch)
@@ -112,7 +114,7 @@ def run_on_sub_meshes(program: Program, model, requests, workload: str) -> int:
         for i in due:
             point = points[i]
             if watch.decide(f"stop before {i}", watch.is_asked_to_stop, any):
-                say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+                rows.say_stopped()
                 return PREEMPTED
             say(str(point))
             finish = lambda record, point=point: int(not (rows.add(point, record) and record["oracle_passed"]))

@@ -1,4 +1,4 @@
-"""The flags of a scaling sweep: which runs it has, which flags of the decode benchmark and of a plan it takes."""
+"""The flags of a scaling sweep: its own, and those of the decode benchmark and of plans that it takes."""
 
 from __future__ import annotations
 
@@ -85,13 +85,14 @@ def check_sweep_flags() -> None:
             raise bad_value("--plot", PLOT.value, "needs matplotlib", "pip install 'paged-dist[plot]'") from e
 
 
-def whole_numbers(flag: str, texts: list[str]) -> list[int]:
+def sizes_of_sweep(flag: str, texts: list[str]) -> list[int]:
     """The numbers of a list flag, each once, ascending.
 
     Raises:
       ValueError: a text that is no whole number, or one below 1; an empty list.
     """
-    for text in texts:
-        require(text.strip().isdecimal() and int(text) >= 1, f"--{flag}", text, "must be whole numbers, at least 1")
     require(len(texts) > 0, f"--{flag}", "", "must have at least one number")
-    return sorted({int(text) for text in texts})
+    for text in texts:
+        numbers = flag_checks.whole_numbers([text]) or [0]
+        require(numbers[0] >= 1, f"--{flag}", text, "must be whole numbers, at least 1")
+    return sorted(set(map(int, texts)))

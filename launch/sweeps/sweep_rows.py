@@ -1,4 +1,4 @@
-"""The rows of a sweep: which of its points are measured already, and how a new one is kept."""
+"""The rows of a sweep in --output: which points are measured already, how a new row is kept, the table at the end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from collections.abc import Callable, Sequence
 
 from paged_dist.launch.common import shared_flags
 from paged_dist.launch.common.program import Program
+from paged_dist.launch.common.provenance import git_commit, versions
+from paged_dist.launch.common.record_output import append_output, print_text
 from paged_dist.launch.serving.workload import Request
-from paged_dist.launch.sweeps import sweep_flags
+from paged_dist.launch.sweeps import scaling_report, sweep_flags
 from paged_dist.launch.sweeps.points import Point
 
 
 def rows_in_file(path: str | None, say: Callable[[str], None] = lambda line: None) -> list[dict]:
-    """The rows of sweeps in a file of JSON lines; rows of others are passed over, half-written ones with a note."""
+    """The rows of scaling sweeps in a file of JSON lines.
+
+    Other programs' rows are passed over; half-written lines too, which `say` is told.
+    """
     if path is None or not os.path.isfile(path):  # a device has no end
         return []
     rows = []
@@ -38,7 +43,9 @@ def _is_whole_and_right(row: dict) -> bool:
 
 
 class SweepRows:
-    """The rows that --output has already and those that come: each is in the file before the next run begins.
+    """The rows of a sweep: those that --output has already, and those that come.
+
+    Each new row is in the file before the next run begins, so that a sweep that was ended goes on where it stopped.
 
     Args:
       say: prints a line, of process 0 alone where there are several.
@@ -54,8 +61,6 @@ class SweepRows:
         requests: Sequence[Request],
         devices: dict[str, int] | None = None,
     ):
-        from paged_dist.launch.common.provenance import git_commit, versions
-
         self._program, self.points, self.say = program, points, say
         origin = [versions(), git_commit(), devices, zlib.crc32(repr(list(requests)).encode())]
         self._keys = {p: p.key(origin) for p in points}
@@ -68,10 +73,12 @@ class SweepRows:
             self.say(f"{len(self.done)} of {len(self.points)} rows are in {shared_flags.OUTPUT.value} already")
         return [p for p in self.points if p not in self.done]
 
+    def say_stopped(self) -> None:
+        """Says what becomes of a sweep that was asked to stop."""
+        self.say("asked to stop: the rows measured so far are kept, the same command goes on from here")
+
     def add(self, point: Point, record: dict) -> bool:
         """Writes a point's row; False where that fails."""
-        from paged_dist.launch.common.record_output import append_output
-
         row = record | {"benchmark": "scaling", "mode": point.mode, "key": self._keys[point], "repeat": point.repeat}
         row["flags"] = shared_flags.given_flags()
         if _is_whole_and_right(row):
@@ -80,9 +87,6 @@ class SweepRows:
 
     def conclude(self) -> int:
         """Prints the table of this sweep and draws the plot, which has the file's other sweeps too; the exit code."""
-        from paged_dist.launch.common.record_output import print_text
-        from paged_dist.launch.sweeps import scaling_report
-
         rows = [self.done[p] for p in self.points if p in self.done]
         printed = not rows or print_text(self._program.name, scaling_report.sweep_table(rows))
         mine = {r["key"] for r in rows}
@@ -92,8 +96,6 @@ class SweepRows:
 
     def _draw(self, rows: list[dict], path: str) -> bool:
         """Draws `rows` into the file `path`, which is replaced at once or left as it was; False where that fails."""
-        from paged_dist.launch.sweeps import scaling_report
-
         folder = os.path.dirname(os.path.abspath(path))
         beside = os.path.join(folder, f".{os.getpid()}-{os.path.basename(path)}")
         try:

@@ -140,6 +140,8 @@ def test_every_setting_of_xla_report_and_accuracy_is_printed():
 def test_sweeps_over_other_lengths_are_other_series(more):
     row = dict(settings={}, workload="a trace", mesh={"context": 1, "model": 2})
     other = row | {"workload": f"a trace{more}"}
-    assert scaling_report._work(row) == scaling_report._work(row | {"workload": "a trace, 4 times over"})
-    assert scaling_report._work(other) == scaling_report._work(row | {"workload": f"a trace{more}, 4 times over"})
-    assert scaling_report._work(other) != scaling_report._work(row)
+    assert scaling_report.work_digest(row) == scaling_report.work_digest(row | {"workload": "a trace, 4 times over"})
+    assert scaling_report.work_digest(other) == scaling_report.work_digest(
+        row | {"workload": f"a trace{more}, 4 times over"}
+    )
+    assert scaling_report.work_digest(other) != scaling_report.work_digest(row)

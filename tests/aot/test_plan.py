@@ -90,7 +90,9 @@ def test_pages_that_leave_the_program_no_room_are_refused_with_a_number_that_com
     with pytest.raises(ValueError, match="--num_pages=258048: cache and step take more") as e:
         plan_record(plan_settings("--num_pages=258048", *shape, topology="v5e:2x2"))
     most = advised_settings(e.value)["num_pages"]
-    assert plan_record(plan_settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
+    assert (
+        plan_record(plan_settings(f"--num_pages={most}", *shape, topology="v5e:2x2"))["settings"]["num_pages"] == most
+    )
 
 
 @needs_libtpu

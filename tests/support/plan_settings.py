@@ -7,10 +7,9 @@ import re
 import flagsaver
 from jax.sharding import AbstractMesh
 
-from paged_dist.launch import plan  # noqa: F401 (its flags)
+from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common.chips import V5P
-from paged_dist.launch.planning import plan_flags, sizing
 from paged_dist.launch.planning import sizing
 from paged_dist.mesh.axes import AXIS_NAMES
 
@@ -68,7 +67,7 @@ def plan_settings(*arguments, topology="v5p:4x4x4"):
     """The settings of a command line; the flags are as before afterwards."""
     with flagsaver.flagsaver():
         flags.FLAGS(["plan", f"--topology={topology}", *arguments])
-        return plan_flags.pod_settings_from_flags(None)
+        return plan.plan_settings()
 
 
 def plan_sizes(s, shape=(4, 4, 4), chip=V5P):

@@ -21,9 +21,9 @@ import pytest
 from paged_dist import CacheSpec, Disagreement, PageAllocator, Watchdog, make_pod_mesh
 from paged_dist.cluster import startup as distributed
 from paged_dist.cluster.signals import SlowAbort, action_of, handler_in, set_action
+from paged_dist.cluster.spoke import Spoke
 from paged_dist.cluster.verdicts import DISAGREE, LOST
 from paged_dist.cluster.watch_state import WatchState
-from paged_dist.cluster.spoke import Spoke
 from paged_dist.cluster.wire import Peer, encoded
 from paged_dist.launch.common import flag_registry as flags
 from paged_dist.launch.common import shared_flags

@@ -326,7 +326,6 @@ def test_headings_are_distinct_and_paths_are_there(page):
     for code in doc_pages.inline_code(page):
         if re.fullmatch(r"(paged_dist|kernels|launch|tests|docs|examples|benchmarks)/[\w./]*", code):
             assert at(code).exists(), f"{page}: {code}"
-    ("tests/device/",)
 
 
 def test_every_page_is_linked_from_the_readme_which_is_short():

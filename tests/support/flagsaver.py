@@ -7,6 +7,7 @@ import contextlib
 from absl.testing import flagsaver as absl_flagsaver
 
 from paged_dist.launch.common.flag_registry import FLAGS
+from paged_dist.launch.common.program import Program
 
 
 @contextlib.contextmanager
@@ -25,4 +26,5 @@ def launcher_flags(launcher, **values):
     """The flags as the console script of `launcher` sets them, and `values`; afterwards all are as they were before."""
     if not FLAGS.is_parsed():
         FLAGS(["test"])
-    return flagsaver(**{**launcher._DEFAULTS, **values})
+    (program,) = (value for value in vars(launcher).values() if isinstance(value, Program))
+    return flagsaver(**{**program.defaults, **values})

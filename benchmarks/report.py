@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 from measure import Times
 
-from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.chip_rates import chip_of
 
 PROJECTIONS = json.loads((pathlib.Path(__file__).parent / "projections.json").read_text())
 

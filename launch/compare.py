@@ -29,7 +29,7 @@ from typing import NoReturn
 
 # Relative, as in comparison/: `launch.compare` must not import `paged_dist`, which imports jax.
 from .comparison.record import NothingComparable, compare
-from .comparison.rows import read_rows
+from .comparison.run_rows import read_rows
 from .comparison.text import comparison_table
 
 COMPARE_NAME = "paged-dist-compare"

@@ -54,6 +54,7 @@ def main(argv) -> int:
         start_jax(DECODE_PROGRAM.name)
 
     with watchdog(DECODE_PROGRAM.name) as watch:
+        watch.phase("set-up")  # a phase has a time-out, which the time before the first one has not
         watch.watch_for_preemption()
         return serve(model, requests, workload, watch)
 

@@ -25,7 +25,7 @@ from paged_dist.kernels.decode.copy_schedule import StepCopies
 from paged_dist.kernels.decode.iteration import Iteration
 from paged_dist.kernels.decode.launch_plan import LaunchPlan
 from paged_dist.kernels.decode.refs import Refs
-from paged_dist.kernels.decode.rows import prepare, query_copy, wait_for_rows
+from paged_dist.kernels.decode.row_copies import prepare, query_copy, wait_for_rows
 from paged_dist.kernels.decode.scoring import score_cell
 from paged_dist.kernels.decode.summing import sum_up, weigh
 from paged_dist.kernels.decode.work_list import Ring, WorkList, div, rem

@@ -16,7 +16,7 @@ from paged_dist.kernels.attention.scores import DEAD, LOWEST
 from paged_dist.kernels.decode.copy_schedule import PacedWork
 from paged_dist.kernels.decode.iteration import Iteration, exp_of_difference
 from paged_dist.kernels.decode.refs import given
-from paged_dist.kernels.decode.rows import row_copies
+from paged_dist.kernels.decode.row_copies import row_copies
 from paged_dist.kernels.decode.scales import scales_of_rows
 from paged_dist.kernels.decode.work_list import Cell
 from paged_dist.kernels.tiling import LANES, SUBLANES

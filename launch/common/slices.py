@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from paged_dist._errors import bad_value
-from paged_dist.launch.common.chips import V4, V5E, V5P, V6E, V7X, Chip
+from paged_dist.launch.common.chip_rates import V4, V5E, V5P, V6E, V7X, Chip
 
 # A generation as libtpu calls it, before the colon of a topology. Then other words for it: those that are taken, of
 # accelerator types, and those that are answered with its name.

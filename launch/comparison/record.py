@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .rank_statistics import ALPHA, rank_test, ratio_interval, runs_needed
-from .rows import COMPILERS, flat_items, metric_value, rows_by_work
+from .run_rows import COMPILERS, flat_items, metric_value, rows_by_work
 from .text import shown, wrapped
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 
-from .rows import COMPILERS
+from .run_rows import COMPILERS
 
 _WIDTH = 80
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from jax.sharding import Mesh
 
 from paged_dist._errors import BadValue, require
-from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.chip_rates import Chip
 from paged_dist.launch.common.number_formats import gib
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.pod_step import CompiledStep, attention_launch, compile_step

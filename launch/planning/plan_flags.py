@@ -7,7 +7,7 @@ from typing import Any
 from paged_dist._errors import bad_value, require
 from paged_dist.launch.common import flag_checks, shared_flags
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.chip_rates import Chip
 from paged_dist.launch.common.slices import bookable_slice
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.serving import workload_flags

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from paged_dist import CacheSpec
 from paged_dist._errors import bad_value
-from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.chip_rates import Chip
 from paged_dist.launch.common.number_formats import gib
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.step_weights import weights_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from paged_dist.launch.common.chips import Chip
+from paged_dist.launch.common.chip_rates import Chip
 from paged_dist.launch.planning.pod_settings import PodSettings
 from paged_dist.launch.planning.sizing import Sizes
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from paged_dist import CacheSpec
 from paged_dist.launch.common import provenance, shared_flags
-from paged_dist.launch.common.chips import Chip, chip_of
+from paged_dist.launch.common.chip_rates import Chip, chip_of
 from paged_dist.launch.serving.engine import Measured
 from paged_dist.launch.serving.output_checks import ERROR_BOUNDS
 from paged_dist.launch.serving.run_setup import DecodeRun

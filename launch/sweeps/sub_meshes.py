@@ -90,6 +90,7 @@ def run_on_sub_meshes(program: Program, model: Model, requests: list[Request], w
       model, requests, workload: as `run_setup.prepare_run` takes them.
     """
     with watchdog(program.name) as watch:
+        watch.phase("set-up")  # a phase has a time-out, which the time before the first one has not
         watch.watch_for_preemption()
         say = program.sayer(watch)
         watch.agree(run_setup.flags_to_agree_on(requests))

@@ -7,7 +7,7 @@ from aot import collectives, needs_libtpu
 
 from paged_dist import CacheSpec, make_pod_mesh
 from paged_dist.launch.common import provenance
-from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.chip_rates import chip_of
 from paged_dist.launch.serving.engine import Engine
 from paged_dist.launch.serving.programs import Model
 

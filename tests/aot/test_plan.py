@@ -21,7 +21,7 @@ from plan_settings import TOPOLOGIES, advised_settings, default_plan_settings, p
 from paged_dist import make_pod_mesh
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import V6E
+from paged_dist.launch.common.chip_rates import V6E
 from paged_dist.launch.common.flag_registry import FLAGS
 from paged_dist.launch.common.slices import chip_of_topology
 from paged_dist.launch.planning import (

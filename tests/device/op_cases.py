@@ -43,7 +43,7 @@ class OpCase:
         return dataclasses.replace(self, lengths=tuple(n // 16 for n in self.lengths[:4]), **shrunk)
 
 
-class Batch:
+class OpBatch:
     """The arrays of an `OpCase` on a mesh, and the float64 answer."""
 
     def __init__(self, case: OpCase, mesh: Mesh, seed: int = 0):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from op_cases import Batch, OpCase, meshes, on_every_host
+from op_cases import OpBatch, OpCase, meshes, on_every_host
 
 import paged_dist as pd
 
@@ -34,7 +34,7 @@ def implementation(rehearsed):
 def test_prompts_appended_tokens_and_attention_are_float64s(rehearsed, case):
     few = [meshes()[CASES.index(case) % len(meshes())]]  # in a rehearsal one kind of mesh a case
     for mesh in few if rehearsed else meshes():
-        batch = Batch(case.small() if rehearsed else case, mesh)
+        batch = OpBatch(case.small() if rehearsed else case, mesh)
         cache = batch.prompts_written(batch.poisoned(), implementation(rehearsed))
         _, output, lse = batch.step(cache, implementation(rehearsed))
         batch.check(output, lse)
@@ -45,7 +45,7 @@ def test_the_simulated_kernels_take_the_same_cases(rehearsed):
     if not rehearsed:
         pytest.skip("of a rehearsal: on a TPU the kernels themselves run")
     case = OpCase("simulated", (40, 0, 7), page_size=16, num_kv_heads=1, group=2)
-    batch = Batch(case, pd.make_pod_mesh(devices=jax.devices()[:1]))
+    batch = OpBatch(case, pd.make_pod_mesh(devices=jax.devices()[:1]))
     cache = batch.prompts_written(batch.poisoned(), "pallas_interpret")
     _, output, lse = batch.step(cache, "pallas_interpret")
     batch.check(output, lse)
@@ -54,7 +54,7 @@ def test_the_simulated_kernels_take_the_same_cases(rehearsed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_a_fork_that_writes_leaves_the_other_rows_tokens(rehearsed, dtype):
     case = OpCase("fork", (200, 0), dtype=dtype, page_size=128)
-    batch = Batch(case, pd.make_pod_mesh(data=1, model=jax.device_count()))
+    batch = OpBatch(case, pd.make_pod_mesh(data=1, model=jax.device_count()))
     batch.allocator.allocate(0, 200)
     cache = pd.write_prefill_kv(
         batch.poisoned(),
@@ -76,7 +76,7 @@ def test_a_fork_that_writes_leaves_the_other_rows_tokens(rehearsed, dtype):
 def test_a_cache_that_was_moved_saved_and_restored_attends_the_same(rehearsed, dtype, tmp_path):
     case = OpCase("moved", LENGTHS[:4], dtype=dtype)
     n = jax.device_count()
-    batch = Batch(case.small() if rehearsed else case, pd.make_pod_mesh(data=1, model=n))
+    batch = OpBatch(case.small() if rehearsed else case, pd.make_pod_mesh(data=1, model=n))
     cache = batch.prompts_written(batch.poisoned(), implementation(rehearsed))
     cache, allocator = pd.resize(cache, 2 * batch.spec.num_pages, batch.allocator)
     batch.mesh = pd.make_pod_mesh(data=1, context=n)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from op_cases import Batch, OpCase, on_every_host
+from op_cases import OpBatch, OpCase, on_every_host
 
 import paged_dist as pd
 
@@ -20,7 +20,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_repeated_gives_the_same_bits(rehearsed, case):
     repeats = 3 if rehearsed else 200
-    batch = Batch(case.small() if rehearsed else case, pd.make_pod_mesh(data=1, model=jax.device_count()))
+    batch = OpBatch(case.small() if rehearsed else case, pd.make_pod_mesh(data=1, model=jax.device_count()))
     kind = "xla" if rehearsed else None
     cache = batch.prompts_written(batch.poisoned(), kind)
     cache, output, lse = batch.step(cache, kind)
@@ -46,11 +46,11 @@ def test_tokens_written_step_by_step_are_those_of_one_prompt(rehearsed, dtype):
     case = OpCase("steps", (steps,) * 8, dtype=dtype, page_size=32 if rehearsed else 128)
     kind = "xla" if rehearsed else None
     mesh = pd.make_pod_mesh(data=1, model=jax.device_count())
-    whole = Batch(case, mesh)
+    whole = OpBatch(case, mesh)
     cache = whole.prompts_written(whole.poisoned(), kind)
     _, want, want_lse = whole.step(cache, kind)
     whole.check(want, want_lse)
-    one_by_one = Batch(case, mesh)
+    one_by_one = OpBatch(case, mesh)
     cache = one_by_one.poisoned()
     for row in range(8):
         one_by_one.allocator.allocate(row, 0)

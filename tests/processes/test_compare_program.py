@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import subprocess
 import sys
 
 from compared_rows import as_json_lines, decode_rows, printed_line
-
-from paged_dist.launch import compare
+from repository import TREE
 
 MODULE = [sys.executable, "-P", "-m", "paged_dist.launch.compare"]
 
@@ -39,9 +37,6 @@ def test_exit_codes_of_the_program(tmp_path):
     assert (code, out) == (2, "") and err == (
         "paged-dist-compare: error: none.jsonl: cannot be read: No such file or directory\n"
     )
-
-
-TREE = pathlib.Path(compare.__file__).resolve().parent.parent
 
 
 def test_its_own_modules_import_neither_jax_nor_the_package_unless_it_writes(tmp_path):

@@ -30,8 +30,8 @@ import paged_dist as pd
 from paged_dist.kernels import ref_paged_attention
 from paged_dist.launch.common import flag_registry as flags
 
-PAGES = [doc_pages.name_of(page) for page in doc_pages.PAGES]
-PYTHON = [page for page in PAGES if blocks(page, "python")]
+PAGE_NAMES = [doc_pages.name_of(page) for page in doc_pages.PAGES]
+PYTHON = [page for page in PAGE_NAMES if blocks(page, "python")]
 PROGRAMS = [f.stem for f in (TREE / "paged_dist/launch").glob("*.py") if '__name__ == "__main__"' in f.read_text()]
 EXTRAS = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -165,7 +165,7 @@ def test_the_python_of_a_page_runs_in_its_order(page, tmp_path, monkeypatch):
         CHECKS[page](names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGE_NAMES)
 def test_every_block_is_python_a_command_or_output(page):
     for block in blocks(page):
         known = block.language in ("python", "sh", "text") or (page, block.language) in OTHER_BLOCKS
@@ -177,7 +177,7 @@ def test_every_block_is_python_a_command_or_output(page):
 
 # Commands
 
-COMMANDS = {" ".join(words): (where, words) for page in PAGES for where, words in doc_pages.commands(page)}
+COMMANDS = {" ".join(words): (where, words) for page in PAGE_NAMES for where, words in doc_pages.commands(page)}
 
 
 def check_program(name: str, arguments: list[str], folder: pathlib.Path) -> None:
@@ -263,7 +263,7 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch, capsys):
         raise
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGE_NAMES)
 def test_a_flag_in_the_prose_is_one_of_a_program(page):
     for name in PROGRAMS:
         importlib.import_module(f"paged_dist.launch.{name}")
@@ -306,7 +306,7 @@ def test_the_plan_is_what_is_printed(capsys):
 # Links, paths, pictures
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGE_NAMES)
 def test_links_lead_somewhere(page):
     for link in doc_pages.links(page):
         if link.startswith("https://"):
@@ -318,7 +318,7 @@ def test_links_lead_somewhere(page):
             assert anchor in doc_pages.anchors(doc_pages.name_of(target)), f"{page}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGE_NAMES)
 def test_headings_are_distinct_and_paths_are_there(page):
     anchors = doc_pages.anchors(page)
     if page != "CHANGELOG.md":
@@ -330,7 +330,7 @@ def test_headings_are_distinct_and_paths_are_there(page):
 
 def test_every_page_is_linked_from_the_readme_which_is_short():
     linked = {link.partition("#")[0] for link in doc_pages.links("README.md")}
-    assert set(PAGES) - {"README.md"} <= linked
+    assert set(PAGE_NAMES) - {"README.md"} <= linked
     assert len((TREE / "README.md").read_text().splitlines()) <= 200
 
 
@@ -346,7 +346,7 @@ def test_the_picture_of_the_sharding_is_drawn_by_its_script_from_what_the_alloca
     assert (TREE / "docs" / "sharding.svg").read_text() == draw.svg(), "run: python docs/draw_sharding.py"
 
     mesh = AbstractMesh((draw.DATA, draw.CONTEXT, draw.MODEL), ("data", "context", "model"))
-    spec, rows = pd.CacheSpec(draw.NUM_KV_HEADS, 128, draw.NUM_PAGES), len(draw.BLOCK_TABLES)
+    spec, rows = pd.CacheSpec(draw.NUM_KV_HEADS, 128, draw.NUM_PAGE_NAMES), len(draw.BLOCK_TABLES)
     pages = pd.PageAllocator(spec, mesh, num_sequences=rows, pages_per_sequence=max(map(len, draw.BLOCK_TABLES)))
     for row, table in enumerate(draw.BLOCK_TABLES):
         pages.allocate(row, len(table) * spec.page_size)
@@ -371,5 +371,5 @@ def test_the_map_of_the_tree_has_each_file_once():
 def test_this_file_has_a_reason_for_what_it_leaves_out():
     used = {words[0] for _, words in COMMANDS.values()}
     assert set(NOT_RUN) <= used, "no page has these any more"
-    assert {language for _, language in OTHER_BLOCKS} <= {b.language for page in PAGES for b in blocks(page)}
+    assert {language for _, language in OTHER_BLOCKS} <= {b.language for page in PAGE_NAMES for b in blocks(page)}
     assert all(len(reason) > 5 for reason in [*NOT_RUN.values(), *OTHER_BLOCKS.values(), *OTHERS_FLAGS.values()])

@@ -15,7 +15,7 @@ from processes import free_port, run_processes, start
 
 from paged_dist.cluster.verdicts import DISAGREE, LOST
 from paged_dist.launch.common import record_output
-from paged_dist.launch.comparison.rows import read_rows
+from paged_dist.launch.comparison.run_rows import read_rows
 from paged_dist.launch.local_pod import pod_environment
 
 
@@ -115,6 +115,13 @@ def test_a_process_that_hangs_on_its_host_is_named_by_those_that_wait(tmp_path):
         assert codes == [LOST, LOST] and seconds < 9
         stuck = r"process 1 \(.+\), at step 40, is stuck, while others are at step 40, waiting for devices"
         assert all(re.search(stuck, pod.last_line(i)) for i in (0, 1)), pod.log(0)
+
+
+def test_a_process_that_hangs_before_it_compiles_ends_all_by_the_phases_time_out(tmp_path):
+    with DecodePod(tmp_path, 2, "set-up:1:0", ["--phase_timeout_seconds=2"], timeout=30) as pod:
+        codes, _ = pod.ends(0, 1, limit=20)
+        assert codes == [LOST, LOST]
+        assert all("phase 'set-up'" in pod.last_line(i) for i in (0, 1)), pod.log(0)
 
 
 def test_allocators_that_go_apart_end_all_with_both_digests(tmp_path):

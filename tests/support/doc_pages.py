@@ -8,7 +8,8 @@ import shlex
 import textwrap
 from typing import NamedTuple
 
-TREE = pathlib.Path(__file__).resolve().parents[2]
+from repository import TREE
+
 PAGES = sorted([*TREE.glob("*.md"), *(TREE / "docs").glob("*.md")])
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", flags=re.S | re.M)

@@ -28,6 +28,19 @@ def dispatch_with_fault(self, plan, tables):
     return dispatch(self, plan, tables)
 
 
+if kind == "set-up":
+    prepare_run = decode.prepare_run
+
+    def hang_once(*arguments, **options):
+        import jax
+
+        if jax.process_index() == int(process):
+            print(f"fault: {kind} of pid {os.getpid()}", file=sys.stderr, flush=True)
+            time.sleep(1000)
+        return prepare_run(*arguments, **options)
+
+    decode.prepare_run = hang_once
+
 if kind == "pages":
     from paged_dist.launch.serving import row_schedule
 

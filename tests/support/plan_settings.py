@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 
 from paged_dist.launch import plan
 from paged_dist.launch.common import flag_registry as flags
-from paged_dist.launch.common.chips import V5P
+from paged_dist.launch.common.chip_rates import V5P
 from paged_dist.launch.planning import sizing
 from paged_dist.mesh.axes import AXIS_NAMES
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 
 import yaml
+from repository import TREE
 
-TREE = pathlib.Path(__file__).resolve().parents[2]
 PLATFORMS = TREE / "launch" / "platforms"
 
 

@@ -1,16 +1,13 @@
 """The benchmarks' clock and tables: what is read from a trace of TPUs, and what is said beside a projection."""
 
-import pathlib
-
 import pytest
 from jax.profiler import ProfileData
 from measure import Times, kernels_in, read_times
 from report import PROJECTIONS, Row, table
+from repository import TREE
 
-TREE = pathlib.Path(__file__).parents[2]
 
-
-def plane(name: str, lines: dict[str, list[tuple[str, float, float]]]) -> str:
+def written_plane(name: str, lines: dict[str, list[tuple[str, float, float]]]) -> str:
     """A plane of a trace in text form: of each line (event, start, duration) in microseconds."""
     names = sorted({event for events in lines.values() for event, *_ in events})
     quoted = lambda text: '"' + text.replace('"', '\\"') + '"'
@@ -26,7 +23,7 @@ def plane(name: str, lines: dict[str, list[tuple[str, float, float]]]) -> str:
     )
 
 
-def trace(*planes: str) -> ProfileData:
+def written_trace(*planes: str) -> ProfileData:
     return ProfileData.from_text_proto(" ".join(planes))
 
 
@@ -60,7 +57,11 @@ def test_a_program_and_its_kernels_are_timed_by_the_devices_own_events():
     kernels = kernels_in(HLO)
     assert kernels == ("kv_cache_update.2", "decode.3")
     times = read_times(
-        trace(plane("/host:CPU", {"python": [("jit_step(1)", 0, 999)]}), plane("/device:TPU:0", RUN)), "step", kernels
+        written_trace(
+            written_plane("/host:CPU", {"python": [("jit_step(1)", 0, 999)]}), written_plane("/device:TPU:0", RUN)
+        ),
+        "step",
+        kernels,
     )
     assert times == Times((50.0, 60.0), (30.0, 36.0), "device trace")
     assert times.median == 55 and times.kernels_median == 33 and times.spread == pytest.approx(5 / 55)
@@ -69,8 +70,10 @@ def test_a_program_and_its_kernels_are_timed_by_the_devices_own_events():
 def test_of_several_devices_the_slowest_counts_run_by_run():
     slower = {line: [(e, s, 2 * d if s < 60 else d) for e, s, d in events] for line, events in RUN.items()}
     slower["XLA Modules"][0] = ("jit_step(123)", 10, 55)
-    profile = trace(
-        plane("/device:TPU:0", RUN), plane("/device:TPU:1", slower), plane("/device:TPU:0 SparseCore 0", {})
+    profile = written_trace(
+        written_plane("/device:TPU:0", RUN),
+        written_plane("/device:TPU:1", slower),
+        written_plane("/device:TPU:0 SparseCore 0", {}),
     )
     assert read_times(profile, "step", ("decode.3",)) == Times((55.0, 60.0), (40.0, 25.0), "device trace")
 
@@ -78,11 +81,14 @@ def test_of_several_devices_the_slowest_counts_run_by_run():
 @pytest.mark.parametrize(
     ("planes", "program", "kernels", "message"),
     [
-        ([plane("/host:CPU", {"python": []})], "step", (), "no run of jit_step on each TPU; its planes are"),
-        ([plane("/device:TPU:0", RUN)], "absent", (), "no run of jit_absent"),
-        ([plane("/device:TPU:0", RUN)], "step", ("gone.1",), r"no event of the kernels \['gone.1'\]"),
+        ([written_plane("/host:CPU", {"python": []})], "step", (), "no run of jit_step on each TPU; its planes are"),
+        ([written_plane("/device:TPU:0", RUN)], "absent", (), "no run of jit_absent"),
+        ([written_plane("/device:TPU:0", RUN)], "step", ("gone.1",), r"no event of the kernels \['gone.1'\]"),
         (
-            [plane("/device:TPU:0", RUN), plane("/device:TPU:1", {"XLA Modules": [("jit_step(1)", 0, 1)]})],
+            [
+                written_plane("/device:TPU:0", RUN),
+                written_plane("/device:TPU:1", {"XLA Modules": [("jit_step(1)", 0, 1)]}),
+            ],
             "step",
             (),
             r"ran \[2, 1\] times",
@@ -91,7 +97,7 @@ def test_of_several_devices_the_slowest_counts_run_by_run():
 )
 def test_a_trace_that_does_not_show_the_program_is_refused(planes, program, kernels, message):
     with pytest.raises(ValueError, match=message):
-        read_times(trace(*planes), program, kernels)
+        read_times(written_trace(*planes), program, kernels)
 
 
 def test_a_row_stands_beside_its_projection_in_the_claims_unit():

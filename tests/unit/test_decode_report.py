@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paged_dist.launch.common import record_output
-from paged_dist.launch.common.chips import chip_of
+from paged_dist.launch.common.chip_rates import chip_of
 from paged_dist.launch.serving import results
 from paged_dist.launch.serving.engine import Measured, relative_error
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from paged_dist.launch.common import record_output
-from paged_dist.launch.comparison.rows import read_rows
+from paged_dist.launch.comparison.run_rows import read_rows
 from paged_dist.launch.sweeps.sweep_rows import rows_in_file
 
 OTHERS = b'{"benchmark": "scaling", "of": "another"}\n'

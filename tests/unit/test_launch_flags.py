@@ -8,7 +8,7 @@ import flagsaver
 import numpy as np
 import pytest
 
-from paged_dist.launch.common import chips
+from paged_dist.launch.common import chip_rates
 from paged_dist.launch.common import flag_registry as own_flags
 from paged_dist.launch.serving import results
 
@@ -19,7 +19,7 @@ from paged_dist.launch.serving import results
         ("NVIDIA H200", {"bytes_limit": 105 * 2**30}, None, 105),
         ("NVIDIA H200", None, None, 16),
         ("TPU v9", {"bytes_limit": 2**30}, None, 1),
-        ("TPU v5p", {"bytes_limit": 2**30}, None, chips.V5P.hbm_gib),
+        ("TPU v5p", {"bytes_limit": 2**30}, None, chip_rates.V5P.hbm_gib),
         ("TPU v5p", None, 20.0, 20),
     ],
 )

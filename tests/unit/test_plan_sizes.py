@@ -14,7 +14,7 @@ from plan_settings import TOPOLOGIES, advised_settings, default_plan_settings, p
 
 from paged_dist import CacheSpec, OutOfPages, PageAllocator, make_pod_mesh
 from paged_dist.launch.common import slices
-from paged_dist.launch.common.chips import V5E, V5P, V7X
+from paged_dist.launch.common.chip_rates import V5E, V5P, V7X
 from paged_dist.launch.planning import step_facts, step_floor
 from paged_dist.launch.serving.workload import draw_requests, sequences_on_shards
 from paged_dist.mesh.axes import AXIS_NAMES

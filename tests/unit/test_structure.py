@@ -3,17 +3,16 @@
 import ast
 import collections
 import doctest
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from repository import TREE
 
 import paged_dist as pd
 from paged_dist import kernels
 
-TREE = pathlib.Path(__file__).parents[2]
 PRODUCT = [file for folder in ("paged_dist", "kernels", "launch") for file in sorted((TREE / folder).rglob("*.py"))]
 
 PUBLIC = {name: getattr(pd, name) for name in pd.__all__} | {

@@ -78,7 +78,8 @@ def test_a_cache_that_was_moved_saved_and_restored_attends_the_same(rehearsed, d
     n = jax.device_count()
     batch = OpBatch(case.small() if rehearsed else case, pd.make_pod_mesh(data=1, model=n))
     cache = batch.prompts_written(batch.poisoned(), implementation(rehearsed))
-    cache, allocator = pd.resize(cache, 2 * batch.spec.num_pages, batch.allocator)
+    whole = batch.spec.shard_page_multiple * n  # pages that any of these meshes divides
+    cache, allocator = pd.resize(cache, -(-2 * batch.spec.num_pages // whole) * whole, batch.allocator)
     batch.mesh = pd.make_pod_mesh(data=1, context=n)
     if jax.process_count() == 1:  # over the devices of several processes: save and restore
         cache, allocator = pd.reshard(cache, allocator, batch.mesh)

@@ -1,7 +1,8 @@
 """Pallas kernels for one chip, each in a folder with the form that CPUs and GPUs run.
 
-`decode` is the attention kernel that every op runs, `cache_update` writes new tokens and copies pages, `seed` keeps the
-kernels that have JAX's and ejkernel's signatures. `attention` holds what all attention kernels share.
+`decode` is the attention kernel that every op runs. `cache_update` writes new tokens and copies pages. `attention`
+holds what all attention kernels share, and the XLA form of attention. `seed` holds the kernels that this project began
+with: they have the signatures of JAX's and ejkernel's paged attention, and are kept for code that calls those.
 """
 
 from paged_dist.kernels.attention.checks import DEFAULT_MASK_VALUE

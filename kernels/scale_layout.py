@@ -1,10 +1,26 @@
 """How the scales of 8-bit pages are stored: 128 to a row, so that a kernel's DMA takes them and XLA pads nothing.
 
-What users pass, and what the maths means, is one f32 scale for each token and kv head, [..., Hkv, N, P]. What a
-`PagedKVCache` holds and the kernels read is [..., Hkv, N * P / 128, 128]; `pack_scales` gives the order in a row. The
-rule of which sizes fit, the checks of both forms and the way from one to the other are here. What knows the order in a
-row beside this module: `decode/scales.py` (the attention kernel), `attention/xla_form.py` (its XLA form), and
-`cache_update/tiles.py` and `cache_update/kernel.py` (the write).
+    as users pass them                           f32 [..., Hkv, N, P], one for each token and kv head
+    as a cache holds them and the kernels read   f32 [..., Hkv, N * P / 128, 128], in the order of `pack_scales`
+
+The rule of which sizes fit, the checks of both forms and the way from one to the other are here. Who changes the layout
+changes other files too. What knows the order of a page's scales:
+
+    kernels/decode/scales.py                     the decode kernel's reader
+    kernels/attention/xla_form.py                its XLA form: `_gather_scales`
+    kernels/cache_update/tiles.py                the write: `spread_scales`
+    kernels/cache_update/kernel.py               the write on TPU: `_token_of_scale`
+    kernels/cache_update/xla_form.py             the write in XLA: `write_scales`
+    paged_dist/transfer/manifest.py              pages are saved as stored, so another order needs another `FORMAT`
+
+What knows that rows are cut at 128 scales, and that a page's scales lie side by side:
+
+    kernels/decode/                              scales, copy_schedule, launch_plan, iteration, traffic, refs
+    kernels/cache_update/                        kernel, tiles, page_copy, xla_form
+    kernels/attention/                           xla_form
+    paged_dist/cache/                            spec, pools
+    paged_dist/transfer/                         staging, exchange, device_io
+    launch/                                      planning/pool_copies, kernel_report
 """
 
 from __future__ import annotations
@@ -77,9 +93,16 @@ def check_stored_scales(
 def pack_scales(scales: jax.Array, tokens_per_row: int = 1) -> jax.Array:
     """Scales [..., N, P] as they are stored, [..., N * P / 128, 128].
 
-    Token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row in the rows, R = P /
-    tokens_per_row. So where two tokens share a row of the pool, a page has first the scales of all rows' first tokens,
-    then those of their second tokens: as the kernel's scores lie side by side.
+    `tokens_per_row` is 2 where the stored head_dim is 64, else 1. Where two tokens share a row of the pool, a page has
+    first the scales of all rows' first tokens, then those of their second tokens: as the kernel's scores lie side by
+    side. A page of tokens 0 to 3:
+
+        tokens_per_row    K's (and V's) rows          scales, in this order
+        1                 [0], [1], [2], [3]          0 1 2 3
+        2                 [0 1], [2 3]                0 2 1 3
+
+    In general token t of page n is number n * P + (t % tokens_per_row) * R + t // tokens_per_row, counted through all
+    rows of 128, with R = P / tokens_per_row.
     """
     *lead, pages, page_size = scales.shape
     if tokens_per_row > 1:

@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA: the form that a shard on a CPU or GPU runs, and the oracle for shapes and shardings."""
+"""Paged attention in plain XLA, with 8-bit pages' scales: for CPUs and GPUs, and an oracle of shapes and shardings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The write of new tokens on TPU: DMA aligned tiles out of the pool, blend the tokens in, DMA the tiles back, in place.
+"""The write of new tokens and their scales on TPU, in place: DMA aligned tiles from the pool, blend, DMA them back.
 
 `tiles` plans which tiles are written. `write_tiles_pallas` brings the new tokens into the form of tiles and launches
 `_update_kernel`, which treats some tiles in each grid step, with all their DMAs in flight together.

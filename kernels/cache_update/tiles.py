@@ -1,8 +1,8 @@
-"""Which tiles of stored rows new tokens fall in, planned in XLA from starts, ends and page tables.
+"""Which tiles of stored rows new tokens fall in, planned in XLA; new tokens and scales in the order of those tiles.
 
 A DMA cannot write one token's row into a page: in HBM rows are packed into (8, 128) tiles. So a write reads an aligned
-tile, blends the new tokens in and writes the tile back. The plan lists the tiles; a tile with `first == last` gets no
-token. The Pallas kernel and the XLA form both follow it.
+tile, blends the new tokens in and writes the tile back. The plan, made from starts, ends and page tables, lists the
+tiles; a tile with `first == last` gets no token. The Pallas kernel and the XLA form both follow it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The write as XLA operations, for CPU and GPU: gather the tiles, blend, scatter them back."""
+"""The write of tokens and their scales as XLA operations, for CPU and GPU: gather the tiles, blend, scatter them."""
 
 from __future__ import annotations
 

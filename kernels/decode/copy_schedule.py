@@ -23,8 +23,7 @@ _EARLY = 0.85  # where K's and V's copies are one stream; between 0.8 and 0.9 by
 class PacedWork:
     """Small pieces of scalar work, of which each `advance` does an equal part.
 
-    `early`: the share of the pieces that the calls of `advance` do; `finish` does the rest, beside the last products'
-    latency.
+    `early`: the fraction done by `advance`; `finish` does the rest while the last products are still in flight.
     """
 
     def __init__(self, pieces, count: int, early: float = 1.0):

@@ -43,7 +43,10 @@ def _clear_tile(plan: LaunchPlan, buffer, cell: Cell, edge) -> None:
 
 
 def _clear_register(plan: LaunchPlan, buffer, cell: Cell, at) -> None:
-    """Rows that share a 32-bit word are cleared as its parts, whatever they stand for."""
+    """Clears the dead tokens in one register's rows, register number `at` of each block.
+
+    Packed rows (2 of bf16, 4 of 8 bits in a word) are cleared by masking bits, without unpacking.
+    """
     rows, in_word = plan.register_rows, plan.register_rows // SUBLANES
     word, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in (0, 1))
     mask = jnp.zeros((SUBLANES, LANES), jnp.int32)

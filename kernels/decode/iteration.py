@@ -30,9 +30,10 @@ class Iteration:
 
     @property
     def copy_turns(self) -> int:
-        """How many times a stream of copies goes on in an iteration: once a product of the scores, or of the sums.
+        """How often an iteration calls `advance` on a stream of copies.
 
-        Where K's and V's copies are one stream, once a product of both.
+        After each score product for K, after each sum product for V. Where K's and V's copies are one stream, after
+        each product of both kinds.
         """
         plan = self.plan
         return (2 if plan.values_with_keys else 1) * plan.C * plan.H * len(plan.parts)
@@ -81,7 +82,7 @@ class Iteration:
         return pages.astype(jnp.bfloat16) if self.plan.widens_pages else pages
 
     def each_head(self, g, product, shape):
-        """`product(h)` of each kv head h that shares row group g, of which each head's own rows are kept."""
+        """Computes `product(h)` for each kv head h in row group g, and keeps from each only that head's rows."""
         plan = self.plan
         row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(plan.M // plan.tokens_per_row))
         merged = product(g * plan.heads_per_group)
@@ -91,5 +92,5 @@ class Iteration:
 
 
 def exp_of_difference(x):
-    """exp(x) of a difference: a scale to base 2 before it would take a score out of f32's range."""
+    """exp(x), x a difference of scores. Subtract first: multiplying scores by log2(e) before could overflow f32."""
     return jnp.exp2(x * _LOG2_E)

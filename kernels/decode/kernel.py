@@ -10,9 +10,11 @@ cells, of one sequence or several. `work_list` lists the cells. Iteration s of t
     sums     step s-1: weights times V into the running sums; where a sequence ends they are divided and copied out
              (`summing.sum_up`).
 
-The four are independent but for step s-1's scores, and stand in one basic block: K and V are pushed into the MXU back
-to back while the copies' scalar work, the lane reductions and the exponentials run beside them. A product's latency
-(some 200 cycles), a reduction's (100) and the exponentials are paid once an iteration, not once a block.
+Within an iteration `sums` waits for the weights that `weighs` computes, and `scores` overwrites the scores of step s-1
+only when `weighs` has read them. No other stage waits for another. All stand in one basic block: K and V are pushed
+into the MXU back to back while the copies' scalar work, the lane reductions and the exponentials run beside them. A
+product's latency (some 200 cycles), a reduction's (100) and the exponentials are paid once an iteration, not once a
+block.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from paged_dist.kernels.arithmetic import round_up
 from paged_dist.kernels.attention.problem import Problem
 from paged_dist.kernels.decode.block_sizes import BlockSizes
+from paged_dist.kernels.scale_layout import rows_of_page
 from paged_dist.kernels.tiling import LANES, SUBLANES
 
 NUM_FIELDS = 5  # words of scalar memory that a cell takes, see `work_list.Cell`
@@ -132,7 +133,10 @@ class LaunchPlan:
 
     @property
     def page_rows(self) -> int:
-        """Rows between a cell's pages: R, or the next multiple of a register's rows."""
+        """Distance in rows from the start of one page to the start of the next in the cell's buffer.
+
+        R, or the next multiple of a register's rows.
+        """
         return round_up(self.R, self.register_rows)
 
     @property
@@ -188,7 +192,7 @@ class LaunchPlan:
     @property
     def scale_rows_per_page(self) -> int:
         """Rows of 128 scales that a page's copy takes; pages of less than 128 tokens share one."""
-        return max(1, self.page_size // LANES)
+        return rows_of_page(self.page_size)
 
     @property
     def clamps_before(self) -> bool:

@@ -14,7 +14,9 @@ from paged_dist.kernels.tiling import LANES
 
 
 def scales_of_rows(plan: LaunchPlan, work: WorkList, ref, cell: Cell, h: int, rows: pl.Slice) -> list[jax.Array]:
-    """Head h's scales of some of a cell's rows, for each 128 of them [1, 128], or [M, 128] where rows hold two tokens.
+    """Scales of kv head h for the given rows of a cell: a list with one array for each 128 rows.
+
+    An array is [1, 128], or [M, 128] if a row holds two tokens.
 
     ref: [Hkv, rows of scales, 1, 128], the cell's, as they were fetched.
     """

@@ -30,7 +30,8 @@ def page_traffic(plan: LaunchPlan, lengths, starts=None, *, unit: int | None = N
     Block sizes and cores change neither number.
 
     Args:
-      plan: of the launch, or of the call where that is several launches; not where those share the new tokens.
+      plan: the plan of the whole call, even if it becomes several launches. Not valid if the new tokens of a sequence
+        are split over launches, for each then reads the pages again.
       lengths: [B] live tokens, the new ones included; more than the table holds counts as a full table. Or [B, Q],
         where each new token's span ends.
       starts: [B] first tokens attended to, or [B, Q]; with the plan's sliding window the later of the two counts.

@@ -208,7 +208,7 @@ class WorkList:
         return jnp.minimum(page.astype(jnp.uint32), last).astype(jnp.int32)
 
     def note_step(self, slot, tiles, pages) -> None:
-        """Keeps how many tiles and rows of scales a step fetches for K, and for V, until it is waited for."""
+        """Keeps how many tiles, and how many pages' scales, a step fetches for K, and for V, until it is waited for."""
         self.refs.tiles[slot] = tiles
         if self.plan.is_quantized:
             given(self.refs.pages)[slot] = pages
@@ -222,7 +222,7 @@ class WorkList:
         return self.refs.tiles[slot]
 
     def has_step(self, slot):
-        """Whether the step in this slot has any cell: its first is taken first."""
+        """Whether the step in this slot has any cell. Cells fill a step in order, so only cell 0 is looked at."""
         return Cell.load(self.refs.cells, slot, 0, self.plan).end > 0
 
     def clear_before_first(self) -> None:

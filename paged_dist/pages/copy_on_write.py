@@ -1,9 +1,9 @@
 """Copy-on-write: rows share pages until one of them is about to write into a page that others hold too.
 
-Only a row's last page is ever written into, when the row grows and that page is not full. So the decision is made when
-rows grow (`growth.py`): `CopyOnWrite.rows_to_copy` says which rows need a last page of their own first, and
-`give_own_last_page` gives it. The content follows on the device: `PageAllocator.take_copies` hands the copies that are
-due to `copy_pages`.
+Of the pages a row already holds, growth writes only into the last, where that one is not full. So the decision is made
+when rows grow (`growth.py`): `CopyOnWrite.rows_to_copy` says which rows need a last page of their own first, and
+`give_own_last_page` gives it. The content follows on the device: `PageAllocator.take_copies` hands out the copies that
+are due, for `copy_pages` to make.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class CopyOnWrite:
     """Which rows get a last page of their own before they grow, and the copies that are due because of it.
 
     A copy is due from the moment when a row gets the new page until `take` hands the copy out. Its source is pinned
-    meanwhile: the content stays, whichever row lets go of it. `PageAllocator.fork` shares no page that a copy is due
-    into, so a source is never itself waiting for its content.
+    meanwhile: the content stays, whichever row lets go of it. `PageAllocator.fork` raises ValueError for a row with a
+    page that a copy is due into, so a source is never itself waiting for its content.
     """
 
     def __init__(self, geometry: Geometry, pool: PagePool, row_pages: RowPages):
@@ -32,13 +32,15 @@ class CopyOnWrite:
         return len(self._source_of)
 
     def due(self) -> list[tuple[int, int]]:
-        """The copies that are due, by the page to write: (page to write, page to read)."""
-        return sorted(self._source_of.items())
+        """The copies that are due, (page to read, page to write), in the order of the pages to write."""
+        return [(source, page) for page, source in sorted(self._source_of.items())]
 
-    def writes_into_shared_page(self, row: int, num_tokens: int) -> bool:
-        """Whether a row of `num_tokens` tokens would, as it grows, write into a page that is not the row's alone.
+    def writes_into_shared_or_findable_page(self, row: int, num_tokens: int) -> bool:
+        """Whether a row of `num_tokens` tokens would, as it grows, write into a page that others hold or may find.
 
-        Another row may hold the page, or `prefix_match` may find it.
+        True in more cases than those that `rows_to_copy` names: also for the last holder, and for a page that only this
+        row holds but that `prefix_match` may find. Such a row writes in place, and `prefix_match` finds the page no
+        more.
         """
         pages = self._row_pages.pages[row]
         return num_tokens % self._geometry.page_size != 0 and not self._pool.may_write(pages[-1])
@@ -47,7 +49,8 @@ class CopyOnWrite:
         """Those of `rows`, which grow in this order, that need a last page of their own first.
 
         They are the rows whose last page is not full and is held by another row too. The last holder that is left
-        writes in place: of two rows that share a page and grow together, one copies.
+        writes in place: of two rows that share a page and grow together, one copies. Whether `prefix_match` may find
+        the page does not count here: a page that only one row holds is not copied.
         """
         copies: list[int] = []
         holders: dict[int, int] = {}  # of shared last pages, as the rows before leave them
@@ -75,12 +78,12 @@ class CopyOnWrite:
             self._pool.unpin(self._source_of.pop(page))
 
     def take(self) -> list[tuple[int, int]]:
-        """Hands out the copies that are due, (page to read, page to write), by the page to write: none is due then."""
-        made = [(source, page) for page, source in self.due()]
-        for source, _ in made:
+        """Hands out what `due` returns, for the caller to make. None is due then."""
+        handed_out = self.due()
+        for source, _ in handed_out:
             self._pool.unpin(source)
         self._source_of.clear()
-        return made
+        return handed_out
 
     def check_none_due(self) -> None:
         """Raises ValueError where any copy is due."""

@@ -12,14 +12,14 @@ from paged_dist.pages.page_placement import next_shards
 
 
 def changes_pages(ledger: PageLedger, row: int, num_tokens: int) -> bool:
-    """Whether `num_tokens` more tokens take a page for the row, or are written into one that is not the row's alone.
+    """Whether `num_tokens` more tokens take a page for the row, or go into one that others hold or may find.
 
     Most steps of a decode loop change none: the row's length is all there is to do.
     """
     old = ledger.lengths.tokens[row]
     if old + num_tokens > len(ledger.row_pages.pages[row]) * ledger.geometry.page_size:
         return True
-    return num_tokens > 0 and ledger.copies.writes_into_shared_page(row, old)
+    return num_tokens > 0 and ledger.copies.writes_into_shared_or_findable_page(row, old)
 
 
 class GrowthPlan(NamedTuple):

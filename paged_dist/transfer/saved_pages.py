@@ -1,4 +1,4 @@
-"""The files of a saved cache: their names, what a record in them holds, and how records are written and read.
+"""The files of a saved cache: their names, the records of pages and their scales, and how records are written and read.
 
 For each shard of pages and each shard of heads there is a file of records, one a live page, and beside it a file with
 the digest of each record. Records are read one by one and checked as they are read. Nothing is executed or unpickled.
@@ -36,7 +36,7 @@ class SavedPages:
     """The files of one save: one for each of `page_shards` x `model` shards, with a record for each live page of it.
 
     A record is the page's part of each array, one after another, as stored: [L, heads, rows, lanes] of K and of V, and
-    of 8-bit pages [L, heads, P] f32 of their scales.
+    of 8-bit pages [L, heads, P] f32 of their scales, the page's tokens in the stored order of `pack_scales`.
 
     Attributes:
       folder: what the user named.

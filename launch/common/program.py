@@ -1,4 +1,4 @@
-"""What a program of launch/ says of itself, once: its command, the shared flags it takes, its own defaults of them."""
+"""`Program`: a program declares in one place its command, the shared flags it takes, and its own defaults for them."""
 
 from __future__ import annotations
 

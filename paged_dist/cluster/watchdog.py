@@ -1,10 +1,11 @@
-"""The watch over the processes of a run: where one is lost, stuck or different, all of them end, with a reason.
+"""The watch over the processes of a run: where one is lost, stuck or different, the run ends, with a reason.
 
-A process that dies or hangs leaves the others in a collective for ever. So each process has a thread that tells
-process 0 every second or so that it lives and how far it is (`spoke`), over the connection on which the processes met
-at start-up (`wire`). Process 0's thread (`hub`) judges (`verdicts`): a connection that ended, a silence, a step that
-does not end, two digests that differ. It tells all; each prints the verdict as its last line and ends at once, whatever
-its main thread waits for. None of this is a JAX collective, and nothing is unpickled: a few bytes of JSON a second.
+A process that dies or hangs leaves the others in a collective for ever. So each process has a thread that tells process
+0 every 0.2 s (1 s above 256 processes) that it lives and how far it is (`spoke`), over the connection that it opened at
+start-up (`wire`). Process 0's thread (`hub`) judges (`verdicts`): a connection that ended, a silence, a step that does
+not end, two digests that differ. It tells all; each prints the verdict as its last line and ends, whatever its main
+thread waits for, process 0 up to 2 s after the others. A process that is frozen as a whole cannot end itself. None of
+this is a JAX collective, and nothing is unpickled: some hundred bytes of JSON a second.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _owners: dict[socket.socket, Watchdog] = {}  # connection -> the Watchdog that u
 
 
 class Watchdog:
-    """Watches over the processes of one run: where one is lost, hangs or fails, all of them end. Used as a context.
+    """Watches over the processes of one run: where one is lost, hangs or fails, the run ends. Used as a context.
 
     Enter it on every process, after `initialize_distributed`. Every process calls the same methods in the same order,
     but for `step` and `stops`. In a run of one process it watches nobody, and every method works.

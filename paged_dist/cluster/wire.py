@@ -16,9 +16,9 @@ A message is an object with one of these keys (hello also has "session"):
 | end | to process 0 | true: the sender has left its block |
 | verdict | process 0 | `Verdict`: the run ends |
 
-The connections outlive a Watchdog. A session is one Watchdog on every process: a hello opens it in its direction, and
-what follows is of that session until the next hello. So a process that is late may find the lines of two sessions in
-one read, and drops none of the later one.
+The connections outlive a Watchdog. A session is one Watchdog on every process. Each side sends a hello to open a
+session; all lines that this side sends after it belong to that session, until its next hello. So a process that is late
+may find the lines of two sessions in one read, and drops none of the later one.
 """
 
 from __future__ import annotations

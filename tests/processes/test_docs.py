@@ -346,7 +346,7 @@ def test_the_picture_of_the_sharding_is_drawn_by_its_script_from_what_the_alloca
     assert (TREE / "docs" / "sharding.svg").read_text() == draw.svg(), "run: python docs/draw_sharding.py"
 
     mesh = AbstractMesh((draw.DATA, draw.CONTEXT, draw.MODEL), ("data", "context", "model"))
-    spec, rows = pd.CacheSpec(draw.NUM_KV_HEADS, 128, draw.NUM_PAGE_NAMES), len(draw.BLOCK_TABLES)
+    spec, rows = pd.CacheSpec(draw.NUM_KV_HEADS, 128, draw.NUM_PAGES), len(draw.BLOCK_TABLES)
     pages = pd.PageAllocator(spec, mesh, num_sequences=rows, pages_per_sequence=max(map(len, draw.BLOCK_TABLES)))
     for row, table in enumerate(draw.BLOCK_TABLES):
         pages.allocate(row, len(table) * spec.page_size)

@@ -132,7 +132,7 @@ def test_wheel_says_what_pyproject_says(distributions):
     assert told["License-Expression"] == "Apache-2.0"
     assert told["Requires-Python"] == ">=3.11"
     needed = [re.split(r"[<>=!~\[; ]", r)[0] for r in told.get_all("Requires-Dist") if "extra ==" not in r]
-    assert sorted(needed) == ["absl-py", "jax", "jaxlib", "ml_dtypes", "numpy"]
+    assert sorted(needed) == ["absl-py", "jax", "jaxlib", "ml_dtypes", "numpy", "scipy"]
 
 
 def test_sdist_holds_its_tests_and_builds_without_the_tree(distributions, tmp_path):
@@ -315,6 +315,8 @@ def test_run_names_its_commands_where_there_is_no_such_one():
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "deocde" in err and err.split(":")[-1].split() == [
         "test",
+        "lint",
+        "test_device",
         "accuracy",
         "compare",
         "decode",

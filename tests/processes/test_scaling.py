@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import json_rows, launcher, run_launcher, wait_for
+from commands import clean_environment, json_rows, launcher, run_launcher, wait_for
 from one_process import run_in_one_process
 
 LIMIT = 120  # seconds, for one sweep
@@ -34,7 +34,8 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped_and_leaves_nobody(tmp_
     out, plot = tmp_path / "rows.jsonl", tmp_path / "plots" / "rows.svg"
     seed = int.from_bytes(os.urandom(3))  # marks the processes as this test's
     sweep = ["--processes=1,2", "--devices=1", "--scaling=strong", f"--output={out}", f"--seed={seed}", *SMALL]
-    with subprocess.Popen(launcher("scaling", *sweep), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean_environment())
+    with subprocess.Popen(launcher("scaling", *sweep), **quiet) as p:
         try:
             wait_for(
                 lambda: len(json_rows(out)) == 1 and any(i != p.pid for i in of_this_sweep(f"--seed={seed}")), LIMIT
@@ -65,7 +66,7 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped_and_leaves_nobody(tmp_
 def test_sigterm_ends_a_sweep_with_75_and_its_rows_are_kept(tmp_path):
     out, seed = tmp_path / "rows.jsonl", int.from_bytes(os.urandom(3))
     sweep = ["--processes=1,2", "--devices=1", "--scaling=weak", f"--output={out}", f"--seed={seed}", *SMALL]
-    with subprocess.Popen(launcher("scaling", *sweep), stderr=subprocess.PIPE, text=True) as p:
+    with subprocess.Popen(launcher("scaling", *sweep), stderr=subprocess.PIPE, text=True, env=clean_environment()) as p:
         try:
             wait_for(lambda: len(json_rows(out)) == 1 and len(of_this_sweep(f"--seed={seed}")) > 1, LIMIT)
             p.terminate()

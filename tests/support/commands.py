@@ -19,19 +19,23 @@ def launcher(name: str, *arguments) -> list[str]:
     return [sys.executable, "-P", "-m", f"paged_dist.launch.{name}", *map(str, arguments)]
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment, less what simulates its devices."""
+    return {k: v for k, v in os.environ.items() if k not in OF_THIS_PROCESS}
+
+
 def run_command(command, *, limit: float = COMMAND_LIMIT, **environment) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command that knows nothing of this process's simulated devices.
 
     Where it takes longer than `limit` seconds, its whole process group is killed.
     """
-    clean = {k: v for k, v in os.environ.items() if k not in OF_THIS_PROCESS}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=clean | environment,
+        env=clean_environment() | environment,
     )
     try:
         out, err = process.communicate(timeout=limit)

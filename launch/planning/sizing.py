@@ -64,7 +64,7 @@ class Refused(NamedTuple):
     """Settings that do not fit: the parts of `_errors.bad_value`, and ways out; the first that works is advised."""
 
     argument: str
-    value: object
+    value: int | float | str | None
     rule: str
     ways: tuple[Way, ...]
     otherwise: str | None = None  # what to say where none works

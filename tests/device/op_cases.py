@@ -32,7 +32,7 @@ class OpCase:
     page_size: int = 128
     dtype: str = "bfloat16"
     new_tokens: int = 1
-    options: tuple[tuple[str, object], ...] = ()
+    options: tuple[tuple[str, int | float], ...] = ()
 
     def __str__(self) -> str:
         return self.name

@@ -4,6 +4,7 @@ import ast
 import email
 import importlib.util
 import inspect
+import io
 import os
 import pathlib
 import re
@@ -18,7 +19,8 @@ import zipfile
 
 import numpy
 import pytest
-from platform_files import TREE
+from commands import run_command
+from repository import TREE
 
 import paged_dist
 import paged_dist.kernels
@@ -207,6 +209,33 @@ def test_console_script_of_the_installed_package_runs(installed, tmp_path, scrip
 def test_decode_console_script_names_its_flags(installed, tmp_path):
     text = run_checked([installed / "paged-dist-decode", "--help"], cwd=tmp_path).stdout
     assert "Continuous decoding" in text and "--trace:" in text and "--kv_dtype:" in text
+
+
+def archived(to: pathlib.Path) -> None:
+    """What `git archive` gives: symbolic links as they are."""
+    files = subprocess.run(["git", "archive", "HEAD"], cwd=TREE, capture_output=True, check=True, timeout=60).stdout
+    with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+        archive.extractall(to, filter="data")
+
+
+def copied(to: pathlib.Path) -> None:
+    """What a copy gives that knows no symbolic links: the files behind them, twice."""
+    parts = ("paged_dist", "kernels", "launch")
+    for part in parts:
+        shutil.copytree(TREE / part, to / part, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.mark.parametrize("made", [archived, copied])
+def test_a_program_runs_from_the_root_of_an_archive_or_a_copy_of_the_tree(tmp_path, made):
+    """`python -m` from the root takes that tree, whatever is installed."""
+    if made is archived and not (TREE / ".git").exists():
+        pytest.skip("this tree is no git checkout")
+    made(tmp_path)
+    told = "import paged_dist.launch.local_pod as m, paged_dist.kernels.decode as k; print(m.__file__, k.__file__)"
+    code, out, err = run_command([sys.executable, "-c", told], cwd=tmp_path)
+    assert code == 0 and [path.startswith(str(tmp_path)) for path in out.split()] == [True, True], (out, err)
+    code, out, err = run_command([sys.executable, "-m", "paged_dist.launch.local_pod", "--help"], cwd=tmp_path)
+    assert code == 0 and "--processes" in out, err
 
 
 def test_every_console_script_is_a_launcher():

@@ -24,7 +24,7 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in OF_THIS_PROCESS}
 
 
-def run_command(command, *, limit: float = COMMAND_LIMIT, **environment) -> tuple[int, str, str]:
+def run_command(command, *, limit: float = COMMAND_LIMIT, cwd=None, **environment) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command that knows nothing of this process's simulated devices.
 
     Where it takes longer than `limit` seconds, its whole process group is killed.
@@ -35,6 +35,7 @@ def run_command(command, *, limit: float = COMMAND_LIMIT, **environment) -> tupl
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        cwd=cwd,
         env=clean_environment() | environment,
     )
     try:

@@ -1,0 +1,31 @@
+"""The tests of tests/device, without a TPU: skipped with the reason, or rehearsed on the CPU."""
+
+import sys
+
+import pytest
+from commands import run_command
+from repository import TREE
+
+DEVICE_TESTS = [sys.executable, "-P", "-m", "pytest", "tests/device", "-m", "device", "-q", "-p", "no:cacheprovider"]
+
+
+def test_without_a_tpu_each_is_skipped_with_the_reason():
+    code, out, err = run_command(DEVICE_TESTS, cwd=TREE, PAGED_DIST_TEST_DEVICE="tpu", JAX_PLATFORMS="cpu")
+    assert code == 0, out + err
+    assert "no TPU is attached to this host" in out and " passed" not in out and " skipped" in out
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "several_tokens or a_fork or page_16",
+        pytest.param("not several_tokens and not a_fork and not page_16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rehearsal_on_the_cpu_passes(chosen, tmp_path):
+    command = [*DEVICE_TESTS, "--rehearse", "-s", "-k", chosen, f"--basetemp={tmp_path}/rehearsal"]
+    code, out, err = run_command(command, cwd=TREE, limit=900)
+    assert code == 0, out + err
+    assert " passed" in out and "(small) | paged-dist | cpu, wall clock" in out
+    rows = (tmp_path / "rehearsal" / "device_times.jsonl").read_text().splitlines()
+    assert rows and all('"small": true' in row for row in rows)

@@ -18,8 +18,8 @@ def test_without_a_tpu_each_is_skipped_with_the_reason():
 @pytest.mark.parametrize(
     "chosen",
     [
-        "several_tokens or a_fork or page_16",
-        pytest.param("not several_tokens and not a_fork and not page_16", marks=pytest.mark.slow),
+        "a_fork or context_axis",
+        pytest.param("not a_fork and not context_axis", marks=pytest.mark.slow),
     ],
 )
 def test_a_rehearsal_on_the_cpu_passes(chosen, tmp_path):

@@ -19,12 +19,12 @@ assert set(flags.FLAGS) - before == {flag.name for flag in HERE}, set(flags.FLAG
 flags.FLAGS(["program", "--batch=own", "--verbosity=-1"])
 assert flags.FLAGS.batch == "own" and flags.FLAGS.trace == "mine"
 
-from paged_dist.launch.common import flag_registry as own_flags
-missing = {"batch", "trace", "oracle_samples", "topology", "runs", "live", "chips"} - set(own_flags.FLAGS)
+from paged_dist.launch.common import flag_registry
+missing = {"batch", "trace", "oracle_samples", "topology", "runs", "live", "chips"} - set(flag_registry.FLAGS)
 assert not missing, missing
 try:
-    own_flags.parse(["program", "--batch=4"])
-except own_flags.Error as e:
+    flag_registry.parse(["program", "--batch=4"])
+except flag_registry.Error as e:
     assert "defined twice" in str(e), e
 else:
     raise AssertionError("a flag of this program would have been lost")
@@ -34,18 +34,18 @@ else:
 PARSED = """
 from absl import flags
 from paged_dist.launch import decode
-from paged_dist.launch.common import flag_registry as own_flags
+from paged_dist.launch.common import flag_registry
 from paged_dist.launch.common import shared_flags
 
 for value in (4, 6):  # a second time, too
-    rest = own_flags.parse(["program", f"--batch={value}", "--verbosity=1", "left"])
+    rest = flag_registry.parse(["program", f"--batch={value}", "--verbosity=1", "left"])
     assert rest == ["program", "left"] and flags.FLAGS.verbosity == 1
-    assert shared_flags.BATCH.value == flags.FLAGS.batch == own_flags.FLAGS.batch == value
+    assert shared_flags.BATCH.value == flags.FLAGS.batch == flag_registry.FLAGS.batch == value
     assert shared_flags.given_flags() == {"--batch": value}
 assert "batch" in [flag.name for flag in flags.FLAGS.get_flags_for_module(shared_flags.__name__)]  # of --helpfull
 try:
-    own_flags.parse(["program", "--bacth=4"])
-except own_flags.Error as e:
+    flag_registry.parse(["program", "--bacth=4"])
+except flag_registry.Error as e:
     assert "bacth" in str(e) and "batch" in str(e), e
 else:
     raise AssertionError("an unknown flag was taken")

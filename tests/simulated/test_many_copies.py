@@ -12,7 +12,7 @@ from pod_meshes import simulated_pod
 from simulated import RACES, assert_no_races
 
 import paged_dist as pd
-from paged_dist.kernels.cache_update import page_copy as copy
+from paged_dist.kernels.cache_update import page_copy
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
 from paged_dist.ops import page_copies
 from paged_dist.transfer import resize, staging
@@ -34,7 +34,7 @@ def numbers(cache: pd.PagedKVCache) -> list[int]:
 @pytest.mark.parametrize("interpret", [None, RACES], ids=["xla", "simulated"])
 @pytest.mark.parametrize("count", [0, 3, 4, 5, 9])
 def test_pairs_go_through_scalar_memory_in_parts(monkeypatch, count, interpret):
-    monkeypatch.setattr(copy, "PAIRS_PER_STEP", 4)
+    monkeypatch.setattr(page_copy, "PAIRS_PER_STEP", 4)
     pool = jnp.broadcast_to(jnp.arange(32, dtype=jnp.float32)[:, None, None], (1, 1, 32, 8, 128))
     pairs = np.array([[i, 16 + i] for i in range(10)], np.int32)
     run = jax.jit(functools.partial(copy_stored_pages, page_size=8, interpret=interpret))

@@ -8,8 +8,7 @@ import flagsaver
 import numpy as np
 import pytest
 
-from paged_dist.launch.common import chip_rates
-from paged_dist.launch.common import flag_registry as own_flags
+from paged_dist.launch.common import chip_rates, flag_registry
 from paged_dist.launch.serving import results
 
 
@@ -26,6 +25,6 @@ from paged_dist.launch.serving import results
 def test_memory_of_a_chip_is_the_flag_s_or_the_table_s_or_the_device_s_own(kind, told, flag, gib):
     device = SimpleNamespace(device_kind=kind, process_index=0, platform="gpu", memory_stats=lambda: told)
     mesh = SimpleNamespace(devices=np.array([device]))
-    own_flags.FLAGS.mark_as_parsed()
+    flag_registry.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(hbm_gib=flag):
         assert results.chip_hbm_gib(mesh) == gib

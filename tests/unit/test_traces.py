@@ -8,7 +8,7 @@ import json
 import flagsaver
 import pytest
 
-from paged_dist.launch.common import flag_registry as own_flags
+from paged_dist.launch.common import flag_registry
 from paged_dist.launch.serving import workload_flags
 from paged_dist.launch.serving.traces import read_trace
 from paged_dist.launch.serving.workload import MOST_TOKENS, Request, shorten
@@ -108,7 +108,7 @@ def test_the_name_in_reports_says_what_was_left_out_and_what_is_estimated(tmp_pa
     assert read_trace(sharegpt).name == (
         "sharegpt.json (sharegpt, token counts estimated, 4 bytes of text each), 2 without prompt or answer left out"
     )
-    own_flags.FLAGS.mark_as_parsed()
+    flag_registry.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(trace=str(sharegpt), trace_format="sharegpt", num_requests=1, repeat_requests=2):
         requests, name = workload_flags.requests_from_flags()
     assert requests == [Request(0, 2, 3), Request(1, 2, 3)]
@@ -193,7 +193,7 @@ def test_a_trace_that_cannot_be_opened_is_a_value_error(tmp_path, name):
 
 
 def test_more_tokens_than_a_position_can_number_are_refused_with_what_works(tmp_path):
-    own_flags.FLAGS.mark_as_parsed()
+    flag_registry.FLAGS.mark_as_parsed()
     path = str(write(tmp_path, HEADER + "t,5,6\nt,2000000000,147483393\n"))
     with flagsaver.flagsaver(trace=path), pytest.raises(ValueError, match="request 1 has 2147483393 tokens") as e:
         workload_flags.requests_from_flags()

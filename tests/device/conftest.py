@@ -1,5 +1,6 @@
 """What only a TPU can answer: `./run test_device`, on each host of a slice; `--rehearse` tries the tests on a CPU."""
 
+import os
 import pathlib
 
 import pytest
@@ -27,6 +28,9 @@ def rehearsed(request) -> bool:
     from paged_dist.mesh.topology import has_tpu_chips
 
     if request.config.getoption("--rehearse"):
+        if "JAX_NUM_PROCESSES" in os.environ:  # as several hosts: each process runs the same tests
+            numbers = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            pd.initialize_distributed(os.environ["JAX_COORDINATOR_ADDRESS"], *numbers)
         return True
     if not has_tpu_chips():
         pytest.skip("no TPU is attached to this host: no chip of Google's on its PCI bus (--rehearse runs on the CPU)")

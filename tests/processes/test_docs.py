@@ -47,7 +47,12 @@ NOT_RUN = {
     "pip": "test_package installs the package; extras are checked",
     "pytest": "this is it; paths and options are checked",
 }
-OTHERS_FLAGS = {"--signal": "of scancel", "--xla_jf_dump_to": "of libtpu", "--xla_jf_dump_llo_text": "of libtpu"}
+OTHERS_FLAGS = {
+    "--rehearse": "of tests/device",
+    "--signal": "of scancel",
+    "--xla_jf_dump_to": "of libtpu",
+    "--xla_jf_dump_llo_text": "of libtpu",
+}
 
 
 def at(path: str) -> pathlib.Path:
@@ -209,6 +214,8 @@ def check_tests(arguments: list[str]) -> None:
     options = {"-m": ("slow", "not slow"), "-k": None, "-n": None}
     arguments = iter(arguments)
     for word in arguments:
+        if word == "--rehearse":  # of tests/device, see test_device_tests.py
+            continue
         if word.startswith("-"):
             value = next(arguments)
             assert options[word] is None or value in options[word], (word, value)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import pytest
 
@@ -26,6 +27,15 @@ def eight_devices():
     import jax
 
     assert ON_TPU or PROCESSES > 1 or jax.device_count() == 8  # several processes have to meet before JAX starts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file(request):
+    """In a run with the slow tests a file's programs go when it ends: XLA's CPU compiler, of jax 0.10, crashed in a
+    process that held those of some three hundred simulated tests."""
+    yield
+    if "not slow" not in request.config.option.markexpr and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 # Cases of some seconds that prove again what a sibling among the fast ones does: file::test[case], without the folder.

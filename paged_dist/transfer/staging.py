@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from paged_dist.cache import CacheSpec, PagedKVCache
 from paged_dist.kernels.arithmetic import power_of_two_at_least, round_up
 from paged_dist.kernels.cache_update.page_copy import copy_stored_pages
-from paged_dist.kernels.scale_layout import pages_of_whole_tiles
 from paged_dist.mesh import MeshAxes
 from paged_dist.ops.arguments import Implementation, interpret_of
 from paged_dist.ops.sharded_call import run_sharded
@@ -33,8 +32,7 @@ def page_shards(mesh: Mesh, axes: MeshAxes) -> int:
 
 def round_slots(spec: CacheSpec, slots: int) -> int:
     """`slots` pages on each shard, rounded up to a number that a cache of `spec` may have."""
-    unit = pages_of_whole_tiles(spec.page_size) if spec.is_quantized else 1
-    return round_up(slots, unit)
+    return round_up(slots, spec.shard_page_multiple)
 
 
 def power_of_two(count: int) -> int:
